@@ -1,0 +1,46 @@
+# The two commands: make demo, make test. Both install what they need into .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## install into .venv, whether or not anything has changed
+	@rm -f .venv/installed
+	@$(MAKE) --no-print-directory .venv/installed
+
+# Also when native code changes: ninja then compiles only what the change touches.
+.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --editable '.[dev,train]' --constraint constraints.txt
+	@touch $@
+
+demo: .venv/installed ## train a small model with the eager and the fused block, and compare them
+	$(BIN)/python -m grjca demo
+
+test: .venv/installed ## run all tests; ARGS go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: .venv/installed ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: .venv/installed ## format, and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean: ## remove all that was made here
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f grjca_kernels/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

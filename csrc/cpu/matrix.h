@@ -1,0 +1,98 @@
+// Matrix products on packed panels: a tile of kTileRows x two vectors stays in registers while the sum runs.
+#pragma once
+
+#include "vector.h"
+
+namespace grjca::GRJCA_ISA {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+template <class R>
+int64_t panels(int64_t columns) {
+  return blocks(columns, kPanel<R>);
+}
+
+// Distance between rows of a workspace matrix: whole vectors, and never a multiple of the page, where rows would all
+// fall into the same cache set.
+template <class R>
+int64_t leading(int64_t columns) {
+  const int64_t padded = blocks(columns, kPanel<R>) * kPanel<R>;
+  return padded * sizeof(R) % 1024 ? padded : padded + kPanel<R>;
+}
+
+// Element (i, k) of a left operand: at data[i * row + k * column]. If the sum is split, part s of `depth` terms begins
+// at data + s * split.
+template <class R>
+struct Left {
+  const R* data;
+  int64_t row, column;
+  int64_t split = 0;
+};
+
+// acc += A B for a tile: a[r] is row r of A (step between terms), b is a panel [terms][kPanel].
+template <class R, int V>
+GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[kTileRows], int64_t step, const R* b,
+                           int64_t terms) {
+  for (int64_t k = 0, ka = 0; k < terms; ++k, ka += step, b += kPanel<R>) {
+    Vector<R> right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vector<R> left = splat(a[r][ka]);
+      for (int v = 0; v < V; ++v) acc[r][v] += left * right[v];
+    }
+  }
+}
+
+template <class R, int V, class Epilogue>
+GRJCA_INLINE void product_of_width(int64_t rows, Left<R> a, const R* panel, int64_t terms, int64_t splits,
+                                   Epilogue epilogue) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    Vector<R> acc[kTileRows][V] = {};
+    const R* row[kTileRows];
+    for (int64_t s = 0; s < splits; ++s) {
+      for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row + s * a.split;
+      if (a.column == 1)
+        multiply<R, V>(acc, row, 1, panel + s * terms * kPanel<R>, terms);
+      else
+        multiply<R, V>(acc, row, a.column, panel + s * terms * kPanel<R>, terms);
+    }
+    const int64_t present = smaller(kTileRows, rows - i);
+    for (int r = 0; r < kTileRows; ++r)
+      if (r < present)
+        for (int v = 0; v < V; ++v) epilogue(i + r, v * kLanes<R>, acc[r][v]);
+  }
+}
+
+// [rows x columns] = A * panel, columns <= kPanel; epilogue(row, column, vector) receives it vector by vector.
+template <class R, class Epilogue>
+inline void product(int64_t rows, int64_t columns, Left<R> a, const R* panel, int64_t terms, Epilogue epilogue,
+                    int64_t splits = 1) {
+  if (columns > kLanes<R>)
+    product_of_width<R, 2>(rows, a, panel, terms, splits, epilogue);
+  else
+    product_of_width<R, 1>(rows, a, panel, terms, splits, epilogue);
+}
+
+// panel[k][c] = from[k * step + c], zero beyond `columns`.
+template <class S, class R>
+inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  columns = smaller(columns, kPanel<R>);
+  for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>, from += step) {
+    for (int64_t c = 0; c < columns; ++c) panel[c] = widen(from[c]);
+    for (int64_t c = columns; c < kPanel<R>; ++c) panel[c] = 0;
+  }
+}
+
+// panel[k][c] = from[c * step + k], zero beyond `columns`.
+template <class S, class R>
+inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  columns = smaller(columns, kPanel<R>);
+  for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>) {
+    for (int64_t c = 0; c < columns; ++c) panel[c] = widen(from[c * step + k]);
+    for (int64_t c = columns; c < kPanel<R>; ++c) panel[c] = 0;
+  }
+}
+
+}  // namespace grjca::GRJCA_ISA

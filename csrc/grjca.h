@@ -1,0 +1,115 @@
+// The bridge between Python and the kernels: what a problem is, and the entry points. Letters are those of
+// grjca_kernels/operator.md. No torch here: addresses, sizes, strides (in elements), a thread count.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Always inlined: this header is compiled for several instruction sets, and the linker would keep any one of the copies.
+#define GRJCA_INLINE inline __attribute__((always_inline))
+
+namespace grjca {
+
+constexpr int kMaxModalities = 4;
+constexpr int kMaxIterations = 8;
+constexpr int kMaxGates = kMaxIterations + 1;  // of one modality: a gate per stage and the last one
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+enum class Gating { none, dynamic, flat, hierarchical };
+
+struct Problem {
+  int64_t batch, length;
+  int modalities;
+  int64_t widths[kMaxModalities];
+  int iterations;
+  Gating gating;
+  Dtype dtype;
+  bool released, normalize, shared;
+  double dropout, temperature;
+
+  GRJCA_INLINE int64_t width() const {
+    int64_t d = 0;
+    for (int m = 0; m < modalities; ++m) d += widths[m];
+    return d;
+  }
+  GRJCA_INLINE int64_t offset(int m) const {  // first column of modality m in the joint features
+    int64_t o = 0;
+    for (int i = 0; i < m; ++i) o += widths[i];
+    return o;
+  }
+  GRJCA_INLINE int layers() const { return shared ? 1 : iterations; }
+  GRJCA_INLINE int gates() const {
+    return gating == Gating::none ? 0 : gating == Gating::hierarchical ? iterations + 1 : 1;
+  }
+  GRJCA_INLINE int ways(int g) const {
+    if (gating == Gating::dynamic) return 2;
+    if (gating == Gating::flat) return iterations + 1;
+    return g < iterations ? g + 2 : iterations;
+  }
+  GRJCA_INLINE int all_ways() const {
+    int n = 0;
+    for (int g = 0; g < gates(); ++g) n += ways(g);
+    return n;
+  }
+};
+
+// Where each parameter stands in the flat list of shapes.flatten().
+struct ParameterIndex {
+  const Problem& p;
+  GRJCA_INLINE int per_linear() const { return p.released ? 2 : 1; }
+  GRJCA_INLINE int per_layer() const { return per_linear() * (3 * p.modalities + (p.released ? 1 : 0)); }
+  GRJCA_INLINE int layer(int t) const { return (p.shared ? 0 : t) * per_layer(); }
+  GRJCA_INLINE int query(int t) const { return layer(t); }
+  GRJCA_INLINE int grouped(int t, int kind, int m) const {
+    return layer(t) + per_linear() * ((p.released ? 1 : 0) + kind * p.modalities + m);
+  }
+  GRJCA_INLINE int key(int t, int m) const { return grouped(t, 0, m); }
+  GRJCA_INLINE int value(int t, int m) const { return grouped(t, 1, m); }
+  GRJCA_INLINE int output(int t, int m) const { return grouped(t, 2, m); }
+  GRJCA_INLINE int gate(int m, int g) const { return p.layers() * per_layer() + per_linear() * (m * p.gates() + g); }
+  GRJCA_INLINE int count() const { return gate(p.modalities, 0); }
+};
+
+struct View {  // [B, L, columns]; data is null where a tensor is absent
+  void* data;
+  int64_t sample, frame, column;
+};
+
+struct Tensors {
+  View features[kMaxModalities];
+  const void* const* parameters;  // contiguous, in the order of shapes.flatten()
+  const int64_t* lengths;         // [B] or null
+  uint64_t seed;
+  void* iterates;  // [T, B, L, d], contiguous
+};
+
+struct ForwardOutputs {
+  View outputs[kMaxModalities];
+  View gates[kMaxModalities];  // [B, L, all ways], or absent
+};
+
+struct BackwardTensors {
+  View outputs[kMaxModalities];   // incoming gradients; absent ones are zero
+  View iterates[kMaxModalities];  // the same, of the iterates: [T, B, L, d_m]
+  int64_t iterates_step[kMaxModalities];
+  View gates[kMaxModalities];
+  View features[kMaxModalities];  // gradients to write; absent ones are not computed
+  void* const* parameters;        // the same, contiguous
+};
+
+struct Resources {
+  void* workspace;
+  int threads;
+  const char* instruction_set;  // null: the best this processor has
+};
+
+namespace cpu {
+
+const char* const* instruction_sets();  // that this processor can run, best first, null-terminated
+size_t forward_workspace(const Problem&, const Resources&);
+size_t backward_workspace(const Problem&, const Resources&);
+void forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);
+void backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
+
+}  // namespace cpu
+}  // namespace grjca

@@ -1,0 +1,10 @@
+"""Fused gated recursive joint cross-attention for audio-visual features. ``operator.md`` beside this file is its contract."""
+
+from grjca_kernels import reference
+from grjca_kernels.backends import backends
+from grjca_kernels.functional import gated_rjca
+from grjca_kernels.module import GatedRJCAFused
+from grjca_kernels.shapes import Layer, Linear
+
+__version__ = "0.1.0"
+__all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "gated_rjca", "reference"]

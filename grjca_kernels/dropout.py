@@ -1,0 +1,71 @@
+"""The dropout mask of operator.md: a pure function of (seed, iteration, modality, site, sample, row, column).
+
+One Philox4x32 call (seven rounds: the fewest that pass BigCrush, Salmon et al., SC 2011) decides eight rows of one column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SITE_CORRELATION, SITE_OUTPUT = 0, 1
+ROUNDS = 7
+GROUP = 8  # rows decided by one call
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def threshold(p: float) -> int:
+    """A 16-bit draw below this is dropped: p in steps of 2^-16, and never all of them."""
+    return min(65535, int(p * 65536 + 0.5))
+
+
+def scaled_mask(
+    seed: Tensor, p: float, *, iteration: int, modality: int, site: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """[samples, rows, columns] of ``dtype``: 0 where dropped, 1 / (1 - p) where kept.
+
+    ``iteration`` and ``modality`` count from 0; ``seed`` holds one int64 and names the device.
+    """
+    return keep_mask(seed, p, iteration=iteration, modality=modality, site=site, shape=shape).to(dtype) / (1 - p)
+
+
+def keep_mask(
+    seed: Tensor, p: float, *, iteration: int, modality: int, site: int, shape: tuple[int, int, int]
+) -> Tensor:
+    """The same as booleans: true where kept."""
+    samples, rows, columns = shape
+    groups = (rows + GROUP - 1) // GROUP
+
+    def counter(size: int, dim: int) -> Tensor:
+        return torch.arange(size, device=seed.device).reshape([size if i == dim else 1 for i in range(3)])
+
+    words = philox(
+        (
+            counter(columns, 2).expand(samples, groups, columns),
+            counter(groups, 1),
+            counter(samples, 0),
+            torch.full((), iteration | modality << 8 | site << 16, device=seed.device),
+        ),
+        seed.reshape(()),
+    )
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=2)
+    return draws.reshape(samples, groups * GROUP, columns)[:, :rows] >= threshold(p)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 on int64 tensors that hold 32-bit words; the key is the low and high word of ``seed``."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # mod 2^64, which keeps both words exact
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c0, c1, c2, c3

@@ -1,0 +1,213 @@
+"""The drop-in module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from grjca_kernels import released, shapes
+from grjca_kernels.backends import CHOICES
+from grjca_kernels.functional import gated_rjca
+from grjca_kernels.shapes import Gates, Layer, Linear
+
+MODALITIES = ("visual", "audio")
+OUTPUTS = ("pair", "concat")
+
+
+class GatedRJCAFused(nn.Module):
+    """Gated recursive joint cross-attention of visual and audio features (GRJCA, HGRJCA, DCA, RJCA; arXiv 2503.12261).
+
+    Args:
+        dim_visual, dim_audio: d_v and d_a.
+        length: L, the frames of a sequence: W_k mixes time and is [L, L]. For shorter sequences pad and pass ``lengths``.
+        iterations: T, 1 to 8.
+        gating: "none" (RJCA), "dynamic" (DCA), "flat" (GRJCA) or "hierarchical" (HGRJCA).
+        form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
+        dropout: p on C and U while training; the paper form has none.
+        temperature: tau of the gates.
+        normalize: divide every frame by its L2 norm first.
+        share_weights: one set of iteration parameters for all T.
+        output: "pair" for (Y_v, Y_a) or "concat" for [B, L, d_v + d_a].
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        device, dtype: of the parameters.
+
+    Parameters start as the authors' do: xavier_uniform weights, zero biases.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim_visual: int,
+        dim_audio: int,
+        length: int,
+        *,
+        iterations: int = 2,
+        gating: str = "flat",
+        form: str = "released",
+        dropout: float = 0.6,
+        temperature: float = 0.1,
+        normalize: bool = False,
+        share_weights: bool = False,
+        output: str = "pair",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim_visual", dim_visual), ("dim_audio", dim_audio), ("length", length)):
+            shapes.check_size(name, size)
+        shapes.check_options(
+            iterations=iterations, gating=gating, form=form, dropout=dropout, temperature=temperature
+        )
+        shapes.check_choice("output", output, OUTPUTS)
+        shapes.check_choice("backend", backend, CHOICES)
+        if dtype is not None and dtype not in shapes.DTYPES:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, shapes.DTYPES))}, got {dtype}.")
+        self.dims = (dim_visual, dim_audio)
+        self.length = length
+        self.iterations = iterations
+        self.gating = gating
+        self.form = form
+        self.dropout = float(dropout)
+        self.temperature = float(temperature)
+        self.normalize = bool(normalize)
+        self.share_weights = bool(share_weights)
+        self.output = output
+        self.backend = backend
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=form == "released", device=device, dtype=dtype)
+
+        self.layers = nn.ModuleList(
+            _Iteration(self.dims, length, linear, joint=form == "released")
+            for _ in range(1 if share_weights else iterations)
+        )
+        ways = shapes.gate_ways(gating, iterations)
+        self.gates = nn.ModuleDict(
+            {name: nn.ModuleList(linear(d_m, n) for n in ways) for name, d_m in zip(MODALITIES, self.dims, strict=True)}
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """xavier_uniform weights and zero biases, as in the authors' code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        visual: Tensor,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        return_gates: bool = False,
+        return_iterates: bool = False,
+    ) -> Any:
+        """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]; ``lengths`` [B] marks frames beyond as absent.
+
+        Returns (Y_v, Y_a) or their concatenation, followed by one dict if extras were asked for: ``gates``, per modality
+        [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per modality [T, B, L, d_m].
+        """
+        for name, x, d_m in zip(MODALITIES, (visual, audio), self.dims, strict=True):
+            if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1:] != (self.length, d_m):
+                raise ValueError(
+                    f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; shorter sequences are padded "
+                    f"to L = {self.length} and their true `lengths` passed."
+                )
+        return gated_rjca(
+            (visual, audio),
+            *self.parameters_by_role(),
+            iterations=self.iterations,
+            gating=self.gating,
+            form=self.form,
+            dropout=self.dropout if self.training else 0.0,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            lengths=lengths,
+            concat=self.output == "concat",
+            return_gates=return_gates,
+            return_iterates=return_iterates,
+            backend=self.backend,
+        )
+
+    def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
+        """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
+        layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
+        gates = tuple(tuple(_as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
+        return layers, gates
+
+    @classmethod
+    def from_released(
+        cls,
+        source: nn.Module | Mapping[str, Tensor],
+        *,
+        prefix: str | None = None,
+        normalize: bool | None = None,
+        output: str | None = None,
+        **overrides: Any,
+    ) -> GatedRJCAFused:
+        """The module with the weights of the authors' block.
+
+        Args:
+            source: their module (GRJCA, HGRJCA, DCA's block, DCNLayer), or a state_dict: of the block or of a whole model.
+            prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
+            normalize: default True for "flat" and "hierarchical" gating, else False, as in their code.
+            output: default "concat", and "pair" for a bare DCNLayer.
+            **overrides: any other argument of the constructor that the weights don't fix: dropout, backend, device, ...
+
+        L, the widths, T and the gating are read from the shapes. At T = 1 a gate of two ways is "flat" under the name GRJCA
+        and "dynamic" otherwise; the two differ in the default of ``normalize`` only. Parameters without effect on the output
+        are ignored and named in one warning.
+
+        Raises:
+            ValueError: naming the key that is missing or has the wrong shape.
+        """
+        config, weights, theirs = released.read(source, prefix)
+        chosen = {"normalize": normalize, "output": output}
+        config.update({name: value for name, value in chosen.items() if value is not None}, **overrides)
+        module = cls(**config)
+        released.load(module, weights, theirs)
+        return module
+
+    def to_released(self) -> dict[str, Tensor]:
+        """The weights under the authors' names, with the ``coattn.`` of their blocks unless there are no gates.
+
+        The inverse of :meth:`from_released`. Like ``state_dict`` it shares memory with the parameters.
+
+        Raises:
+            ValueError: for the paper form, which the authors' modules cannot hold.
+        """
+        return released.write(self)
+
+    def extra_repr(self) -> str:
+        names = ("length", "iterations", "gating", "form", "dropout", "temperature", "normalize", "share_weights", "output")
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.dims[0]}, {self.dims[1]}, {settings}, backend={self.backend!r}"
+
+
+class _Iteration(nn.Module):
+    """Holds the parameters of one iteration; computes nothing."""
+
+    def __init__(self, dims: tuple[int, ...], length: int, linear: Any, joint: bool) -> None:
+        super().__init__()
+        width = sum(dims)
+        self.query = linear(width, width) if joint else None
+        by_name = dict(zip(MODALITIES, dims, strict=True))
+        self.key = nn.ModuleDict({name: linear(length, length) for name in by_name})
+        self.value = nn.ModuleDict({name: linear(d_m, d_m) for name, d_m in by_name.items()})
+        self.output = nn.ModuleDict({name: linear(width, d_m) for name, d_m in by_name.items()})
+
+    def as_layer(self) -> Layer:
+        groups = (tuple(_as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output))
+        return Layer(None if self.query is None else _as_linear(self.query), *groups)
+
+
+def _as_linear(module: nn.Module) -> Linear:
+    return Linear(cast(Tensor, module.weight), cast("Tensor | None", module.bias))

@@ -1,0 +1,264 @@
+"""The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, autocast.
+
+Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on tensors
+allocated here. A new backend therefore registers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grjca_kernels import shapes
+from grjca_kernels.backends import TABLE
+from grjca_kernels.shapes import Gates, Layer, Problem
+
+_OPTIONS = (
+    "int iterations, str gating, str form, float dropout, float temperature, bool normalize, bool shared, "
+    "bool concat, bool return_gates, str backend"
+)
+_library = torch.library.Library("grjca", "DEF")
+_library.define(f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]")
+_library.define(
+    "backward(Tensor?[] grads, Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, Tensor iterates, "
+    f"bool[] needed, {_OPTIONS}) -> Tensor[]"
+)
+
+
+def gated_rjca(
+    problem: Problem,
+    features: Sequence[Tensor],
+    layers: Sequence[Layer],
+    gates: Gates,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    *,
+    concat: bool,
+    return_gates: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Run a checked call on ``backend``: outputs (one if ``concat``), iterates and gate values, each per modality."""
+    results = torch.ops.grjca.forward(
+        list(features),
+        shapes.flatten(layers, gates),
+        lengths,
+        seed,
+        problem.iterations,
+        problem.gating,
+        problem.form,
+        problem.dropout,
+        problem.temperature,
+        problem.normalize,
+        problem.shared,
+        concat,
+        return_gates,
+        backend,
+    )
+    count = 1 if concat else len(features)
+    values: list[Any] = [None] * len(features)
+    if return_gates and problem.gate_ways:
+        values = list(results[count + 1 :])
+    if return_gates and problem.gating == "hierarchical":
+        values = [value.split(problem.gate_ways, dim=-1) for value in values]
+    iterates = results[count].split(problem.widths, dim=-1)
+    return list(results[:count]), list(iterates), values
+
+
+def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """What to cast to where autocast is on: its dtype, except that float64 is left alone, as torch's own operators do."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+# ---- forward
+
+
+def _problem(features: Sequence[Tensor], parameters: Sequence[Tensor], lengths: Tensor | None, options: tuple) -> Problem:
+    """Checks a raw call of the operator as strictly as the public function does: kernels are handed addresses."""
+    iterations, gating, form, dropout, temperature, normalize, shared = options[:7]
+    problem = Problem(
+        batch=features[0].shape[0],
+        length=features[0].shape[1],
+        widths=tuple(x.shape[2] for x in features),
+        iterations=iterations,
+        gating=gating,
+        form=form,
+        dropout=dropout,
+        temperature=temperature,
+        normalize=normalize,
+        shared=shared,
+    )
+    if len(parameters) != shapes.parameter_count(problem):
+        raise ValueError(
+            f"parameters: expected {shapes.parameter_count(problem)} tensors in the order of shapes.flatten(), "
+            f"got {len(parameters)}."
+        )
+    layers, gates = shapes.unflatten(problem, parameters)
+    return shapes.check(
+        list(features),
+        layers,
+        gates,
+        iterations=iterations,
+        gating=gating,
+        form=form,
+        dropout=dropout,
+        temperature=temperature,
+        normalize=normalize,
+        lengths=lengths,
+    )
+
+
+def _empty_results(problem: Problem, features: Sequence[Tensor], options: tuple) -> list[Tensor]:
+    concat, return_gates = options[7:9]
+    like, widths = features[0], problem.widths
+    frames = (problem.batch, problem.length)
+    outputs = [like.new_empty((*frames, width)) for width in ((problem.width,) if concat else widths)]
+    iterates = like.new_empty((problem.iterations, *frames, problem.width))
+    ways = sum(problem.gate_ways) if return_gates else 0
+    return [*outputs, iterates, *(like.new_empty((*frames, ways)) for _ in widths if ways)]
+
+
+@torch.library.register_fake("grjca::forward", lib=_library)
+def _forward_fake(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+    return _empty_results(_problem(features, parameters, lengths, options), features, options)
+
+
+def _forward(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+    problem = _problem(features, parameters, lengths, options)
+    results = _empty_results(problem, features, options)
+    outputs, iterates, gates = _parts(problem, results, concat=options[7])
+    TABLE[options[9]].forward(problem, features, parameters, lengths, seed, outputs, iterates, gates)  # type: ignore[misc]
+    return results
+
+
+def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list[Any], Any, list[Any]]:
+    """Outputs per modality (views of the concatenation), the iterates, and the gates; an absent gradient stays None."""
+    count = 1 if concat else len(problem.widths)
+    outputs = list(results[:count])
+    if concat:
+        outputs = (
+            [None] * len(problem.widths) if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
+        )
+    return outputs, results[count], list(results[count + 1 :])
+
+
+# ---- backward
+
+
+def _needed_gradients(features: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
+    """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
+    tensors = [*features, *parameters]
+    return [
+        tensor.new_empty(tensor.shape) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)
+    ]
+
+
+@torch.library.register_fake("grjca::backward", lib=_library)
+def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *options):  # type: ignore[no-untyped-def]
+    return [gradient for gradient in _needed_gradients(features, parameters, needed) if gradient is not None]
+
+
+def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):  # type: ignore[no-untyped-def]
+    problem = _problem(features, parameters, lengths, options)
+    gradients = _needed_gradients(features, parameters, needed)
+    grad_outputs, grad_iterates, grad_gates = _parts(problem, grads, concat=options[7])
+    TABLE[options[9]].backward(  # type: ignore[misc]
+        problem,
+        features,
+        parameters,
+        lengths,
+        seed,
+        iterates,
+        grad_outputs,
+        [] if grad_iterates is None else list(grad_iterates.split(problem.widths, dim=-1)),
+        grad_gates,
+        gradients[: len(features)],
+        gradients[len(features) :],
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+
+
+# ---- differentiation
+
+
+class GatedRJCA(torch.autograd.Function):
+    """``grjca::forward`` with ``grjca::backward`` as its gradient. Saves the arguments and the iterates, nothing else."""
+
+    @staticmethod
+    def forward(counts, lengths, seed, options, *tensors):  # type: ignore[no-untyped-def]
+        features, parameters = list(tensors[: counts[0]]), list(tensors[counts[0] :])
+        return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        counts, lengths, seed, options, *tensors = inputs
+        iterates = output[1 if options[7] else counts[0]]
+        ctx.counts, ctx.options = counts, options
+        ctx.save_for_backward(lengths, seed, iterates, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        lengths, seed, iterates, *tensors = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[4:])
+        count = ctx.counts[0]
+        if not any(needed) or all(grad is None for grad in grads):
+            return (None,) * (4 + len(tensors))
+        computed = iter(
+            torch.ops.grjca.backward(
+                list(grads), tensors[:count], tensors[count:], lengths, seed, iterates, needed, *ctx.options
+            )
+        )
+        return (None, None, None, None, *(next(computed) if wanted else None for wanted in needed))
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Gives ``grjca::backward`` a gradient that says that there is none."""
+
+    @staticmethod
+    def forward(ctx, call, *tensors):  # type: ignore[no-untyped-def]
+        return tuple(call())
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "gated_rjca: the kernels have no second derivative. For double backward use backend='reference', "
+            "which PyTorch differentiates any number of times."
+        )
+
+
+def _forward_autograd(keyset, features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+    tensors = [*features, *parameters]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(GatedRJCA.apply((len(features),), lengths, seed, options, *tensors))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.grjca.forward.default.redispatch(
+            keyset & torch._C._after_autograd_keyset, features, parameters, lengths, seed, *options
+        )
+
+
+def _backward_autograd(keyset, grads, features, parameters, *rest):  # type: ignore[no-untyped-def]
+    def call() -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.grjca.backward.default.redispatch(
+                keyset & torch._C._after_autograd_keyset, grads, features, parameters, *rest
+            )
+
+    tensors = [tensor for tensor in (*grads, *features, *parameters) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(_NoDoubleBackward.apply(call, *tensors))
+    return call()
+
+
+_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)

@@ -1,0 +1,1 @@
+"""Training and evaluation of audio-visual models with the fused block of grjca_kernels."""
