@@ -164,12 +164,11 @@ PYBIND11_MODULE(_native, module) {
         return backward ? cpu::backward_workspace(p, r) : cpu::forward_workspace(p, r);
       },
       py::arg("problem"), py::arg("backward"), py::arg("threads"), py::arg("instruction_set"));
-  module.def("cpu_forward", &cpu_forward, py::kw_only(), py::arg("problem"), py::arg("features"),
-             py::arg("parameters"), py::arg("lengths"), py::arg("seed"), py::arg("iterates"), py::arg("outputs"),
-             py::arg("gates"), py::arg("workspace"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("cpu_forward", &cpu_forward, py::kw_only(), py::arg("problem"), py::arg("features"), py::arg("parameters"),
+             py::arg("lengths"), py::arg("seed"), py::arg("iterates"), py::arg("outputs"), py::arg("gates"),
+             py::arg("workspace"), py::arg("threads"), py::arg("instruction_set"));
   module.def("cpu_backward", &cpu_backward, py::kw_only(), py::arg("problem"), py::arg("features"),
-             py::arg("parameters"), py::arg("lengths"), py::arg("seed"), py::arg("iterates"),
-             py::arg("grad_outputs"), py::arg("grad_iterates"), py::arg("grad_iterates_steps"), py::arg("grad_gates"),
-             py::arg("grad_features"), py::arg("grad_parameters"), py::arg("workspace"), py::arg("threads"),
-             py::arg("instruction_set"));
+             py::arg("parameters"), py::arg("lengths"), py::arg("seed"), py::arg("iterates"), py::arg("grad_outputs"),
+             py::arg("grad_iterates"), py::arg("grad_iterates_steps"), py::arg("grad_gates"), py::arg("grad_features"),
+             py::arg("grad_parameters"), py::arg("workspace"), py::arg("threads"), py::arg("instruction_set"));
 }

@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// Always inlined: this header is compiled for several instruction sets, and the linker would keep any one of the copies.
+// Always inlined: this header is compiled for several instruction sets, and the linker would keep any one of the
+// copies.
 #define GRJCA_INLINE inline __attribute__((always_inline))
 
 namespace grjca {

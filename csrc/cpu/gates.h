@@ -71,8 +71,8 @@ struct Frame {
   const GateParameters<R>& gates;
   int64_t n;
   R* state[kMaxIterations + 1];
-  R* mixed[kMaxIterations + 1];           // Z^t ("hierarchical"), t from 1
-  R* y;                                   // Y
+  R* mixed[kMaxIterations + 1];             // Z^t ("hierarchical"), t from 1
+  R* y;                                     // Y
   R values[kMaxGates][kMaxIterations + 1];  // of each gate, each way
 
   static int64_t scratch_size(int64_t n, int iterations) { return (2 * iterations + 2) * leading<R>(n); }
@@ -184,9 +184,7 @@ struct FrameGradient {
     const R* const value = f.values[g];
     R mean = 0;
     for (int i = 0; i < ways; ++i) {
-      R* const d_choice = last                               ? d_mixed[i + 1]
-                          : p.gating == Gating::dynamic && i ? d_state[p.iterations]
-                                                             : d_state[i];
+      R* const d_choice = last ? d_mixed[i + 1] : p.gating == Gating::dynamic && i ? d_state[p.iterations] : d_state[i];
       add_scaled(d_choice, value[i], d_output, n);
       d_logits[i] = dot(d_output, choices[i], n) + (d_values ? d_values[i] : 0);
       mean += value[i] * d_logits[i];

@@ -1,6 +1,7 @@
 // Matrix products on packed panels: a tile of kTileRows x two vectors stays in registers while the sum runs.
 #pragma once
 
+#include "storage.h"
 #include "vector.h"
 
 namespace grjca::GRJCA_ISA {
@@ -45,19 +46,39 @@ GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[k
   }
 }
 
+// Terms after which a sum is put aside and begun anew: rounding then grows with the square root of kRun and of the
+// number of runs, not of their product.
+constexpr int64_t kRun = 64;
+
+// One tile: the sum over all splits, or over runs of terms where there is one split.
+template <class R, int V>
+GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows], int64_t step, int64_t split,
+                       const R* panel, int64_t terms, int64_t splits) {
+  multiply<R, V>(acc, a, step, panel, splits > 1 ? terms : smaller(kRun, terms));
+  for (int64_t s = 1; s < splits; ++s) {
+    for (int r = 0; r < kTileRows; ++r) a[r] += split;
+    multiply<R, V>(acc, a, step, panel + s * terms * kPanel<R>, terms);
+  }
+  for (int64_t k = kRun; splits == 1 && k < terms; k += kRun) {
+    for (int r = 0; r < kTileRows; ++r) a[r] += kRun * step;
+    Vector<R> run[kTileRows][V] = {};
+    multiply<R, V>(run, a, step, panel + k * kPanel<R>, smaller(kRun, terms - k));
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v] += run[r][v];
+  }
+}
+
 template <class R, int V, class Epilogue>
 GRJCA_INLINE void product_of_width(int64_t rows, Left<R> a, const R* panel, int64_t terms, int64_t splits,
                                    Epilogue epilogue) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
     Vector<R> acc[kTileRows][V] = {};
     const R* row[kTileRows];
-    for (int64_t s = 0; s < splits; ++s) {
-      for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row + s * a.split;
-      if (a.column == 1)
-        multiply<R, V>(acc, row, 1, panel + s * terms * kPanel<R>, terms);
-      else
-        multiply<R, V>(acc, row, a.column, panel + s * terms * kPanel<R>, terms);
-    }
+    for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row;
+    if (a.column == 1)
+      tile<R, V>(acc, row, 1, a.split, panel, terms, splits);
+    else
+      tile<R, V>(acc, row, a.column, a.split, panel, terms, splits);
     const int64_t present = smaller(kTileRows, rows - i);
     for (int r = 0; r < kTileRows; ++r)
       if (r < present)
@@ -89,9 +110,28 @@ inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int6
 template <class S, class R>
 inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
   columns = smaller(columns, kPanel<R>);
-  for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>) {
-    for (int64_t c = 0; c < columns; ++c) panel[c] = widen(from[c * step + k]);
-    for (int64_t c = columns; c < kPanel<R>; ++c) panel[c] = 0;
+  int64_t done = 0;  // columns
+#ifdef GRJCA_SHUFFLES
+  constexpr int kSquare = kLanes<R>;
+  for (; done + kSquare <= columns; done += kSquare) {
+    int64_t k = 0;
+    for (; k + kSquare <= terms; k += kSquare) {
+      Vector<R> rows[kSquare];
+      for (int c = 0; c < kSquare; ++c) {
+        R row[kSquare];
+        load_row(row, from + (done + c) * step + k, 1, kSquare);
+        rows[c] = load(row);
+      }
+      transpose<R>(rows);
+      for (int r = 0; r < kSquare; ++r) store(panel + (k + r) * kPanel<R> + done, rows[r]);
+    }
+    for (; k < terms; ++k)
+      for (int c = 0; c < kSquare; ++c) panel[k * kPanel<R> + done + c] = widen(from[(done + c) * step + k]);
+  }
+#endif
+  for (int64_t k = 0; k < terms; ++k) {
+    for (int64_t c = done; c < columns; ++c) panel[k * kPanel<R> + c] = widen(from[c * step + k]);
+    for (int64_t c = columns; c < kPanel<R>; ++c) panel[k * kPanel<R> + c] = 0;
   }
 }
 

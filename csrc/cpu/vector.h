@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../grjca.h"
 
@@ -83,9 +84,9 @@ GRJCA_INLINE Vector<R> relu(Vector<R> x) {  // NaN stays NaN, as in torch.relu
 // Sum of the lanes, always in the same order.
 template <class R>
 GRJCA_INLINE R sum(Vector<R> v) {
-  R s = 0;
-  for (int i = 0; i < kLanes<R>; ++i) s += v[i];
-  return s;
+  for (int half = kLanes<R> / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
 template <class R>
@@ -94,5 +95,30 @@ GRJCA_INLINE R dot(const R* a, const R* b, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<R>) s += load_some(a + i, n - i) * load_some(b + i, n - i);
   return sum<R>(s);
 }
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define GRJCA_SHUFFLES 1
+#endif
+#endif
+
+#ifdef GRJCA_SHUFFLES
+// Swaps the blocks of `Half` lanes off the diagonal of the 2 x 2 blocks that rows a and b = a + Half form.
+template <class R, int Half, size_t... Lane>
+GRJCA_INLINE void swap_blocks(Vector<R>& a, Vector<R>& b, std::index_sequence<Lane...>) {
+  constexpr int n = sizeof...(Lane);
+  const Vector<R> upper = __builtin_shufflevector(a, b, (Lane & Half ? n + Lane - Half : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Half ? n + Lane : Lane + Half)...);
+  a = upper;
+}
+
+// Transposes a square of kLanes vectors.
+template <class R, int Half = kLanes<R> / 2>
+GRJCA_INLINE void transpose(Vector<R> (&rows)[kLanes<R>]) {
+  for (int i = 0; i < kLanes<R>; ++i)
+    if (!(i & Half)) swap_blocks<R, Half>(rows[i], rows[i + Half], std::make_index_sequence<kLanes<R>>());
+  if constexpr (Half > 1) transpose<R, Half / 2>(rows);
+}
+#endif
 
 }  // namespace grjca::GRJCA_ISA

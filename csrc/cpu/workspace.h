@@ -22,9 +22,7 @@ class Arena {
   }
   size_t used() const { return used_ + 64; }  // and room to align the base
 
-  static void* align(void* base) {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
-  }
+  static void* align(void* base) { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64); }
 
  private:
   char* base_;
@@ -35,35 +33,107 @@ class Arena {
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, F f) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks > 1 && threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) f(task, omp_get_thread_num());
-#else
-  (void)threads;
-  for (int64_t task = 0; task < tasks; ++task) f(task, 0);
+  if (tasks > 1 && threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < tasks; ++task) f(task, omp_get_thread_num());
+    return;
+  }
 #endif
+  for (int64_t task = 0; task < tasks; ++task) f(task, 0);
 }
 
-// The batch is walked in chunks of samples whose activations fit `budget` bytes. The size depends on the shape alone, so
-// sums over the batch run in the same order on any number of threads.
-inline int64_t samples_per_chunk(int64_t batch, int64_t bytes_per_sample, int64_t budget) {
-  const int64_t most = larger(1, smaller(batch, budget / larger(1, bytes_per_sample)));
-  return larger(1, blocks(batch, larger(1, blocks(batch, most))));
-}
+// Several kinds of tasks in one parallel_for: fewer barriers, and threads that never wait for the shorter kind.
+template <class Item, int Most>
+struct TaskList {
+  Item items[Most];
+  int64_t end[Most];
+  int count = 0;
 
-// The samples of a chunk. Their present frames stand one after another as rows: absent frames have none.
-struct Chunk {
-  int64_t first, samples;
-  int64_t* start;  // [samples + 1]: first row of each sample, and the number of rows
-
-  int64_t rows() const { return start[samples]; }
-  int64_t frames(int64_t b) const { return start[b + 1] - start[b]; }
-
-  void place(const Problem& p, const int64_t* lengths) {
-    start[0] = 0;
-    for (int64_t b = 0; b < samples; ++b) start[b + 1] = start[b] + (lengths ? lengths[first + b] : p.length);
+  int64_t total() const { return count ? end[count - 1] : 0; }
+  void add(const Item& item, int64_t tasks) {
+    end[count] = total() + tasks;
+    items[count++] = item;
+  }
+  // f(item, task of that item, thread)
+  template <class F>
+  void run(int threads, F f) const {
+    parallel_for(threads, total(), [&](int64_t task, int thread) {
+      int i = 0;
+      while (task >= end[i]) ++i;
+      f(items[i], task - (i ? end[i - 1] : 0), thread);
+    });
   }
 };
 
-constexpr int64_t kFrames = 16;  // frames in one task of a pass that works row by row; a multiple of kDropoutRows
+// Sums over the rows of a batch are taken in blocks of at most kTerms rows of the same group of samples, and the blocks
+// added one after another: rounding grows with neither, and the order is that of the batch, however it is cut up.
+constexpr int64_t kTerms = 256;
+
+inline int64_t samples_per_group(const Problem& p) { return larger(1, kTerms / p.length); }
+
+// How a batch is shared out. It is walked in chunks, and a chunk in units, each the work of one of `workers` threads
+// from the first equation to the last; where there are too few groups of samples to keep all threads busy, a unit is a
+// whole chunk and the threads share every equation instead. Nothing computed depends on the choice.
+struct Split {
+  int64_t chunk, unit;  // samples: whole groups
+  int workers, threads_each;
+
+  // bytes_shared: of a sample in a chunk; bytes_private: of a sample in a unit.
+  static Split plan(const Problem& p, int64_t bytes_shared, int64_t bytes_private, int threads) {
+    const int64_t group = samples_per_group(p), groups = blocks(p.batch, group);
+    const int64_t budget = (int64_t{8} + 4 * threads) << 20;
+    if (groups >= 4 * threads || (groups && groups % threads == 0)) {
+      const int64_t round = group * threads;
+      const int64_t rounds = bytes_shared ? larger(1, budget / (bytes_shared * round)) : p.batch;
+      return {smaller(rounds * round, groups * group), group, threads, 1};
+    }
+    const int64_t most = larger(1, budget / ((bytes_shared + bytes_private) * group));
+    const int64_t chunk = blocks(larger(1, groups), blocks(larger(1, groups), most)) * group;
+    return {chunk, chunk, 1, threads};
+  }
+};
+
+// Consecutive samples. Their present frames stand one after another as rows: absent frames have none.
+struct Samples {
+  int64_t first, count, group;
+  const int64_t* start;  // [count + 1]: first row of each sample
+
+  int64_t rows() const { return start[count] - start[0]; }
+  int64_t row(int64_t b) const { return start[b] - start[0]; }
+  int64_t frames(int64_t b) const { return start[b + 1] - start[b]; }
+
+  // All samples of the batch; start is filled.
+  static Samples all(const Problem& p, const int64_t* lengths, int64_t* start) {
+    start[0] = 0;
+    for (int64_t b = 0; b < p.batch; ++b) start[b + 1] = start[b] + (lengths ? lengths[b] : p.length);
+    return {0, p.batch, samples_per_group(p), start};
+  }
+  Samples part(int64_t begin, int64_t most) const {
+    return {first + begin, smaller(most, count - begin), group, start + begin};
+  }
+
+  // f(first row, rows) for every block of a sum.
+  template <class F>
+  GRJCA_INLINE void each_block(F f) const {
+    for (int64_t b = 0; b < count; b += group) {
+      const int64_t end = row(smaller(b + group, count));
+      for (int64_t r = row(b); r < end; r += kTerms) f(r, smaller(kTerms, end - r));
+    }
+  }
+};
+
+// Frames in one task of a pass that works row by row; a multiple of kDropoutRows.
+constexpr int64_t kFrames = 16;
+
+// f(sample, frame, row or -1 where the frame is absent, thread) for every frame.
+template <class F>
+inline void each_frame(const Problem& p, const Samples& samples, int threads, F f) {
+  const int64_t groups = blocks(p.length, kFrames);
+  parallel_for(threads, samples.count * groups, [&](int64_t task, int thread) {
+    const int64_t b = task / groups, begin = task % groups * kFrames;
+    for (int64_t l = begin; l < smaller(begin + kFrames, p.length); ++l)
+      f(b, l, l < samples.frames(b) ? samples.row(b) + l : -1, thread);
+  });
+}
 
 }  // namespace grjca::GRJCA_ISA
