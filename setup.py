@@ -30,7 +30,8 @@ INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its 
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-maybe-uninitialized"
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"  # the last is wrong about GCC 12's own AVX-512 header
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"  # below: A100, PTX for newer, H100
 NVCC_FLAGS += " -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90a,code=sm_90a"
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB

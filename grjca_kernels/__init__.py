@@ -1,4 +1,4 @@
-"""Fused gated recursive joint cross-attention for audio-visual features. ``operator.md`` beside this file is its contract."""
+"""Fused gated recursive joint cross-attention of audio-visual features. Its contract: ``operator.md``, beside this."""
 
 from grjca_kernels import reference
 from grjca_kernels.backends import backends

@@ -1,4 +1,4 @@
-"""Who can compute: an ordered table, fastest first. A row says why it cannot run; ops.py calls the one that is chosen."""
+"""Who can compute: a table, fastest first. A row says why it cannot run; ops.py calls the one that is chosen."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def backends() -> dict[str, str | None]:
 
 
 def choose(name: str | None, tensor: Tensor) -> str:
-    """The backend to run for tensors like ``tensor``. None and "auto" defer to ``GRJCA_BACKEND``, then to the first able.
+    """The backend to run for tensors like ``tensor``; "auto" defers to ``GRJCA_BACKEND``, then to the first that can.
 
     Raises:
         ValueError: for an unknown name.

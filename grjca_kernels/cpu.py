@@ -55,7 +55,7 @@ def forward(
     iterates: Tensor,
     gates: Sequence[Tensor],
 ) -> None:
-    """Fill ``outputs`` [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways] per modality."""
+    """Fill ``outputs`` [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]."""
     call = _Call(problem, features, parameters, lengths, seed, iterates)
     _native.cpu_forward(
         **call.arguments(backward=False),
@@ -77,7 +77,7 @@ def backward(
     grad_features: Sequence[Tensor | None],
     grad_parameters: Sequence[Tensor | None],
 ) -> None:
-    """Fill ``grad_features`` and ``grad_parameters`` where they are tensors; incoming gradients that are None are zero."""
+    """Fill ``grad_features`` and ``grad_parameters`` where not None; incoming gradients that are None are zero."""
     call = _Call(problem, features, parameters, lengths, seed, iterates)
     _native.cpu_backward(
         **call.arguments(backward=True),

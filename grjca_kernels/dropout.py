@@ -1,6 +1,7 @@
 """The dropout mask of operator.md: a pure function of (seed, iteration, modality, site, sample, row, column).
 
-One Philox4x32 call (seven rounds: the fewest that pass BigCrush, Salmon et al., SC 2011) decides eight rows of one column.
+One Philox4x32 call (seven rounds: the fewest that pass BigCrush, Salmon et al., SC 2011) decides eight rows of a
+column.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ def gated_rjca(
     return_iterates: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Gated recursive joint cross-attention of M = 2 to 4 modalities (arXiv 2503.12261; ``operator.md`` has the equations).
+    """Gated recursive joint cross-attention of M = 2 to 4 modalities (arXiv 2503.12261, equations in ``operator.md``).
 
     Args:
         features: per modality X_m [B, L, d_m], visual first; float32, float64, bfloat16 or float16, any strides.
         layers: parameters of each iteration, or of one that all share. Same dtype and device as the features.
-        gates: per modality its gates: none, one of 2 ways ("dynamic"), one of T + 1 ("flat"), or stages 1..T of t + 1 ways
-            and a last one of T ("hierarchical").
+        gates: per modality its gates: none, one of 2 ways ("dynamic"), one of T + 1 ("flat"), or stages 1..T of t + 1
+            ways and a last one of T ("hierarchical").
         iterations: T, 1 to 8; needed only where one layer is shared.
         gating: "none" (RJCA), "dynamic" (DCA), "flat" (GRJCA) or "hierarchical" (HGRJCA).
         form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
@@ -47,8 +47,8 @@ def gated_rjca(
         lengths: [B] integers, 0 <= length <= L; frames beyond are absent: never read, and 0 in outputs and gradients.
         seed: of the dropout masks; drawn from PyTorch's generator if None.
         concat: one output [B, L, d] instead of one per modality.
-        return_gates: append {"gates": per modality [B, L, ways]; a tuple of them, stage 1..T then last, if hierarchical;
-            None without gates}.
+        return_gates: append {"gates": per modality [B, L, ways]; a tuple of them, stage 1..T then last, if
+            hierarchical; None without gates}.
         return_iterates: append {"iterates": per modality X^1..X^T, [T, B, L, d_m]}.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; see :func:`grjca_kernels.backends`.
 
@@ -106,7 +106,7 @@ def _autocast(
         return features, layers, gates
 
     def cast(given: Linear) -> Linear:
-        return Linear(*(None if tensor is None else tensor.to(dtype) for tensor in given))
+        return Linear(given.weight.to(dtype), None if given.bias is None else given.bias.to(dtype))
 
     return (
         [x.to(dtype) for x in features],

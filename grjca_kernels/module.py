@@ -22,7 +22,7 @@ class GatedRJCAFused(nn.Module):
 
     Args:
         dim_visual, dim_audio: d_v and d_a.
-        length: L, the frames of a sequence: W_k mixes time and is [L, L]. For shorter sequences pad and pass ``lengths``.
+        length: L, the frames of a sequence: W_k mixes time and is [L, L]. Pad shorter ones and pass ``lengths``.
         iterations: T, 1 to 8.
         gating: "none" (RJCA), "dynamic" (DCA), "flat" (GRJCA) or "hierarchical" (HGRJCA).
         form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
@@ -61,9 +61,7 @@ class GatedRJCAFused(nn.Module):
         super().__init__()
         for name, size in (("dim_visual", dim_visual), ("dim_audio", dim_audio), ("length", length)):
             shapes.check_size(name, size)
-        shapes.check_options(
-            iterations=iterations, gating=gating, form=form, dropout=dropout, temperature=temperature
-        )
+        shapes.check_options(iterations=iterations, gating=gating, form=form, dropout=dropout, temperature=temperature)
         shapes.check_choice("output", output, OUTPUTS)
         shapes.check_choice("backend", backend, CHOICES)
         if dtype is not None and dtype not in shapes.DTYPES:
@@ -112,14 +110,15 @@ class GatedRJCAFused(nn.Module):
     ) -> Any:
         """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]; ``lengths`` [B] marks frames beyond as absent.
 
-        Returns (Y_v, Y_a) or their concatenation, followed by one dict if extras were asked for: ``gates``, per modality
-        [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per modality [T, B, L, d_m].
+        Returns (Y_v, Y_a) or their concatenation, followed by one dict if extras were asked for: ``gates``, per
+        modality [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per modality
+        [T, B, L, d_m].
         """
         for name, x, d_m in zip(MODALITIES, (visual, audio), self.dims, strict=True):
             if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1:] != (self.length, d_m):
                 raise ValueError(
-                    f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; shorter sequences are padded "
-                    f"to L = {self.length} and their true `lengths` passed."
+                    f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; "
+                    f"pad shorter sequences to L = {self.length} and pass their true `lengths`."
                 )
         return gated_rjca(
             (visual, audio),
@@ -156,15 +155,15 @@ class GatedRJCAFused(nn.Module):
         """The module with the weights of the authors' block.
 
         Args:
-            source: their module (GRJCA, HGRJCA, DCA's block, DCNLayer), or a state_dict: of the block or of a whole model.
+            source: their module (GRJCA, HGRJCA, DCA's block, DCNLayer), or a state_dict of it or of a whole model.
             prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
             normalize: default True for "flat" and "hierarchical" gating, else False, as in their code.
             output: default "concat", and "pair" for a bare DCNLayer.
             **overrides: any other argument of the constructor that the weights don't fix: dropout, backend, device, ...
 
-        L, the widths, T and the gating are read from the shapes. At T = 1 a gate of two ways is "flat" under the name GRJCA
-        and "dynamic" otherwise; the two differ in the default of ``normalize`` only. Parameters without effect on the output
-        are ignored and named in one warning.
+        L, the widths, T and the gating are read from the shapes. At T = 1 a gate of two ways is "flat" under the name
+        GRJCA and "dynamic" otherwise; the two differ in the default of ``normalize`` only. Parameters without effect on
+        the output are ignored and named in one warning.
 
         Raises:
             ValueError: naming the key that is missing or has the wrong shape.
@@ -187,7 +186,18 @@ class GatedRJCAFused(nn.Module):
         return released.write(self)
 
     def extra_repr(self) -> str:
-        names = ("length", "iterations", "gating", "form", "dropout", "temperature", "normalize", "share_weights", "output")
+        """The settings, as ``print(module)`` shows them."""
+        names = (
+            "length",
+            "iterations",
+            "gating",
+            "form",
+            "dropout",
+            "temperature",
+            "normalize",
+            "share_weights",
+            "output",
+        )
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.dims[0]}, {self.dims[1]}, {settings}, backend={self.backend!r}"
 
@@ -205,7 +215,9 @@ class _Iteration(nn.Module):
         self.output = nn.ModuleDict({name: linear(width, d_m) for name, d_m in by_name.items()})
 
     def as_layer(self) -> Layer:
-        groups = (tuple(_as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output))
+        groups = (
+            tuple(_as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output)
+        )
         return Layer(None if self.query is None else _as_linear(self.query), *groups)
 
 

@@ -1,7 +1,7 @@
 """The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, autocast.
 
-Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on tensors
-allocated here. A new backend therefore registers nothing.
+Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on
+tensors allocated here. A new backend therefore registers nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _OPTIONS = (
     "bool concat, bool return_gates, str backend"
 )
 _library = torch.library.Library("grjca", "DEF")
-_library.define(f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]")
+_library.define(
+    f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]"
+)
 _library.define(
     "backward(Tensor?[] grads, Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, Tensor iterates, "
     f"bool[] needed, {_OPTIONS}) -> Tensor[]"
@@ -41,11 +43,7 @@ def gated_rjca(
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Run a checked call on ``backend``: outputs (one if ``concat``), iterates and gate values, each per modality."""
-    results = torch.ops.grjca.forward(
-        list(features),
-        shapes.flatten(layers, gates),
-        lengths,
-        seed,
+    options = (
         problem.iterations,
         problem.gating,
         problem.form,
@@ -57,6 +55,11 @@ def gated_rjca(
         return_gates,
         backend,
     )
+    parameters = shapes.flatten(layers, gates)
+    if torch.compiler.is_compiling():  # traced as one operator, whose own gradient is GatedRJCA
+        results = torch.ops.grjca.forward(list(features), parameters, lengths, seed, *options)
+    else:  # torch.func needs to see the autograd.Function itself
+        results = GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters)
     count = 1 if concat else len(features)
     values: list[Any] = [None] * len(features)
     if return_gates and problem.gate_ways:
@@ -68,7 +71,7 @@ def gated_rjca(
 
 
 def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """What to cast to where autocast is on: its dtype, except that float64 is left alone, as torch's own operators do."""
+    """What to cast to where autocast is on: its dtype; None for float64, which torch's own operators leave alone."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return None
@@ -78,7 +81,9 @@ def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
 # ---- forward
 
 
-def _problem(features: Sequence[Tensor], parameters: Sequence[Tensor], lengths: Tensor | None, options: tuple) -> Problem:
+def _problem(
+    features: Sequence[Tensor], parameters: Sequence[Tensor], lengths: Tensor | None, options: tuple
+) -> Problem:
     """Checks a raw call of the operator as strictly as the public function does: kernels are handed addresses."""
     iterations, gating, form, dropout, temperature, normalize, shared = options[:7]
     problem = Problem(
@@ -132,7 +137,8 @@ def _forward(features, parameters, lengths, seed, *options):  # type: ignore[no-
     problem = _problem(features, parameters, lengths, options)
     results = _empty_results(problem, features, options)
     outputs, iterates, gates = _parts(problem, results, concat=options[7])
-    TABLE[options[9]].forward(problem, features, parameters, lengths, seed, outputs, iterates, gates)  # type: ignore[misc]
+    run = TABLE[options[9]].forward
+    run(problem, features, parameters, lengths, seed, outputs, iterates, gates)  # type: ignore[misc]
     return results
 
 
@@ -141,9 +147,7 @@ def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list
     count = 1 if concat else len(problem.widths)
     outputs = list(results[:count])
     if concat:
-        outputs = (
-            [None] * len(problem.widths) if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
-        )
+        outputs = [None] * len(problem.widths) if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
     return outputs, results[count], list(results[count + 1 :])
 
 
@@ -153,13 +157,11 @@ def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list
 def _needed_gradients(features: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
     """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
     tensors = [*features, *parameters]
-    return [
-        tensor.new_empty(tensor.shape) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)
-    ]
+    return [tensor.new_empty(tensor.shape) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)]
 
 
 @torch.library.register_fake("grjca::backward", lib=_library)
-def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *options):  # type: ignore[no-untyped-def]
+def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *_):  # type: ignore[no-untyped-def]
     return [gradient for gradient in _needed_gradients(features, parameters, needed) if gradient is not None]
 
 
@@ -192,7 +194,7 @@ for _device in ("CPU", "CUDA"):
 
 
 class GatedRJCA(torch.autograd.Function):
-    """``grjca::forward`` with ``grjca::backward`` as its gradient. Saves the arguments and the iterates, nothing else."""
+    """``grjca::forward`` with ``grjca::backward`` as its gradient. Saves the arguments and the iterates only."""
 
     @staticmethod
     def forward(counts, lengths, seed, options, *tensors):  # type: ignore[no-untyped-def]
@@ -215,19 +217,23 @@ class GatedRJCA(torch.autograd.Function):
         if not any(needed) or all(grad is None for grad in grads):
             return (None,) * (4 + len(tensors))
         computed = iter(
-            torch.ops.grjca.backward(
-                list(grads), tensors[:count], tensors[count:], lengths, seed, iterates, needed, *ctx.options
-            )
+            GatedRJCAGradient.apply((len(grads), count), lengths, seed, iterates, needed, ctx.options, *grads, *tensors)
         )
         return (None, None, None, None, *(next(computed) if wanted else None for wanted in needed))
 
 
-class _NoDoubleBackward(torch.autograd.Function):
-    """Gives ``grjca::backward`` a gradient that says that there is none."""
+class GatedRJCAGradient(torch.autograd.Function):
+    """``grjca::backward``, with a gradient that says that there is none."""
 
     @staticmethod
-    def forward(ctx, call, *tensors):  # type: ignore[no-untyped-def]
-        return tuple(call())
+    def forward(counts, lengths, seed, iterates, needed, options, *tensors):  # type: ignore[no-untyped-def]
+        grads, rest = list(tensors[: counts[0]]), tensors[counts[0] :]
+        features, parameters = list(rest[: counts[1]]), list(rest[counts[1] :])
+        return tuple(torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -237,27 +243,39 @@ class _NoDoubleBackward(torch.autograd.Function):
         )
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _forward_autograd(keyset, features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
-    tensors = [*features, *parameters]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(GatedRJCA.apply((len(features),), lengths, seed, options, *tensors))
+    if _differentiable(*features, *parameters):
+        return list(GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.grjca.forward.default.redispatch(
             keyset & torch._C._after_autograd_keyset, features, parameters, lengths, seed, *options
         )
 
 
-def _backward_autograd(keyset, grads, features, parameters, *rest):  # type: ignore[no-untyped-def]
-    def call() -> list[Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.grjca.backward.default.redispatch(
-                keyset & torch._C._after_autograd_keyset, grads, features, parameters, *rest
-            )
-
-    tensors = [tensor for tensor in (*grads, *features, *parameters) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(_NoDoubleBackward.apply(call, *tensors))
-    return call()
+def _backward_autograd(  # type: ignore[no-untyped-def]
+    keyset, grads, features, parameters, lengths, seed, iterates, needed, *options
+):
+    if _differentiable(*grads, *features, *parameters):
+        counts = (len(grads), len(features))
+        return list(
+            GatedRJCAGradient.apply(counts, lengths, seed, iterates, needed, options, *grads, *features, *parameters)
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.grjca.backward.default.redispatch(
+            keyset & torch._C._after_autograd_keyset,
+            grads,
+            features,
+            parameters,
+            lengths,
+            seed,
+            iterates,
+            needed,
+            *options,
+        )
 
 
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)

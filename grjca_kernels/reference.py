@@ -74,7 +74,7 @@ def assemble(
     return_gates: bool,
     return_iterates: bool,
 ) -> Any:
-    """The public result: the outputs (a tuple, or their concatenation), then the extras as a dict if any were asked for."""
+    """The public result: the outputs (a tuple, or their concatenation), then a dict of extras if any were asked for."""
     result: tuple[Any, ...] = (torch.cat(list(outputs), dim=-1),) if concat else tuple(outputs)
     extras: dict[str, Any] = {}
     if return_gates:
@@ -182,6 +182,7 @@ def gate(problem: Problem, states: Sequence[Tensor], gates: Sequence[Linear]) ->
 
 
 def linear(x: Tensor, parameters: Linear) -> Tensor:
+    """y = x W^T + b."""
     return F.linear(x, parameters.weight, parameters.bias)
 
 

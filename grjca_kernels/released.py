@@ -1,4 +1,4 @@
-"""The authors' checkpoints, in and out: their parameter names (operator.md, last section) against those of GatedRJCAFused.
+"""The authors' checkpoints, in and out: their parameter names (operator.md, last section) and those of GatedRJCAFused.
 
 Their 1 and "video" is our visual, their 2 and "audio" our audio.
 """
@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Arguments of GatedRJCAFused that the weights fix, the weights under our names, and our name -> theirs."""
     if isinstance(source, nn.Module):
-        label, state = type(source).__name__, source.state_dict()
+        label, state = type(source).__name__, cast("Mapping[str, Tensor]", source.state_dict())
     elif isinstance(source, Mapping):
         label, state = "", source
     else:
@@ -78,7 +78,8 @@ def read(
     ):
         if weights[ours].dim() != 2:
             raise ValueError(
-                f"source[{prefix + ours_to_theirs[ours]!r}]: expected 2 dimensions, got shape {list(weights[ours].shape)}."
+                f"source[{prefix + ours_to_theirs[ours]!r}]: expected 2 dimensions, "
+                f"got shape {list(weights[ours].shape)}."
             )
         sizes[argument] = weights[ours].shape[0]
     config = {
@@ -100,7 +101,8 @@ def load(module: GatedRJCAFused, weights: Mapping[str, Tensor], theirs: Mapping[
         differing = sorted(expected.keys() ^ weights.keys())[0]
         raise ValueError(
             f"source: its weights do not fit the requested gating={module.gating!r}, form={module.form!r}, "
-            f"iterations={module.iterations}, share_weights={module.share_weights}; the first that differs is {differing!r}."
+            f"iterations={module.iterations}, share_weights={module.share_weights}; "
+            f"the first that differs is {differing!r}."
         )
     for ours, tensor in weights.items():
         if tensor.shape != expected[ours].shape:
@@ -114,7 +116,8 @@ def write(module: GatedRJCAFused) -> dict[str, Tensor]:
     """The inverse of :func:`read`. Shared weights are written once for every iteration."""
     if module.form != "released":
         raise ValueError(
-            "to_released: expected form='released', got form='paper', which has no biases; the authors' modules cannot hold it."
+            "to_released: expected form='released', got form='paper', which has no biases; "
+            "the authors' modules cannot hold it."
         )
     state = module.state_dict()
     result: OrderedDict[str, Tensor] = OrderedDict()
@@ -136,7 +139,9 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
             return next(iter(found.items()))
         if found:
             listed = ", ".join(repr(name) for name in sorted(found))
-            raise ValueError(f"prefix: expected a choice, because the source holds several blocks, at {listed}; got None.")
+            raise ValueError(
+                f"prefix: expected a choice, because the source holds several blocks, at {listed}; got None."
+            )
         some = ", ".join(repr(str(key)) for key in list(state)[:3])
         raise ValueError(
             f"source: expected a key that ends in {wanted!r}, got {len(state)} keys ({some}, ...). "

@@ -1,6 +1,6 @@
 """What a legal problem is. Every refusal of bad input is worded here, before anything is computed.
 
-Letters are those of ``operator.md``: B batch, L sequence length, M modalities of widths d_m with d their sum, T iterations.
+Letters are those of ``operator.md``: B batch, L sequence length, M modalities of widths d_m, d their sum, T iterations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Linear(NamedTuple):
 class Layer(NamedTuple):
     """Parameters of one iteration; the tuples hold one entry per modality, visual first.
 
-    ``query`` is W_q [d, d] (None in the paper form), ``key`` W_k,m [L, L], ``value`` W_v,m [d_m, d_m], ``output`` W_h,m [d_m, d].
+    ``query`` is W_q [d, d] (None in the paper form), ``key`` W_k,m [L, L], ``value`` W_v,m [d_m, d_m], ``output`` W_h,m
+    [d_m, d].
     """
 
     query: Linear | None
@@ -45,7 +46,7 @@ Gates = tuple[tuple[Linear, ...], ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call that is not a tensor. Built by :func:`check`, so holding one means the input was legal."""
+    """All of a call that is not a tensor. :func:`check` builds it, so holding one means that the input was legal."""
 
     batch: int
     length: int
@@ -233,16 +234,15 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
     return first.shape[0], first.shape[1], tuple(x.shape[2] for x in features)
 
 
-def _expected_parameters(
-    problem: Problem, layers: Sequence[Layer], gates: Gates
-) -> Iterator[tuple[str, Tensor | None, tuple[int, ...] | None]]:
-    """(name, tensor, expected shape or None for "must be absent") of every parameter."""
+_Expected = tuple[str, Tensor | None, tuple[int, ...] | None]  # name, tensor, its shape or None for "must be absent"
 
-    def linear(name: str, given: Linear | None, rows: int, columns: int, biased: bool = problem.released):
+
+def _expected_parameters(problem: Problem, layers: Sequence[Layer], gates: Gates) -> Iterator[_Expected]:
+    def linear(name: str, given: Linear | None, rows: int, columns: int) -> Iterator[_Expected]:
         if not isinstance(given, tuple) or len(given) != 2:
             raise TypeError(f"{name}: expected a Linear(weight, bias), got {type(given).__name__}.")
         yield f"{name}.weight", given[0], (rows, columns)
-        yield f"{name}.bias", given[1], (rows,) if biased else None
+        yield f"{name}.bias", given[1], (rows,) if problem.released else None
 
     length, width, count = problem.length, problem.width, len(problem.widths)
     for t, layer in enumerate(layers):

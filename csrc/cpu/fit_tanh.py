@@ -64,4 +64,8 @@ if __name__ == "__main__":
     small, power = near_zero(4), power_of_two(5)
     for name, values in (("kSmall", small), ("kPower", power)):
         print(f"constexpr float {name}[] = {{{', '.join(f'{np.float32(v):.9g}f' for v in values)}}};")
-    print("// error in units in the last place: at most {:.2f}, root mean square {:.2f}".format(*float32_errors(small, power)))
+    print(
+        "// error in units in the last place: at most {:.2f}, root mean square {:.2f}".format(
+            *float32_errors(small, power)
+        )
+    )
