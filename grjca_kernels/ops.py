@@ -247,17 +247,15 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _forward_autograd(keyset, features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+def _forward_autograd(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
     if _differentiable(*features, *parameters):
         return list(GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.grjca.forward.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, features, parameters, lengths, seed, *options
-        )
+        return torch.ops.grjca.forward(features, parameters, lengths, seed, *options)
 
 
 def _backward_autograd(  # type: ignore[no-untyped-def]
-    keyset, grads, features, parameters, lengths, seed, iterates, needed, *options
+    grads, features, parameters, lengths, seed, iterates, needed, *options
 ):
     if _differentiable(*grads, *features, *parameters):
         counts = (len(grads), len(features))
@@ -265,18 +263,8 @@ def _backward_autograd(  # type: ignore[no-untyped-def]
             GatedRJCAGradient.apply(counts, lengths, seed, iterates, needed, options, *grads, *features, *parameters)
         )
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.grjca.backward.default.redispatch(
-            keyset & torch._C._after_autograd_keyset,
-            grads,
-            features,
-            parameters,
-            lengths,
-            seed,
-            iterates,
-            needed,
-            *options,
-        )
+        return torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options)
 
 
-_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
-_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+_library.impl("forward", _forward_autograd, "Autograd")
+_library.impl("backward", _backward_autograd, "Autograd")
