@@ -15,7 +15,8 @@ from grjca_kernels import GatedRJCAFused, Linear
 class GatedRJCAEager(GatedRJCAFused):
     """Same arguments, parameters and state_dict as GatedRJCAFused; every step is a PyTorch operator.
 
-    Dropout is PyTorch's own, so its masks are not those of the fused block. The released form only; no ``lengths``, no extras.
+    Dropout is PyTorch's own, so its masks are not those of the fused block. The released form only; no ``lengths`` and
+    no extras.
     """
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None, **unsupported: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,8 +61,8 @@ SHAPES = {
 def saved_bytes(call: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that stay alive between the forward, ``call``, and its backward because autograd has saved them.
 
-    A storage counts once however many tensors share it, and whole, because as a whole it stays alive. ``parameters`` live
-    anyway and do not count. Inputs do, wherever they are saved: eager and fused blocks alike need them.
+    A storage counts once however many tensors share it, and whole, because as a whole it stays alive. ``parameters``
+    live anyway and do not count. Inputs do, wherever they are saved: the eager and the fused block both need them.
     """
     sizes: dict[int, int] = {}
 
@@ -91,3 +92,14 @@ def alternate(calls: Mapping[str, Callable[[], object]], repetitions: int) -> di
             if repetition:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use ``count`` threads within a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Synthetic audio-visual sequences whose valence and arousal are known, and whose modalities do not always complement."""
+"""Synthetic audio-visual sequences of known valence and arousal, whose modalities do not always complement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 PACE = 20.0  # frames over which the emotion, and the quality of a modality, keep their value
-SENSITIVITY = ((1.0, 0.5), (0.5, 1.0))  # of visual, audio to valence, arousal: a face shows one better, a voice the other
+SENSITIVITY = (
+    (1.0, 0.5),
+    (0.5, 1.0),
+)  # of visual, audio to valence, arousal: a face shows one better, a voice the other
 NUISANCES = 4  # what else a modality shows: pose and lighting, pitch and background
 
 
@@ -26,7 +29,7 @@ class Sequences(NamedTuple):
     """[N, L, 2]: whether visual and audio show the emotion in a frame; where false they hold noise alone"""
 
     def part(self, start: int, stop: int) -> Sequences:
-        """Sequences ``start`` to ``stop``. Training and held-out sequences must come from one call, to share a world."""
+        """Sequences ``start`` to ``stop``. Those to train on and those held out must come from one call: one world."""
         return Sequences(*(tensor[start:stop] for tensor in self))
 
 
@@ -61,7 +64,7 @@ def sequences(
         level = noise[m] * torch.exp(0.5 * _wander(count, length, 1, generator))
         features.append(hidden @ mixing + level * torch.randn(count, length, width, generator=generator))
         clear.append(sees)
-    return Sequences(*features, labels, torch.cat(clear, dim=-1))
+    return Sequences(features[0], features[1], labels, torch.cat(clear, dim=-1))
 
 
 def _wander(count: int, length: int, channels: int, generator: torch.Generator) -> Tensor:

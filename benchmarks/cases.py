@@ -1,0 +1,100 @@
+"""What is timed: blocks of the shapes that matter, by each implementation, all with one set of weights and inputs."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grjca.eager import GatedRJCAEager
+from grjca.measure import Shape
+from grjca_kernels import GatedRJCAFused
+
+THREADS = torch.get_num_threads()
+DROPOUT = 0.6
+ROTATED = 4  # sets of inputs that take turns
+SCORES = 1.5  # root mean square of K J / sqrt(d): the whole of tanh, which near zero is linear and hides mistakes
+
+IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {
+    "eager": lambda problem, **options: problem.block(GatedRJCAEager, **options),
+    "compiled": lambda problem, **options: torch.compile(problem.block(GatedRJCAEager, **options), dynamic=False),
+    "fused": lambda problem, **options: problem.block(GatedRJCAFused, **options),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A shape with its tensors, in float32."""
+
+    shape: Shape
+
+    def block(self, kind: type[GatedRJCAFused], **options: object) -> GatedRJCAFused:
+        """A block with the weights of this problem."""
+        block = self.shape.block(kind, **options)
+        block.load_state_dict(self.weights)
+        return block
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        block = self.shape.block(GatedRJCAFused)
+        x = [F.normalize(x[:2], dim=-1) if self.shape.normalize else x[:2] for x in self.shape.inputs(0)]
+        with torch.no_grad():
+            for layer in block.parameters_by_role()[0]:
+                joint = F.linear(torch.cat(x, dim=-1), *layer.query)
+                for x_m, key in zip(x, layer.key, strict=True):
+                    scores = F.linear(x_m.mT, *key) @ joint / math.sqrt(joint.shape[-1])
+                    key.weight.mul_(SCORES / scores.square().mean().sqrt())
+        return block.state_dict()
+
+    @cached_property
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        return [self.shape.inputs(seed, requires_grad=True) for seed in range(ROTATED)]
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Of the output, [B, L, d]."""
+        generator = torch.Generator().manual_seed(ROTATED)
+        size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
+        return torch.randn(size, generator=generator)
+
+
+@lru_cache
+def provenance() -> dict[str, str | int]:
+    """Where and with what a time was measured."""
+    return {
+        "commit": _commit(),
+        "device": _cpu(),
+        "threads": THREADS,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

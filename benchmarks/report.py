@@ -1,0 +1,136 @@
+"""Publish the benchmarks: ``python -m benchmarks.report``.
+
+It runs them, keeps the rows of this machine in ``results/``, and rewrites the tables of README.md between two markers.
+``--check`` only fails where those tables are not the ones of the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+MARKERS = "<!-- results -->", "<!-- /results -->"
+COLUMNS = {"eager": "eager", "compiled": "torch.compile", "fused": "fused"}
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Publish the benchmarks.")
+    parser.add_argument(
+        "json", nargs="?", type=Path, help="of pytest --benchmark-json; without it the benchmarks are run"
+    )
+    parser.add_argument("--check", action="store_true", help="only compare README.md with the rows that are kept")
+    arguments = parser.parse_args(argv)
+    if not arguments.check:
+        path = store(rows(arguments.json) if arguments.json else measure(), RESULTS)
+        print(f"wrote {path.relative_to(ROOT)}")
+    try:
+        text = README.read_text()
+        fresh = replaced(text, tables(RESULTS))
+    except (OSError, ValueError) as error:
+        print(f"README.md: {error}", file=sys.stderr)
+        return 1
+    if fresh == text:
+        print("README.md is up to date")
+    elif arguments.check:
+        print("README.md is not the table of benchmarks/results; run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    else:
+        README.write_text(fresh)
+        print("wrote README.md")
+    return 0
+
+
+def measure() -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "benchmarks.json")
+        command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={path}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return rows(path)
+
+
+def rows(path: Path) -> list[Row]:
+    """One flat row per case of a file that pytest-benchmark wrote."""
+    result = []
+    for case in json.loads(path.read_text())["benchmarks"]:
+        times = numpy.array(case["stats"]["data"]) * 1e3
+        p20, median, p80 = (float(f"{value:.4g}") for value in numpy.percentile(times, [20, 50, 80]))
+        result.append({**case["extra_info"], "rounds": len(times), "ms": median, "ms_p20": p20, "ms_p80": p80})
+    return result
+
+
+def store(rows: list[Row], folder: Path) -> Path:
+    """Keep the rows of one machine, a line each."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{rows[0]['device']} {rows[0]['threads']} threads".lower()).strip("-")
+    path = folder / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return path
+
+
+def tables(folder: Path) -> str:
+    """A table for every machine."""
+    return "\n\n".join(table(json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
+
+
+def table(rows: list[Row]) -> str:
+    """A line for every shape and pass, with what the fused block gains over each of the others."""
+    first = rows[0]
+    lines = [
+        f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
+        f"commit {first['commit']}: median in milliseconds, and MB saved for the backward.",
+        "",
+        f"| shape | pass | {' | '.join(COLUMNS.values())} | against eager | against compile | saved: eager | fused |",
+        "|---|---|" + "--:|" * (len(COLUMNS) + 4),
+    ]
+    for shape, name in dict.fromkeys((row["shape"], row["pass"]) for row in rows):
+        cell = {row["implementation"]: row for row in rows if (row["shape"], row["pass"]) == (shape, name)}
+        ms = {key: cell[key]["ms"] if key in cell else None for key in COLUMNS}
+        saved = [cell[key].get("saved_bytes") if key in cell else None for key in ("eager", "fused")]
+        batch = next(iter(cell.values()))["batch"]
+        lines.append(
+            _line(
+                [f"{shape}, B = {batch}", name]
+                + [_number(ms[key]) for key in COLUMNS]
+                + [_ratio(ms[key], ms["fused"]) for key in ("eager", "compiled")]
+                + [_number(value and value / 1e6) for value in saved]
+            )
+        )
+    return "\n".join(lines)
+
+
+def replaced(text: str, table: str) -> str:
+    """``text`` with ``table`` between the markers."""
+    start, stop = MARKERS
+    if text.count(start) != 1 or text.count(stop) != 1 or text.index(start) > text.index(stop):
+        raise ValueError(f"expected {start} and {stop} once each, in this order.")
+    return f"{text.partition(start)[0]}{start}\n{table}\n{stop}{text.partition(stop)[2]}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return f"{value / base:.1f}x" if value and base else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
