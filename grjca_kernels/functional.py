@@ -60,8 +60,8 @@ def gated_rjca(
         ValueError, TypeError: for anything outside the above, before anything runs.
         RuntimeError: if a named backend cannot run, with its reason.
     """
-    if isinstance(features, Sequence) and features and all(isinstance(x, Tensor) for x in features):
-        features, layers, gates = _autocast(features, layers, gates)
+    shapes.check_structure(features, layers, gates)
+    features, layers, gates = _autocast(features, layers, gates)
     problem = shapes.check(
         features,
         layers,
@@ -98,11 +98,9 @@ def gated_rjca(
 def _autocast(
     features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates
 ) -> tuple[Sequence[Tensor], Sequence[Layer], Gates]:
-    """Features and parameters in autocast's dtype, where it is on."""
-    if not torch.is_autocast_enabled(features[0].device.type):
-        return features, layers, gates
-    dtype = ops.autocast_dtype([*features, *shapes.flatten(layers, gates)])
-    if dtype is None:
+    """Features and parameters in autocast's dtype, where it is on; float64 is left alone, as torch's operators do."""
+    dtype = ops.autocast_dtype(features[0].device.type)
+    if dtype is None or any(x.dtype == torch.float64 for x in (*features, *shapes.flatten(layers, gates))):
         return features, layers, gates
 
     def cast(given: Linear) -> Linear:

@@ -70,10 +70,9 @@ def gated_rjca(
     return list(results[:count]), list(iterates), values
 
 
-def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """What to cast to where autocast is on: its dtype; None for float64, which torch's own operators leave alone."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast is set to for this device type, or None where it is off or does not exist."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

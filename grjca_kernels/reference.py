@@ -123,7 +123,12 @@ def initial(problem: Problem, x: Tensor, present: Tensor | None) -> Tensor:
     """X^0: the input with absent frames cleared, normalised per frame if asked for."""
     if present is not None:
         x = torch.where(present, x, 0)
-    return F.normalize(x, dim=-1, eps=1e-12) if problem.normalize else x
+    if not problem.normalize:
+        return x
+    wide = (
+        x if x.dtype == torch.float64 else x.float()
+    )  # 1e-12 is 0 in float16, and the norm of large frames is not finite
+    return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
 def iterate(

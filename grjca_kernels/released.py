@@ -50,9 +50,8 @@ def read(
         raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}.")
     prefix, inner = _find(state, prefix)
     block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    iterations = 0
-    while f"{inner}dcn_layers.{iterations}.dense_coattn.query_linear.weight" in block:
-        iterations += 1
+    numbered = re.compile(rf"{re.escape(inner)}dcn_layers\.(\d+)\.")
+    iterations = 1 + max(int(match.group(1)) for key in block if (match := numbered.match(key)))
     metadata = getattr(state, "_metadata", None) or {}
     gating = _gating(block, prefix, iterations, metadata.get(_METADATA), named_grjca="GRJCA" in label + prefix)
 
@@ -155,11 +154,14 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
 
 
 def _gating(block: Mapping[str, Any], prefix: str, iterations: int, recorded: str | None, named_grjca: bool) -> str:
-    if "video_gating_fc_layer_stage.weight" in block or "video_gating_fc_layer_stage1.weight" in block:
-        return "hierarchical"
-    key = "video_gating_fc_layer.weight"
-    if key not in block:
+    gates = [key for key in block if re.match("(video|audio)_gating_fc_layer", key)]
+    if not gates:
         return "none"
+    if any("_stage" in key for key in gates):
+        return "hierarchical"
+    key = next((key for key in gates if key.endswith("weight")), None)
+    if key is None:
+        return "flat"  # and its keys are missing, as read() will say
     ways = block[key].shape[0]
     if ways == 2 and iterations == 1:
         return recorded or ("flat" if named_grjca else "dynamic")

@@ -105,7 +105,7 @@ def check_options(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability p with 0 <= p < 1, got {dropout}.")
     check_number("temperature", temperature)
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}.")
 
 
@@ -153,12 +153,7 @@ def check(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    if isinstance(features, Tensor) or not isinstance(features, Sequence):
-        raise TypeError(f"features: expected a sequence of tensors, one per modality, got {type(features).__name__}.")
-    if not MODALITIES[0] <= len(features) <= MODALITIES[1]:
-        raise ValueError(f"features: expected {MODALITIES[0]} to {MODALITIES[1]} modalities, got {len(features)}.")
-    if not isinstance(layers, Sequence) or not layers:
-        raise TypeError("layers: expected a non-empty sequence of Layer, one per iteration or one shared by all.")
+    check_structure(features, layers, gates)
     total = len(layers) if iterations is None else iterations
     check_options(iterations=total, gating=gating, form=form, dropout=dropout, temperature=temperature)
     if len(layers) not in (1, total):
@@ -193,6 +188,54 @@ def check(
     return problem
 
 
+def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates) -> None:
+    """Refuse arguments that are not the nested sequences of tensors they should be, whatever the tensors hold."""
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"features: expected a sequence of tensors, one per modality, got {_kind(features)}.")
+    if not MODALITIES[0] <= len(features) <= MODALITIES[1]:
+        raise ValueError(f"features: expected {MODALITIES[0]} to {MODALITIES[1]} modalities, got {len(features)}.")
+    for name, x in zip(modality_names(len(features)), features, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor [B, L, d], got {_kind(x)}.")
+    if isinstance(layers, Tensor) or not isinstance(layers, Sequence) or len(layers) == 0:
+        raise TypeError(f"layers: expected Layers in a sequence, one per iteration or one shared, got {_kind(layers)}.")
+    for t, layer in enumerate(layers):
+        if not isinstance(layer, tuple) or len(layer) != 4:
+            raise TypeError(f"layers[{t}]: expected a Layer(query, key, value, output), got {_kind(layer)}.")
+        if layer[0] is not None:
+            _check_linear(f"layers[{t}].query", layer[0])
+        for kind, group in zip(("key", "value", "output"), layer[1:], strict=True):
+            _check_group(f"layers[{t}].{kind}", group, len(features))
+    if isinstance(gates, Tensor) or not isinstance(gates, Sequence):
+        raise TypeError(f"gates: expected a sequence of gates per modality, got {_kind(gates)}.")
+    for m, group in enumerate(gates):
+        _check_group(f"gates[{m}]", group, None)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def _check_group(name: str, group: object, count: int | None) -> None:
+    if not isinstance(group, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple of Linear, got {_kind(group)}.")
+    if count is not None and len(group) != count:
+        raise ValueError(f"{name}: expected {count} Linear, one per modality, got {len(group)}.")
+    for i, linear in enumerate(group):
+        _check_linear(f"{name}[{i}]", linear)
+
+
+def _check_linear(name: str, linear: object) -> None:
+    if not isinstance(linear, tuple) or len(linear) != 2:
+        raise TypeError(f"{name}: expected a Linear(weight, bias), got {_kind(linear)}.")
+    if not isinstance(linear[0], Tensor):
+        raise TypeError(f"{name}.weight: expected a tensor, got {_kind(linear[0])}.")
+    if linear[1] is not None and not isinstance(linear[1], Tensor):
+        raise TypeError(f"{name}.bias: expected a tensor or None, got {_kind(linear[1])}.")
+
+
 def check_lengths_values(lengths: Tensor, length: int) -> None:
     """Refuse lengths outside 0..L. Reads the values, so it is called where they are known."""
     if lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= length):
@@ -204,8 +247,6 @@ def check_lengths_values(lengths: Tensor, length: int) -> None:
 def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ...]]:
     names = modality_names(len(features))
     for name, x in zip(names, features, strict=True):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor [B, L, d], got {type(x).__name__}.")
         if x.layout is not torch.strided:
             raise TypeError(
                 f"{name}: expected a strided (dense) tensor, got layout {x.layout}; "
@@ -239,22 +280,18 @@ _Expected = tuple[str, Tensor | None, tuple[int, ...] | None]  # name, tensor, i
 
 def _expected_parameters(problem: Problem, layers: Sequence[Layer], gates: Gates) -> Iterator[_Expected]:
     def linear(name: str, given: Linear | None, rows: int, columns: int) -> Iterator[_Expected]:
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise TypeError(f"{name}: expected a Linear(weight, bias), got {type(given).__name__}.")
+        if given is None:
+            raise TypeError(f"{name}: expected a Linear(weight, bias), got None.")
         yield f"{name}.weight", given[0], (rows, columns)
         yield f"{name}.bias", given[1], (rows,) if problem.released else None
 
     length, width, count = problem.length, problem.width, len(problem.widths)
     for t, layer in enumerate(layers):
-        if not isinstance(layer, tuple) or len(layer) != 4:
-            raise TypeError(f"layers[{t}]: expected a Layer(query, key, value, output), got {type(layer).__name__}.")
         if problem.released:
             yield from linear(f"layers[{t}].query", layer[0], width, width)
         elif layer[0] is not None:
             raise ValueError(f"layers[{t}].query: expected None in the paper form, which has no W_q, got a Linear.")
         for kind, group in zip(("key", "value", "output"), layer[1:], strict=True):
-            if not isinstance(group, tuple) or len(group) != count:
-                raise ValueError(f"layers[{t}].{kind}: expected a tuple of {count} Linear, one per modality.")
             for m, d_m in enumerate(problem.widths):
                 rows, columns = {"key": (length, length), "value": (d_m, d_m), "output": (d_m, width)}[kind]
                 yield from linear(f"layers[{t}].{kind}[{m}]", group[m], rows, columns)

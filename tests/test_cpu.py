@@ -1,0 +1,255 @@
+"""The native kernel, on every instruction set of this processor."""
+
+import math
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+from pytest import fixture, mark
+from torch import Tensor
+
+from cases import (
+    BY_NAME,
+    CASES,
+    EVERYTHING,
+    FULL_SIZE,
+    GOLDEN,
+    SEED,
+    Case,
+    Result,
+    cotangents,
+    describe,
+    eager_module,
+    golden_results,
+    make,
+    parameter_names,
+    run,
+)
+from grjca_kernels import cpu, derivation, gated_rjca, reference, shapes
+from tolerances import (
+    FULL_SIZE as FULL_SIZE_TOLERANCE,
+)
+from tolerances import (
+    check_close,
+    check_float64,
+    check_one_step,
+    check_one_step_gradients,
+    check_rule,
+    exact,
+)
+
+pytestmark = mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+HALVES = (torch.bfloat16, torch.float16)
+CHUNKS = Case("chunks", 4000, 16, (33, 5), 1, dropout=0.2)
+"""More samples than the kernels walk at once, forward and backward, on any instruction set."""
+
+native = partial(gated_rjca, backend="cpu")
+
+
+@fixture(params=cpu.instruction_sets())
+def instruction_set(request):
+    with cpu.instruction_set(request.param):
+        yield request.param
+
+
+# ---- against the reference
+
+
+@mark.parametrize("case", CASES, ids=str)
+def test_float64(case, instruction_set):
+    check_float64(run(native, case, make(case)), exact(case, torch.float64))
+
+
+@mark.parametrize("case", CASES, ids=str)
+def test_float32(case, instruction_set):
+    check_rule(run(native, case, make(case, torch.float32)), case, torch.float32)
+
+
+@mark.parametrize("dtype", HALVES, ids=str)
+@mark.parametrize("case", CASES, ids=str)
+def test_values_of_sixteen_bits(case, dtype, instruction_set):
+    check_rule(run(native, case, make(case, dtype)), case, dtype, gradients=False)
+
+
+STATISTICAL = [
+    Case(f"{form}-{gating}-{p}", 8, 48, (40, 24), 2, gating, form, dropout=p, normalize=p == 0)
+    for form, p in (("released", 0.0), ("released", 0.4), ("paper", 0.0))
+    for gating in shapes.GATINGS
+]
+
+
+@mark.parametrize("dtype", HALVES, ids=str)
+@mark.parametrize("case", STATISTICAL, ids=str)
+def test_gradients_of_sixteen_bits(case, dtype):
+    """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
+    check_rule(run(native, case, make(case, dtype)), case, dtype)
+
+
+def test_chunks(instruction_set):
+    problem = describe(CHUNKS, make(CHUNKS))
+    for backward in (False, True):
+        once, twice = (
+            workspace(replace(problem, batch=n * CHUNKS.batch), torch.bfloat16, backward, instruction_set)
+            for n in (1, 2)
+        )
+        assert twice < 1.2 * once, "the batch is one chunk: this case must grow"
+    for dtype in (torch.float32, torch.bfloat16):
+        check_rule(run(native, CHUNKS, make(CHUNKS, dtype)), CHUNKS, dtype)
+
+
+def workspace(problem: shapes.Problem, dtype: torch.dtype, backward: bool, instruction_set: str) -> int:
+    described = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    described |= {"widths": list(problem.widths), "dtype": str(dtype).removeprefix("torch.")}
+    return cpu._native.cpu_workspace(cpu._native.Problem(**described), backward, 1, instruction_set)
+
+
+@mark.parametrize("name", GOLDEN)
+def test_golden(name, instruction_set):
+    check_float64(*golden_results(name, "cpu"))
+
+
+@mark.parametrize("case", FULL_SIZE.values(), ids=str)
+def test_the_released_formulas_at_full_size(case):
+    leaves = make(case).leaves()
+    module, parameters = eager_module(case, leaves)
+    eager = module(*leaves.features)
+    ours = native(leaves.features, leaves.layers, leaves.gates, **case.options)
+    incoming = [torch.randn_like(y) for y in eager]
+    of_eager = torch.autograd.grad(eager, leaves.features + parameters, incoming)
+    of_ours = torch.autograd.grad(ours, leaves.features + leaves.parameters, incoming)
+    for i, (y, expected) in enumerate(zip((*ours, *of_ours), (*eager, *of_eager), strict=True)):
+        check_close(str(i), y.detach(), expected.detach(), FULL_SIZE_TOLERANCE)
+
+
+@mark.parametrize("case", FULL_SIZE.values(), ids=str)
+def test_the_rule_at_full_size(case):
+    check_rule(run(native, case, make(case, torch.float32)), case, torch.float32)
+
+
+# ---- against the derivation, step by step
+
+
+@mark.parametrize("dtype", HALVES, ids=str)
+@mark.parametrize("case", [case for case in CASES if case.batch], ids=str)
+def test_every_step_of_sixteen_bits(case, dtype, instruction_set):
+    """From the iterates it stored, the kernel goes on as float64 does, up to one rounding: errors cannot grow."""
+    inputs, seed = make(case, dtype), torch.tensor(SEED) if case.dropout and case.form == "released" else None
+    ours = run(native, case, inputs)
+    wide, problem = inputs.to(torch.float64), describe(case, inputs)
+    present = reference.presence(problem, wide.lengths, torch.device("cpu"))
+    modalities = range(len(case.widths))
+    initial = [reference.initial(problem, x, present) for x in wide.features]
+    iterates = [ours.values[f"X[{m}]"].double() for m in modalities]
+    for t in range(case.iterations):
+        before = [initial[m] if t == 0 else iterates[m][t - 1] for m in modalities]
+        after = reference.iterate(problem, before, wide.layers[0 if case.shared else t], t, present, seed)
+        for m in modalities:
+            check_one_step(f"X[{m}]^{t + 1}", ours.values[f"X[{m}]"][t], after[m], dtype)
+    for m in modalities:
+        y, gates = reference.gate(problem, [initial[m], *iterates[m]], wide.gates[m])
+        shown = 1 if present is None else present
+        check_one_step(f"Y[{m}]", ours.values[f"Y[{m}]"], y * shown, dtype)
+        for g, gate in enumerate(() if gates is None else gates if isinstance(gates, tuple) else (gates,)):
+            check_one_step(f"G[{m}][{g}]", ours.values[f"G[{m}][{g}]"], gate * shown, dtype)
+    check_one_step_gradients(ours.gradients, derived(case, wide, seed, iterates, ours), dtype)
+
+
+def derived(case: Case, inputs, seed: Tensor | None, iterates: list[Tensor], ours: Result) -> dict[str, Tensor]:
+    """derivation.backward from iterates that are given."""
+    count, ways = len(case.widths), len(describe(case, inputs).gate_ways)
+    incoming = [gradient.double() for gradient in cotangents(list(ours.values.values()))]
+    gates = [tuple(incoming[2 * count + m * ways : 2 * count + (m + 1) * ways]) for m in range(count)]
+    if case.gating != "hierarchical":
+        gates = [of_modality[0] if of_modality else None for of_modality in gates]
+    d_features, d_parameters = derivation.backward(
+        describe(case, inputs), inputs.features, inputs.layers, inputs.gates, inputs.lengths, seed,
+        iterates, incoming[:count], incoming[count : 2 * count], gates,
+    )  # fmt: skip
+    names = [f"d features[{m}]" for m in range(count)] + [f"d {name}" for name in parameter_names(case)]
+    return dict(zip(names, d_features + d_parameters, strict=True))
+
+
+# ---- memory
+
+
+@fixture
+def poisoned():
+    """New memory holds NaN: 0xFF in every byte of the workspace is NaN in every dtype."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8, dtype=torch.uint8).eq(0xFF).all() and torch.empty(3).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@mark.parametrize("dtype", shapes.DTYPES, ids=str)
+@mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["lengths-paper"]], ids=str)
+def test_uninitialised_memory_is_not_read(case, dtype, instruction_set, request):
+    inputs = make(case, dtype)
+    clean = run(native, case, inputs)
+    request.getfixturevalue("poisoned")
+    dirty = run(native, case, inputs)
+    for of_clean, of_dirty in ((clean.values, dirty.values), (clean.gradients, dirty.gradients)):
+        for name, value in of_clean.items():
+            assert value.isfinite().all(), name
+            assert torch.equal(value, of_dirty[name]), name
+
+
+class Guarded:
+    """A tensor amid NaN: contiguous, or its columns ``step`` apart."""
+
+    def __init__(self, shape, dtype: torch.dtype, step: int = 1) -> None:
+        if step == 1:
+            self.around = torch.full((math.prod(shape) + 32,), torch.nan, dtype=dtype)
+            self.inside = self.around[16:-16].view(shape)
+        else:
+            *outer, columns = shape
+            self.around = torch.full((*(n + 2 for n in outer), (columns + 2) * step), torch.nan, dtype=dtype)
+            self.inside = self.around[(*(slice(1, -1) for _ in outer), slice(step, -step, step))]
+
+    def check(self) -> None:
+        assert not self.inside.isnan().any(), "not written"
+        self.inside.fill_(torch.nan)
+        assert self.around.isnan().all(), "written outside"
+
+
+@mark.parametrize("dtype", shapes.DTYPES, ids=str)
+@mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["shared-paper"]], ids=str)
+def test_all_is_written_and_nothing_else(case, dtype, instruction_set, monkeypatch):
+    inputs, workspaces = make(case, dtype), []
+    problem = describe(case, inputs)
+
+    def empty(size, **options):
+        around = torch.zeros(size + 2 * 4096, **options)
+        workspaces.append(around)
+        return around[4096:-4096].fill_(0xFF)
+
+    monkeypatch.setattr(cpu.torch, "empty", empty)
+    frames, widths = (case.batch, case.length), case.widths
+    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
+    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
+    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
+    common = (problem, inputs.features, inputs.parameters, inputs.lengths, torch.tensor(SEED))
+    cpu.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
+    incoming = [torch.randn(y.inside.shape).to(dtype) for y in outputs]
+    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
+    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
+    none = [None] * len(widths)
+    cpu.backward(
+        *common, iterates.inside, incoming, [], none, [d.inside for d in d_features], [d.inside for d in d_parameters]
+    )
+    assert len(workspaces) == 2
+    for around in workspaces:
+        assert not around[:4096].any() and not around[-4096:].any(), "the workspace is overrun"
+    for guarded in (*outputs, *gates, iterates, *d_features, *d_parameters):
+        guarded.check()
+
+
+def test_instruction_sets_end_with_the_baseline():
+    assert cpu.instruction_sets()[-1] == "baseline"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with cpu.instruction_set("mmx"), pytest.raises(ValueError, match=r"instruction_set: .*mmx"):
+        run(native, EVERYTHING, make(EVERYTHING))

@@ -1,0 +1,253 @@
+"""The operators as PyTorch sees them: schema, fakes, autograd, autocast, torch.compile, torch.func."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from pytest import mark
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cases import BACKENDS, BY_NAME, EVERYTHING, SEED, Case, Inputs, call, cotangents, make
+from grjca_kernels import GatedRJCAFused, cpu, gated_rjca
+
+pytestmark = mark.skipif("cpu" not in BACKENDS, reason=str(cpu.why_not()))
+native = partial(gated_rjca, backend="cpu")
+
+CASES = [
+    EVERYTHING,
+    BY_NAME["released-flat"],
+    BY_NAME["released-none"],
+    BY_NAME["paper-dynamic"],
+    BY_NAME["paper-none"],
+    BY_NAME["three-modalities"],
+    BY_NAME["shared-dropout-lengths"],
+    BY_NAME["empty"],
+]
+
+
+def forward_arguments(case: Case, inputs: Inputs, concat=False, return_gates=True) -> tuple:
+    """Arguments of grjca::forward."""
+    seed = torch.tensor(SEED) if case.dropout and case.form == "released" else None
+    options = (case.iterations, case.gating, case.form, case.dropout if seed is not None else 0.0, case.temperature)
+    flags = (case.normalize, case.shared, concat, return_gates, "cpu")
+    return inputs.features, inputs.parameters, inputs.lengths, seed, *options, *flags
+
+
+def backward_arguments(case: Case, inputs: Inputs, missing=(), **options) -> tuple:
+    """Arguments of grjca::backward, as the forward leaves them."""
+    arguments = forward_arguments(case, inputs, **options)
+    with torch.no_grad():
+        results = torch.ops.grjca.forward(*arguments)
+    grads = [None if i in missing else gradient for i, gradient in enumerate(cotangents(results))]
+    features, parameters, lengths, seed, *rest = arguments
+    iterates = results[1 if options.get("concat") else len(features)]
+    needed = [i % 3 != 1 for i in range(len(features) + len(parameters))]
+    return grads, features, parameters, lengths, seed, iterates, needed, *rest
+
+
+# ---- registration
+
+
+@mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@mark.parametrize("concat, return_gates", [(False, True), (True, False)])
+@mark.parametrize("case", CASES, ids=str)
+def test_opcheck_forward(case, concat, return_gates, dtype):
+    arguments = forward_arguments(case, make(case, dtype), concat, return_gates)
+    torch.library.opcheck(torch.ops.grjca.forward.default, arguments)
+
+
+@mark.parametrize("case", CASES[:4], ids=str)
+def test_opcheck_forward_with_gradients(case):
+    torch.library.opcheck(torch.ops.grjca.forward.default, forward_arguments(case, make(case).leaves()))
+
+
+@mark.parametrize("missing", [(), (0,), (1, 2)])
+@mark.parametrize("concat", [False, True])
+@mark.parametrize("case", CASES, ids=str)
+def test_opcheck_backward(case, concat, missing):
+    arguments = backward_arguments(case, make(case), missing, concat=concat)
+    torch.library.opcheck(torch.ops.grjca.backward.default, arguments)
+
+
+@mark.parametrize("strided", [False, True])
+@mark.parametrize("case", CASES, ids=str)
+def test_fakes_are_exact(case, strided):
+    """Shape, strides, dtype and device of what really comes back."""
+    inputs = make(case, torch.float32)
+    if strided:
+        inputs = replace(inputs, features=[x.mT.contiguous().mT for x in inputs.features])
+    calls = [
+        (torch.ops.grjca.forward, forward_arguments(case, inputs, concat, gates))
+        for concat in (False, True)
+        for gates in (False, True)
+    ]
+    calls += [(torch.ops.grjca.backward, backward_arguments(case, inputs, concat=concat)) for concat in (False, True)]
+    for operator, arguments in calls:
+        real = operator(*arguments)
+        mode = FakeTensorMode()
+        with mode:
+            fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+        assert len(fake) == len(real)
+        for a, b in zip(fake, real, strict=True):
+            assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@mark.parametrize("case", CASES, ids=str)
+def test_results_do_not_overlap(case):
+    """Functional operators return new memory."""
+    inputs = make(case)
+    results = torch.ops.grjca.forward(*forward_arguments(case, inputs))
+    storages = [x.untyped_storage().data_ptr() for x in (*results, *inputs.features, *inputs.parameters) if x.numel()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_a_raw_call_is_checked_too():
+    features, parameters, *rest = forward_arguments(EVERYTHING, make(EVERYTHING))
+    with pytest.raises(ValueError, match=r"parameters: expected \d+ tensors .*got"):
+        torch.ops.grjca.forward(features, parameters[:-1], *rest)
+    with pytest.raises(ValueError, match=r"layers\[0\]\.query\.weight: expected shape"):
+        torch.ops.grjca.forward(features, [parameters[1], *parameters[1:]], *rest)
+
+
+# ---- derivatives
+
+
+@mark.parametrize("case", [
+    Case("all", 2, 3, (2, 1), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(3, 2)),
+    Case("paper", 1, 3, (1, 2), 2, "flat", "paper"),
+    Case("shared", 1, 2, (2, 2), 3, "dynamic", shared=True),
+], ids=str)  # fmt: skip
+def test_gradcheck(case):
+    inputs = make(case).leaves()
+
+    def function(*tensors):
+        remaining = iter(tensors)
+        return tuple(call(native, case, inputs.map(lambda _: next(remaining))).values())
+
+    assert torch.autograd.gradcheck(function, (*inputs.features, *inputs.parameters))
+
+
+def functional_loss(module, x):
+    def loss(parameters):
+        return sum(y.square().sum() for y in torch.func.functional_call(module, parameters, x))
+
+    return loss
+
+
+def test_torch_func_grad():
+    module = GatedRJCAFused(5, 3, 4, backend="cpu", dtype=torch.float64).eval()
+    x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    loss = functional_loss(module, x)
+    gradients, value = torch.func.grad_and_value(loss)(parameters)
+    expected = loss(dict(module.named_parameters()))
+    expected.backward()
+    assert torch.equal(value, expected.detach())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad), name
+
+
+# ---- autocast
+
+
+@mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, features):
+    """As if features and parameters had been cast; the gradients come in the dtypes of the parameters."""
+    inputs = make(EVERYTHING, torch.float32)
+    inputs = replace(inputs, features=[x.to(features) for x in inputs.features])
+    mixed, cast = inputs.leaves(), inputs.to(dtype).leaves()
+    with torch.autocast("cpu", dtype):
+        values = call(native, EVERYTHING, mixed)
+    expected = call(native, EVERYTHING, cast)
+    assert all(torch.equal(value, expected[name]) and value.dtype == dtype for name, value in values.items())
+    incoming = cotangents([*expected.values()])
+    ours = torch.autograd.grad([*values.values()], mixed.features + mixed.parameters, incoming)
+    theirs = torch.autograd.grad([*expected.values()], cast.features + cast.parameters, incoming)
+    for x, a, b in zip(mixed.features + mixed.parameters, ours, theirs, strict=True):
+        assert a.dtype == x.dtype and torch.equal(a, b.to(x.dtype))
+
+
+@mark.parametrize("backend", BACKENDS)
+@mark.parametrize("output", ["pair", "concat"])
+def test_autocast_of_a_float32_module_with_half_activations(backend, output):
+    module = GatedRJCAFused(5, 3, 4, backend=backend, output=output, dropout=0.0)
+    x = torch.randn(2, 4, 5).bfloat16(), torch.randn(2, 4, 3).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(*x)
+    y = y if output == "concat" else y[0]
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_float64_alone(backend):
+    function = partial(gated_rjca, backend=backend)
+    inputs = make(EVERYTHING)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = call(function, EVERYTHING, inputs)
+    expected = call(function, EVERYTHING, inputs)
+    assert all(torch.equal(value, expected[name]) for name, value in values.items())
+
+
+def test_autocast_that_is_off_changes_nothing():
+    inputs = make(EVERYTHING, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert call(native, EVERYTHING, inputs)["Y[0]"].dtype == torch.float32
+
+
+# ---- torch.compile
+
+
+def step(module: torch.nn.Module, x: tuple[Tensor, ...], incoming: list[Tensor], lengths=None) -> list[Tensor]:
+    module.zero_grad()
+    leaves = [tensor.clone().requires_grad_() for tensor in x]
+    outputs = module(*leaves) if lengths is None else module(*leaves, lengths)
+    torch.autograd.backward(outputs, incoming)
+    gradients = [parameter.grad.clone() for parameter in module.parameters()]
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves), *gradients]
+
+
+@mark.parametrize("compiler", ["aot_eager", "inductor"])
+@mark.parametrize("gating, with_lengths", [("flat", False), ("hierarchical", True)])
+def test_compile_without_graph_breaks(compiler, gating, with_lengths):
+    torch.compiler.reset()
+    module = GatedRJCAFused(5, 3, 4, gating=gating, normalize=True, backend="cpu", dropout=0.0)
+    x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
+    incoming = cotangents(x)
+    lengths = torch.tensor([4, 2]) if with_lengths else None
+    expected = step(module, x, incoming, lengths)
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(step(compiled, x, incoming, lengths), expected, rtol=0, atol=0)
+
+
+def test_compile_with_dropout():
+    torch.compiler.reset()
+    module = GatedRJCAFused(5, 3, 4, backend="cpu", dropout=0.5)
+    x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    first, second = compiled(*x)[0], compiled(*x)[0]
+    torch.manual_seed(0)
+    assert torch.equal(compiled(*x)[0], first) and not torch.equal(first, second)
+
+
+@mark.parametrize("dynamic", [None, True])
+def test_compile_of_another_batch(dynamic):
+    torch.compiler.reset()
+    module = GatedRJCAFused(5, 3, 4, backend="cpu").eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 4, 5), torch.randn(batch, 4, 3)
+        torch.testing.assert_close(compiled(*x), module(*x), rtol=0, atol=0)
+
+
+def test_export():
+    module = GatedRJCAFused(5, 3, 4, backend="cpu").eval()
+    x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
+    program = torch.export.export(module, x)
+    torch.testing.assert_close(program.module()(*x), module(*x), rtol=0, atol=0)
