@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Problem
 from grjca_kernels import GatedRJCAFused
-from tolerances import FACTOR, FEW
+from tolerances import check_draws, largest, length
 
 DRAWS = 2  # of eager's rounding errors; the tests take more, at smaller shapes
 SEED = 1
@@ -31,16 +30,16 @@ def check_forward(block: nn.Module, problem: Problem) -> None:
     with torch.no_grad():
         output = block.eval()(*problem.inputs[0])
     truth, draws = expected(problem, 0.0)
-    _check("output", output, truth.output, [draw.output for draw in draws], _largest)
+    check_draws("output", output, truth.output, [draw.output for draw in draws], largest)
 
 
 def check_training(block: nn.Module, problem: Problem, dropout: float = 0.0) -> None:
     """The same for output and gradients of ``block`` in training mode; it must have been made with ``dropout``."""
     truth, draws = expected(problem, dropout)
     result = run(block.train(), problem, torch.float32)
-    _check("output", result.output, truth.output, [draw.output for draw in draws], _largest)
+    check_draws("output", result.output, truth.output, [draw.output for draw in draws], largest)
     for kind, vector in truth.gradients.items():
-        _check(f"d {kind}", result.gradients[kind], vector, [draw.gradients[kind] for draw in draws], _length)
+        check_draws(f"d {kind}", result.gradients[kind], vector, [draw.gradients[kind] for draw in draws], length)
 
 
 def small(problem: Problem) -> Problem:
@@ -81,18 +80,3 @@ def kind(name: str) -> str:
     """``layers.1.key.audio.weight`` -> ``key``, ``gates.visual.0.bias`` -> ``gates``; torch.compile puts a prefix."""
     words = name.removeprefix("_orig_mod.").split(".")
     return words[2] if words[0] == "layers" else words[0]
-
-
-def _check(name: str, ours: Tensor, truth: Tensor, draws: list[Tensor], size: Callable[[Tensor], float]) -> None:
-    worst = max(size(draw.double() - truth) for draw in draws)
-    bound = FACTOR * worst + FEW * torch.finfo(ours.dtype).eps * size(truth)
-    error = size(ours.double() - truth)
-    assert error <= bound, f"{name}: an error of {error:.3g}, {bound:.3g} is allowed"  # false for NaN
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max())
-
-
-def _length(x: Tensor) -> float:
-    return float(x.norm())

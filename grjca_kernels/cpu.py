@@ -12,15 +12,15 @@ from torch import Tensor
 
 from grjca_kernels.shapes import Problem, check_lengths_values
 
+_why_not: str | None = None
 try:
-    from grjca_kernels import _native
-except ImportError as error:  # installed without a compiler
+    import grjca_kernels._native as _native
+except ModuleNotFoundError:
     _native = None  # type: ignore[assignment]
-    _why_not: str | None = (
-        f"the native code is not installed ({error}); install a C++17 compiler and run `pip install` again."
-    )
-else:
-    _why_not = None
+    _why_not = "its native code was not built; install a C++17 compiler, then this package again."
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _why_not = f"its native code does not load ({error}); install this package again."
 
 _instruction_set: ContextVar[str | None] = ContextVar("grjca_instruction_set", default=None)
 

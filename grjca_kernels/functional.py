@@ -61,6 +61,8 @@ def gated_rjca(
         RuntimeError: if a named backend cannot run, with its reason.
     """
     shapes.check_structure(features, layers, gates)
+    for name, flag in (("concat", concat), ("return_gates", return_gates), ("return_iterates", return_iterates)):
+        shapes.check_flag(name, flag)
     features, layers, gates = _autocast(features, layers, gates)
     problem = shapes.check(
         features,

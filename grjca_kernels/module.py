@@ -62,6 +62,8 @@ class GatedRJCAFused(nn.Module):
         for name, size in (("dim_visual", dim_visual), ("dim_audio", dim_audio), ("length", length)):
             shapes.check_size(name, size)
         shapes.check_options(iterations=iterations, gating=gating, form=form, dropout=dropout, temperature=temperature)
+        shapes.check_flag("normalize", normalize)
+        shapes.check_flag("share_weights", share_weights)
         shapes.check_choice("output", output, OUTPUTS)
         shapes.check_choice("backend", backend, CHOICES)
         if dtype is not None and dtype not in shapes.DTYPES:
@@ -73,8 +75,8 @@ class GatedRJCAFused(nn.Module):
         self.form = form
         self.dropout = float(dropout)
         self.temperature = float(temperature)
-        self.normalize = bool(normalize)
-        self.share_weights = bool(share_weights)
+        self.normalize = normalize
+        self.share_weights = share_weights
         self.output = output
         self.backend = backend
 

@@ -123,6 +123,12 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse a ``value`` that is not a bool: "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}.")
+
+
 def check_size(name: str, value: object) -> None:
     """Refuse a width or length that is not a positive int."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -154,6 +160,7 @@ def check(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_structure(features, layers, gates)
+    check_flag("normalize", normalize)
     total = len(layers) if iterations is None else iterations
     check_options(iterations=total, gating=gating, form=form, dropout=dropout, temperature=temperature)
     if len(layers) not in (1, total):
@@ -169,7 +176,7 @@ def check(
         form=form,
         dropout=float(dropout) if form == "released" else 0.0,
         temperature=float(temperature),
-        normalize=bool(normalize),
+        normalize=normalize,
         shared=len(layers) == 1,
     )
     like = features[0]

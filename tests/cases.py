@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,6 @@ from grjca_kernels import GatedRJCAFused, Layer, Linear, cpu, reference, shapes
 BACKENDS = ("reference", "cpu") if cpu.why_not() is None else ("reference",)
 SCORES, LOGITS = 1.5, 1.5  # root mean squares: |C| up to 1, gates between 0 and 1
 SEED = 0x1234_5678_9ABC_DEF0 - 2**63  # of the masks: negative, and nothing in it is a zero
-
-
-torch.set_num_threads(1)  # on small problems, threads that wait for each other are all the time there is
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -395,3 +395,13 @@ def test_flatten_and_unflatten_are_inverse(gating, form, shared):
 @mark.parametrize("gating, ways", [("none", ()), ("dynamic", (2,)), ("flat", (4,)), ("hierarchical", (2, 3, 4, 3))])
 def test_gate_ways(gating, ways):
     assert shapes.gate_ways(gating, 3) == ways
+
+
+@mark.parametrize("name", ["normalize", "concat", "return_gates", "return_iterates"])
+def test_flags_are_bools(name):
+    refused(TypeError, name, lambda: grjca_kernels.gated_rjca(**(legal() | {name: "no"})), "'no'")
+
+
+@mark.parametrize("name", ["normalize", "share_weights"])
+def test_flags_of_the_module_are_bools(name):
+    refused(TypeError, name, lambda: GatedRJCAFused(3, 2, 4, **{name: 1}), "1")
