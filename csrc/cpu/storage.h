@@ -8,7 +8,9 @@ namespace grjca::GRJCA_ISA {
 struct BFloat16 {
   uint16_t bits;
 };
-using Float16 = _Float16;
+struct Float16 {  // not _Float16, which GCC has from 12 on only and Clang from 15
+  uint16_t bits;
+};
 
 template <class S>
 struct ComputeOf {
@@ -21,24 +23,41 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-GRJCA_INLINE float widen(float x) { return x; }
-GRJCA_INLINE double widen(double x) { return x; }
-GRJCA_INLINE float widen(Float16 x) { return static_cast<float>(x); }
-GRJCA_INLINE float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-GRJCA_INLINE void narrow(float x, float* to) { *to = x; }
-GRJCA_INLINE void narrow(double x, double* to) { *to = x; }
-GRJCA_INLINE void narrow(float x, Float16* to) { *to = static_cast<Float16>(x); }
-GRJCA_INLINE void narrow(float x, BFloat16* to) {
+GRJCA_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return bits;
+}
+GRJCA_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+GRJCA_INLINE float widen(float x) { return x; }
+GRJCA_INLINE double widen(double x) { return x; }
+GRJCA_INLINE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+GRJCA_INLINE float widen(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
+  // Exponent and mantissa in their places; a product with 2^112 mends the bias of the exponent, of subnormals too.
+  const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+  return float_of(sign | (magnitude < 0x7C00u ? finite : (magnitude << 13) | 0x7F800000u));
+}
+
+// Rounding to nearest, ties to even.
+GRJCA_INLINE void narrow(float x, float* to) { *to = x; }
+GRJCA_INLINE void narrow(double x, double* to) { *to = x; }
+GRJCA_INLINE void narrow(float x, BFloat16* to) {
+  const uint32_t bits = bits_of(x), rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   to->bits = static_cast<uint16_t>(x != x ? 0x7FC0 : rounded);
+}
+GRJCA_INLINE void narrow(float x, Float16* to) {
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);  // the sum rounds at 2^-24
+  const uint32_t large = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;              // NaN, infinity
+  const uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;           // below 2^-14
+  to->bits = static_cast<uint16_t>(sign | (magnitude < 0x47800000u ? rounded : large));
 }
 
 template <class S, class R>
