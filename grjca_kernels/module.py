@@ -224,4 +224,10 @@ class _Iteration(nn.Module):
 
 
 def _as_linear(module: nn.Module) -> Linear:
-    return Linear(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
+    if not isinstance(module, nn.Linear):  # an adapter or quantised layer: its own forward would be passed over
+        raise TypeError(
+            f"GatedRJCAFused: expected its projections to be torch.nn.Linear, got {type(module).__qualname__}. "
+            "The kernels read weights and never call the projections: merge adapters into the weights, or use "
+            "torch.nn.utils.parametrize, which they see."
+        )
+    return Linear(module.weight, module.bias)

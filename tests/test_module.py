@@ -308,3 +308,27 @@ def test_an_unknown_backend_in_the_environment_is_named(x, monkeypatch):
     monkeypatch.setenv("GRJCA_BACKEND", "gpu")
     with pytest.raises(ValueError, match=r"GRJCA_BACKEND: expected one of .* got 'gpu'"):
         build()(*x)
+
+
+def test_a_projection_that_is_replaced_is_refused_not_passed_over():
+    module = GatedRJCAFused(3, 2, 4)
+    module.layers[0].query = torch.nn.Sequential(module.layers[0].query, torch.nn.Linear(5, 5))
+    with pytest.raises(TypeError, match=r"expected its projections to be torch\.nn\.Linear, got Sequential"):
+        module(torch.randn(2, 4, 3), torch.randn(2, 4, 2))
+
+
+def test_a_parametrized_projection_is_seen():
+    class Half(torch.nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    module = GatedRJCAFused(3, 2, 4).eval()
+    x = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
+    halved = copy.deepcopy(module)
+    with torch.no_grad():
+        halved.layers[1].query.weight /= 2
+    torch.nn.utils.parametrize.register_parametrization(module.layers[1].query, "weight", Half())
+    for ours, expected in zip(module(*x), halved(*x), strict=True):
+        assert torch.equal(ours, expected)
+    sum(y.sum() for y in module(*x)).backward()
+    assert module.layers[1].query.parametrizations.weight.original.grad is not None
