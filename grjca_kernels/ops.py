@@ -220,6 +220,13 @@ class GatedRJCA(torch.autograd.Function):
         )
         return (None, None, None, None, *(next(computed) if wanted else None for wanted in needed))
 
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "gated_rjca: the kernels have no vmap. Make the mapped dimension part of the batch, or use "
+            "backend='reference'."
+        )
+
 
 class GatedRJCAGradient(torch.autograd.Function):
     """``grjca::backward``, with a gradient that says that there is none."""

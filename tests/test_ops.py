@@ -251,3 +251,15 @@ def test_export():
     x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
     program = torch.export.export(module, x)
     torch.testing.assert_close(program.module()(*x), module(*x), rtol=0, atol=0)
+
+
+@mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_vmap_is_refused_with_a_way_out():
+    block = GatedRJCAFused(3, 2, 4, gating="none").eval()
+    visual, audio = torch.randn(5, 2, 4, 3), torch.randn(5, 2, 4, 2)
+    with pytest.raises(RuntimeError, match=r"no vmap.*backend='reference'"):
+        torch.vmap(block)(visual, audio)
+    expected = block(visual.flatten(0, 1), audio.flatten(0, 1))
+    block.backend = "reference"
+    for mapped, flat in zip(torch.vmap(block)(visual, audio), expected, strict=True):
+        torch.testing.assert_close(mapped.flatten(0, 1), flat)
