@@ -11,7 +11,7 @@ namespace grjca::GRJCA_ISA {
 // Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
 constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 128;
 
-// What a chunk keeps until its sums are taken. Rows are those of the samples.
+// What a chunk keeps until its sums are taken. Rows are those of the chunk.
 template <class R>
 struct Kept {
   R* d_state[kMaxIterations + 1];  // d X^t, [rows, ld]

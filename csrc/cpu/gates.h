@@ -19,11 +19,6 @@ inline R norm(const R* x, int64_t n) {
 }
 
 template <class R>
-inline void scale(R* x, R factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
-}
-
-template <class R>
 inline void add_scaled(R* y, R factor, const R* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
