@@ -120,7 +120,7 @@ struct Frame {
     R most = -INFINITY, total = 0;
     for (int i = 0; i < ways; ++i) {
       value[i] = (dot(input, gates.weight[g] + i * n, n) + gates.bias[g][i]) / tau;
-      most = value[i] < most ? most : value[i];  // a NaN stays
+      most = value[i] < most ? most : value[i];
     }
     for (int i = 0; i < ways; ++i) {
       value[i] = static_cast<R>(exp(value[i] - most));
