@@ -26,9 +26,21 @@ def threshold(p: float) -> int:
 def scaled_mask(
     seed: Tensor, p: float, *, iteration: int, modality: int, site: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """[samples, rows, columns] of ``dtype``: 0 where dropped, 1 / (1 - p) where kept.
+    """The factors by which the block multiplies C or U while training, for code of one's own that must agree with it.
 
-    ``iteration`` and ``modality`` count from 0; ``seed`` holds one int64 and names the device.
+    Public as ``grjca_kernels.dropout_mask``; "Dropout" in ``operator.md`` defines every bit.
+
+    Args:
+        seed: one int64, on the device of the mask. Without a ``seed`` the block draws, once per call,
+            ``torch.randint(2**63 - 1, (), dtype=torch.int64, device=...)``.
+        p: probability to drop, 0 <= p < 1.
+        iteration, modality: t and m, both from 0.
+        site: 0 for C_m [B, d_m, d], 1 for U_m [B, L, d_m].
+        shape: of C_m or U_m, so (samples, rows, columns).
+        dtype: of the result.
+
+    Returns:
+        ``shape`` of ``dtype``: 0 where dropped, 1 / (1 - p) where kept.
     """
     return keep_mask(seed, p, iteration=iteration, modality=modality, site=site, shape=shape).to(dtype) / (1 - p)
 

@@ -1,67 +1,228 @@
-"""A small model around a fusion block: encoders over time, fusion, and a head with one value per frame."""
+"""The authors' model around a fusion block: an encoder over time per modality, fusion, one value per frame.
+
+Frames that do not exist are cleared on entry, take no part in any statistic, and are 0 on exit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from grjca.config import FUSIONS, GATING, Backend, Fusion, ModelConfig
+from grjca.eager import GatedRJCAEager
+from grjca.errors import UserError
+from grjca_kernels import GatedRJCAFused
+
+MODALITIES = ("visual", "audio")
 
 
-class TemporalEncoder(nn.Module):
-    """Causal convolutions with residuals, then batch normalisation: [B, L, inputs] -> [B, L, outputs]."""
+class TemporalConvNet(nn.Module):
+    """Causal convolutions over time, block k with dilation 2^k: [B, L, inputs] -> [B, L, channels[-1]].
 
-    def __init__(self, inputs: int, outputs: int, *, kernel: int = 5, dilations: Sequence[int] = (1, 2)) -> None:
+    A block is twice weight-normed convolution, leaky_relu and dropout, then the residual and leaky_relu (Bai et al.,
+    arXiv 1803.01271, with leaky_relu for relu).
+    """
+
+    def __init__(self, inputs: int, channels: tuple[int, ...], *, kernel: int = 5, dropout: float = 0.1) -> None:
         super().__init__()
-        self.project = nn.Conv1d(inputs, outputs, 1)
-        self.convolutions = nn.ModuleList(nn.Conv1d(outputs, outputs, kernel, dilation=d) for d in dilations)
-        self.reach = [(kernel - 1) * d for d in dilations]
-        self.norm = nn.BatchNorm1d(outputs)
+        self.blocks = nn.Sequential(
+            *(
+                _CausalBlock(before, after, kernel, dilation=2**k, dropout=dropout)
+                for k, (before, after) in enumerate(zip((inputs, *channels), channels, strict=False))
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode ``x`` [B, L, inputs]; a frame sees itself and earlier ones."""
-        x = self.project(x.transpose(1, 2))
-        for convolution, reach in zip(self.convolutions, self.reach, strict=True):
-            x = x + F.leaky_relu(convolution(F.pad(x, (reach, 0))))
-        return self.norm(x).transpose(1, 2)
+        return self.blocks(x.transpose(1, 2)).transpose(1, 2)
+
+
+class _CausalBlock(nn.Module):
+    """[B, inputs, L] -> [B, outputs, L]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation))
+        self.conv2 = weight_norm(nn.Conv1d(outputs, outputs, kernel, dilation=dilation))
+        self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.reach = (kernel - 1) * dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for convolution in (self.conv1, self.conv2):
+            y = self.dropout(F.leaky_relu(convolution(F.pad(y, (self.reach, 0)))))
+        return F.leaky_relu(y + self.downsample(x))
+
+
+class FrameNorm(nn.BatchNorm1d):
+    """Batch normalisation over the frames that exist, of all samples together.
+
+    A batch of fewer than two frames has no variance: in training it is normalised by the running statistics, and leaves
+    them as they are.
+    """
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """Normalise ``x`` [B, L, C]; frames where ``present`` [B, L] is false are not read, and 0 in the result."""
+        frames = x.flatten(0, 1) if present is None else x[present]
+        if len(frames) < 2:
+            y = F.batch_norm(frames, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        else:
+            y = super().forward(frames)
+        return y.reshape(x.shape) if present is None else y.new_zeros(x.shape).index_put((present,), y)
 
 
 class Head(nn.Module):
-    """Linear, batch normalisation over (batch, time), leaky_relu, Linear, tanh: [B, L, inputs] -> [B, L]."""
+    """Linear, batch normalisation, leaky_relu, Linear, tanh: [B, L, inputs] -> [B, L]."""
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(inputs, hidden)
-        self.norm = nn.BatchNorm1d(hidden)
+        self.norm = FrameNorm(hidden)
         self.output = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """One value between -1 and 1 for every frame of ``x`` [B, L, inputs]."""
-        x = F.leaky_relu(self.norm(self.hidden(x).flatten(0, 1))).unflatten(0, x.shape[:2])
-        return torch.tanh(self.output(x).squeeze(-1))
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """A value from -1 to 1 for every frame of ``x`` [B, L, inputs], 0 where ``present`` [B, L] is false."""
+        y = torch.tanh(self.output(F.leaky_relu(self.norm(self.hidden(x), present))).squeeze(-1))
+        return y if present is None else torch.where(present, y, 0)
 
 
 class AudioVisualModel(nn.Module):
-    """Valence or arousal from features of face and voice.
+    """Valence or arousal of every frame, from features of face and voice.
 
     Args:
-        dim_visual, dim_audio: widths of the features.
-        fusion: maps encoded features [B, L, widths[0]], [B, L, widths[1]] to [B, L, sum(widths)]; GatedRJCAFused with
-            output="concat" does.
-        widths: what the encoders put out.
-        hidden: width inside the head.
+        config: sizes, dropout and settings of the fusion block.
+        fusion: "concat" (no attention), "rjca", "dca", "grjca" or "hgrjca".
+        length: L, the frames of a window. Pad shorter ones and pass ``lengths``.
+        backend: what computes the fusion, see :class:`grjca_kernels.GatedRJCAFused`; "eager" is plain PyTorch. Dropout
+            masks are the same in all of them.
+
+    Encoders and head start as PyTorch initialises them, the fusion block as the authors do.
+
+    Raises:
+        UserError: naming the setting that makes no sense.
+        ValueError: for an unknown backend.
     """
 
-    def __init__(
-        self, dim_visual: int, dim_audio: int, fusion: nn.Module, *, widths: tuple[int, int], hidden: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, fusion: Fusion, length: int, backend: Backend = "auto") -> None:
         super().__init__()
-        self.visual = TemporalEncoder(dim_visual, widths[0])
-        self.audio = TemporalEncoder(dim_audio, widths[1])
-        self.fusion = fusion
-        self.head = Head(sum(widths), hidden)
+        _check(config, fusion, length)
+        self.features = (config.visual_features, config.audio_features)
+        self.length = length
+        channels = (config.visual_channels, config.audio_channels)
+        self.encoders = nn.ModuleDict(
+            {
+                name: TemporalConvNet(inputs, tuple(widths), kernel=config.kernel, dropout=config.encoder_dropout)
+                for name, inputs, widths in zip(MODALITIES, self.features, channels, strict=True)
+            }
+        )
+        self.norms = nn.ModuleDict({name: FrameNorm(c[-1]) for name, c in zip(MODALITIES, channels, strict=True)})
+        self.fusion = None if fusion == "concat" else _fusion(config, fusion, length, backend)
+        self.head = Head(channels[0][-1] + channels[1][-1], config.hidden)
 
-    def forward(self, visual: Tensor, audio: Tensor) -> Tensor:
-        """A value for every frame, [B, L], from ``visual`` [B, L, dim_visual] and ``audio`` [B, L, dim_audio]."""
-        return self.head(self.fusion(self.visual(visual), self.audio(audio)))
+    def forward(
+        self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None, *, return_gates: bool = False
+    ) -> Any:
+        """A value from -1 to 1 for every frame, [B, L].
+
+        Args:
+            visual, audio: features [B, L, visual_features] and [B, L, audio_features], in the model's dtype.
+            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent: whatever stands there, NaN included, has
+                no influence on anything, and their values are 0.
+            return_gates: return (values, gates) instead, ``gates`` a dict with "visual" and "audio": [B, L, ways], a
+                tuple of them for hgrjca, None for rjca and concat.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        for name, x, width in zip(MODALITIES, (visual, audio), self.features, strict=True):
+            if x.dim() != 3 or x.shape[1:] != (self.length, width) or len(x) != len(visual):
+                batch = "B" if x is visual else len(visual)
+                raise ValueError(f"{name}: expected shape [{batch}, {self.length}, {width}], got {list(x.shape)}.")
+        present = None if lengths is None else self._presence(lengths, visual)
+        encoded = [self._encode(name, x, present) for name, x in zip(MODALITIES, (visual, audio), strict=True)]
+        gates: tuple[Any, ...] = (None, None)
+        if self.fusion is None:
+            fused = torch.cat(encoded, dim=-1)
+        elif return_gates:
+            fused, extras = self.fusion(*encoded, lengths, return_gates=True)
+            gates = extras["gates"]
+        else:
+            fused = self.fusion(*encoded, lengths)
+        values = self.head(fused, present)
+        return (values, dict(zip(MODALITIES, gates, strict=True))) if return_gates else values
+
+    def _encode(self, name: str, x: Tensor, present: Tensor | None) -> Tensor:
+        """[B, L, d_m], 0 where a frame is absent."""
+        if present is not None:
+            x = torch.where(present[..., None], x, 0)
+        return self.norms[name](self.encoders[name](x), present)
+
+    def _presence(self, lengths: Tensor, visual: Tensor) -> Tensor:
+        """[B, L], true for the frames that exist."""
+        if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}.")
+        if lengths.shape != visual.shape[:1] or lengths.device != visual.device:
+            raise ValueError(
+                f"lengths: expected shape [{len(visual)}] on {visual.device}, "
+                f"got {list(lengths.shape)} on {lengths.device}."
+            )
+        if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > self.length)).any():
+            raise ValueError(f"lengths: expected values from 0 to L = {self.length}, got {lengths.tolist()}.")
+        return torch.arange(self.length, device=lengths.device) < lengths[:, None]
+
+
+def _fusion(config: ModelConfig, fusion: Fusion, length: int, backend: Backend) -> GatedRJCAFused:
+    """The block that puts out [B, L, d_v + d_a]."""
+    kind = GatedRJCAEager if backend == "eager" else GatedRJCAFused
+    block = kind(
+        config.visual_channels[-1],
+        config.audio_channels[-1],
+        length,
+        iterations=config.iterations,
+        gating=GATING[fusion],
+        dropout=config.dropout,
+        temperature=config.temperature,
+        normalize=fusion in ("grjca", "hgrjca") if config.normalize is None else config.normalize,
+        output="concat",
+        backend="auto" if backend == "eager" else backend,
+    )
+    if isinstance(block, GatedRJCAEager):
+        block.shared_masks = True
+    return block
+
+
+def _check(config: ModelConfig, fusion: str, length: int) -> None:
+    """Refuse what no model can be made from, under the names that the settings have."""
+    if fusion not in FUSIONS:
+        raise UserError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}.")
+    if not _is_count(length):
+        raise UserError(f"length: expected a whole number of frames above 0, got {length!r}.")
+    for names, holds, expected in (
+        ("visual_features audio_features kernel hidden", _is_count, "a whole number above 0"),
+        ("visual_channels audio_channels", _are_counts, "one whole number above 0 for each block, at least one"),
+        ("iterations", lambda value: _is_count(value) and value <= 8, "a whole number from 1 to 8"),
+        ("encoder_dropout dropout", lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1"),
+        ("temperature", lambda value: _is_number(value) and 0 < value < math.inf, "a finite number above 0"),
+        ("normalize", lambda value: value is None or isinstance(value, bool), "true, false or null"),
+    ):
+        for name in names.split():
+            if not holds(value := getattr(config, name)):
+                raise UserError(f"model.{name}: expected {expected}, got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) > 0 and all(map(_is_count, value))

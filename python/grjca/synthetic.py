@@ -1,82 +1,193 @@
-"""Synthetic audio-visual sequences of known valence and arousal, whose modalities do not always complement."""
+"""Synthetic videos of known valence and arousal, whose modalities are known not to complement each other at times."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.random import Generator, SeedSequence, default_rng
 
-PACE = 20.0  # frames over which the emotion, and the quality of a modality, keep their value
-SENSITIVITY = (
-    (1.0, 0.5),
-    (0.5, 1.0),
-)  # of visual, audio to valence, arousal: a face shows one better, a voice the other
+from grjca.config import Scenario
+from grjca.errors import UserError
+
+CODES: dict[str, int] = {"clean": 0, "noisy": 1, "contradicting": 2, "misaligned": 3, "absent": 4}
+"""What the truth of a frame says of a modality."""
+INVALID = -5.0
+
+# Frames are taken to come at 30 a second.
+LAGS = (0, 4)  # by which visual and audio trail behind the emotion
+SENSITIVITY = ((1.0, 0.75), (0.75, 1.0))  # of visual, audio to valence, arousal: a face shows one better
+DRIFT = 0.25  # what is shown of other things than emotion, at the pace of emotion: only the other modality can tell
+NOISE = 0.3  # what is shown of nothing at all, at a quick pace
+SWAMPED = 3.0  # the same while noisy
+GRAIN = 0.3  # noise of every single feature, whose signal is about 1
 NUISANCES = 4  # what else a modality shows: pose and lighting, pitch and background
+EMOTION_PACE, NOISE_PACE = 30.0, 3.0  # frames over which they keep their value
+COMMON = 0.85  # share of the emotion's variance that two people in one video have in common; their audio shows that
+DROPOUT = 0.05  # share of frames at which a modality shows nothing for a moment, clean or not
+WEAK_FRAMES, DROPOUT_FRAMES, INVALID_FRAMES = 45, 5, 12  # typical stretches
+SHIFT = (30, 60)  # frames, least and most, by which a misaligned stretch is early or late
+MARGIN = SHIFT[1] + max(LAGS)
+JITTER = 2  # frames by which features may be shorter or longer than the annotation
+JITTER_SHARE = 0.25  # of the feature files
+TWO_FACES = (8, 4)  # every eighth recording, beginning with the fifth
 
 
-class Sequences(NamedTuple):
-    """N sequences of L frames."""
+@dataclass(frozen=True, eq=False)
+class SyntheticVideo:
+    """One face; ``visual`` and ``audio`` may be up to :data:`JITTER` frames shorter or longer than N."""
 
-    visual: Tensor
-    """[N, L, d_v]"""
-    audio: Tensor
-    """[N, L, d_a]"""
-    labels: Tensor
-    """[N, L, 2]: valence and arousal, between -1 and 1"""
-    clear: Tensor
-    """[N, L, 2]: whether visual and audio show the emotion in a frame; where false they hold noise alone"""
-
-    def part(self, start: int, stop: int) -> Sequences:
-        """Sequences ``start`` to ``stop``. Those to train on and those held out must come from one call: one world."""
-        return Sequences(*(tensor[start:stop] for tensor in self))
+    name: str
+    split: Literal["train", "validate"]
+    visual: np.ndarray
+    """[about N, d_v] float32"""
+    audio: np.ndarray
+    """[about N, d_a] float32"""
+    labels: np.ndarray
+    """[N, 2] float64, valence and arousal in [-1, 1] with 6 digits; both -5 where invalid"""
+    truth: np.ndarray
+    """[N, 2] uint8, of visual and audio: which of :data:`CODES`"""
 
 
-def sequences(
-    count: int,
-    length: int = 300,
-    dim_visual: int = 512,
-    dim_audio: int = 128,
-    *,
-    seed: int = 0,
-    lags: tuple[int, int] = (0, 4),
-    noise: tuple[float, float] = (0.5, 0.8),
-    blind: tuple[float, float] = (0.15, 0.15),
-) -> Sequences:
-    """``count`` sequences; equal arguments give equal sequences.
+class _World(NamedTuple):
+    """How modalities mix what they show into features; the same in all videos of a seed."""
 
-    Args:
-        lags: frames by which visual and audio trail behind the labels.
-        noise: their typical standard deviation, which wanders along a sequence; the signal's is about 1.
-        blind: their shares of frames without the emotion: a face that is turned away, a voice that is silent.
+    mixing: np.ndarray  # [2 + NUISANCES, d]
+    blank: np.ndarray  # [d]: what an absent modality looks like
+
+
+def generate(scenario: Scenario) -> Iterator[SyntheticVideo]:
+    """The videos of a scenario. More of them leave the first ones as they are, but perhaps for the last one's split.
+
+    Both faces of a recording are in one split.
+
+    Raises:
+        UserError: at once, if there are two videos and both are faces of one recording.
     """
-    generator = torch.Generator().manual_seed(seed)
-    emotion = _wander(count, length + max(lags), 2, generator)  # begins max(lags) frames before the labels
-    labels = torch.tanh(emotion[:, max(lags) :])
-    features, clear = [], []
-    for m, width in enumerate((dim_visual, dim_audio)):
-        start = max(lags) - lags[m]
-        sees = _wander(count, length, 1, generator) > _quantile(blind[m])
-        shown = sees * emotion[:, start : start + length] * torch.tensor(SENSITIVITY[m])
-        hidden = torch.cat([shown, _wander(count, length, NUISANCES, generator)], dim=-1)
-        mixing = torch.randn(hidden.shape[-1], width, generator=generator) / math.sqrt(hidden.shape[-1] / 2)
-        level = noise[m] * torch.exp(0.5 * _wander(count, length, 1, generator))
-        features.append(hidden @ mixing + level * torch.randn(count, length, width, generator=generator))
-        clear.append(sees)
-    return Sequences(features[0], features[1], labels, torch.cat(clear, dim=-1))
+    splits = _splits(scenario)
+    if len(splits) < 2:
+        raise UserError(f"Video {scenario.first} has two faces, which belong to one split; ask for more than 2 videos.")
+    rng = default_rng(SeedSequence([scenario.seed]))
+    worlds = [_world(width, rng) for width in (scenario.visual_features, scenario.audio_features)]
+    recordings = enumerate(splits, scenario.first)
+    faces = (video for number, split in recordings for video in _recording(number, split, scenario, worlds))
+    return islice(faces, scenario.videos)
 
 
-def _wander(count: int, length: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Smooth random curves [count, length, channels] of mean 0 and variance 1: noise through a Gaussian low-pass."""
-    period = length + math.ceil(4 * PACE)  # the filter works on a ring, whose two ends must not meet
-    response = torch.exp(-((torch.fft.rfftfreq(period) * PACE) ** 2) * math.pi)
-    power = torch.cat([response, response[1 : (period + 1) // 2]]).square().mean()
-    white = torch.randn(count, channels, period, generator=generator)
-    smooth = torch.fft.irfft(torch.fft.rfft(white) * response, n=period)[..., :length]
-    return (smooth / power.sqrt()).transpose(1, 2)
+def _splits(scenario: Scenario) -> list[Literal["train", "validate"]]:
+    """Of every recording, so that the share of validation videos is kept from the first to the last."""
+    splits: list[Literal["train", "validate"]] = []
+    videos = validated = 0
+    while videos < scenario.videos:
+        faces = _faces(scenario.first + len(splits))
+        videos += faces
+        held_out = bool(splits) and validated < math.floor(scenario.validate * videos)
+        validated += faces * held_out
+        splits.append("validate" if held_out else "train")
+    if not validated:
+        splits[-1] = "validate"
+    return splits
 
 
-def _quantile(share: float) -> float:
-    """What a standard normal variable stays below with this probability."""
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * share - 1)))
+def _faces(recording: int) -> int:
+    period, first = TWO_FACES
+    return 2 if recording % period == first else 1
+
+
+def _world(width: int, rng: Generator) -> _World:
+    channels = 2 + NUISANCES
+    return _World(rng.standard_normal((channels, width)) / math.sqrt(channels / 2), rng.standard_normal(width))
+
+
+def _recording(
+    recording: int, split: Literal["train", "validate"], scenario: Scenario, worlds: list[_World]
+) -> list[SyntheticVideo]:
+    """Its one or two videos. Two share the audio, and the stretches at which a modality is weak."""
+    # A stream for each purpose, so that what is weak changes no label.
+    seeds = SeedSequence([scenario.seed, recording]).spawn(5)
+    life, schedule, gaps, look, sound = map(default_rng, seeds)
+    faces = _faces(recording)
+    length = int(life.integers(*scenario.length, endpoint=True))
+    emotions = _emotions(length, faces, life)
+    truth, shifts = _schedule(length, scenario, schedule)
+    audio = _modality(
+        1, emotions.mean(axis=0) / math.sqrt((1 + (faces - 1) * COMMON) / faces), truth, shifts, worlds[1], sound
+    )
+    videos = []
+    for face, side in enumerate(("",) if faces == 1 else ("_left", "_right")):
+        labels = np.round(np.tanh(emotions[face, MARGIN : MARGIN + length]), 6)
+        for start, stop in _stretches(length, scenario.invalid, INVALID_FRAMES, gaps):
+            labels[start:stop] = INVALID
+        visual = _modality(0, emotions[face], truth, shifts, worlds[0], look)
+        videos.append(SyntheticVideo(f"video{recording:03d}{side}", split, visual, audio, labels, truth))
+    return videos
+
+
+def _emotions(length: int, faces: int, rng: Generator) -> np.ndarray:
+    """[faces, MARGIN + length + JITTER + MARGIN, 2] of mean 0 and variance 1 each."""
+    total = length + JITTER + 2 * MARGIN
+    own = [_wander(total, 2, EMOTION_PACE, rng) for _ in range(faces)]
+    if faces == 1:
+        return np.stack(own)
+    common = _wander(total, 2, EMOTION_PACE, rng)
+    return np.stack([math.sqrt(COMMON) * common + math.sqrt(1 - COMMON) * each for each in own])
+
+
+def _schedule(length: int, scenario: Scenario, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """What is weak: codes [length, 2] uint8, and by how many frames that is late, [length] int, if misaligned."""
+    truth, shifts = np.zeros((length, 2), np.uint8), np.zeros(length, int)
+    for start, stop in _stretches(length, scenario.weak, WEAK_FRAMES, rng):
+        modality, code = rng.integers(2), rng.integers(1, len(CODES))
+        shifts[start:stop] = rng.choice((-1, 1)) * rng.integers(*SHIFT, endpoint=True)
+        truth[start:stop, modality] = code if scenario.weak_kind == "mixed" else CODES[scenario.weak_kind]
+    return truth, shifts
+
+
+def _modality(
+    m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, world: _World, rng: Generator
+) -> np.ndarray:
+    """Features float32 [about length, d] of visual (m = 0) or audio (1)."""
+    length = len(truth) + JITTER
+    code, shift = (np.pad(array, (0, JITTER), mode="edge") for array in (truth[:, m], shifts))
+    frames = MARGIN - LAGS[m] + np.arange(length) - np.where(code == CODES["misaligned"], shift, 0)
+    shown = emotion[frames] * SENSITIVITY[m]
+    shown[code == CODES["contradicting"]] *= -1
+    for start, stop in _stretches(length, DROPOUT, DROPOUT_FRAMES, rng):
+        shown[start:stop] = 0
+    shown += DRIFT * _wander(length, 2, EMOTION_PACE, rng)
+    noise = np.where(code == CODES["noisy"], SWAMPED, NOISE)
+    shown += noise[:, None] * _wander(length, 2, NOISE_PACE, rng)
+    hidden = np.concatenate([shown, _wander(length, NUISANCES, EMOTION_PACE, rng)], axis=1)
+    grain = GRAIN * rng.standard_normal((length, len(world.blank)), dtype=np.float32)
+    features = (hidden @ world.mixing).astype(np.float32) + grain
+    absent = code == CODES["absent"]
+    features[absent] = world.blank.astype(np.float32) + 0.1 * grain[absent]
+    jitter = int(rng.integers(1, JITTER, endpoint=True) * rng.choice((-1, 1)) * (rng.random() < JITTER_SHARE))
+    return features[: len(truth) + jitter]
+
+
+def _stretches(length: int, share: float, typical: int, rng: Generator) -> list[tuple[int, int]]:
+    """Disjoint stretches of about ``typical`` frames, in order, a ``share`` of ``length`` in all."""
+    total = math.floor(length * share + rng.random())  # right on average also where a share is less than a frame
+    total = min(total, length)
+    count = math.ceil(total / typical)
+    if not count:
+        return []
+    sizes = 1 + rng.multinomial(total - count, np.full(count, 1 / count))
+    cuts = np.sort(rng.integers(0, length - total, count, endpoint=True))
+    stops = cuts + np.cumsum(sizes)
+    return [(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def _wander(length: int, channels: int, pace: float, rng: Generator) -> np.ndarray:
+    """Smooth random curves [length, channels] of mean 0 and variance 1: noise through a Gaussian low-pass."""
+    period = length + math.ceil(4 * pace)  # the filter works on a ring, whose two ends must not meet
+    response = np.exp(-math.pi * (np.fft.rfftfreq(period) * pace) ** 2)
+    power = (np.concatenate([response, response[1 : (period + 1) // 2]]) ** 2).mean()
+    white = rng.standard_normal((period, channels))
+    smooth = np.fft.irfft(np.fft.rfft(white, axis=0) * response[:, None], n=period, axis=0)
+    return smooth[:length] / math.sqrt(power)

@@ -1,16 +1,18 @@
-"""Loss, metric, synthetic data, and the demo at a size of seconds."""
+"""Loss and metrics, against closed forms, NumPy, SciPy and audmetric."""
 
+import math
+from pathlib import Path
+
+import audmetric
 import numpy
 import pytest
+import scipy.stats
 import torch
 
-from grjca import demo
-from grjca.__main__ import main
+from grjca.data import Video
+from grjca.errors import UserError
 from grjca.losses import CONVENTIONS, ccc_loss
-from grjca.measure import Shape
-from grjca.metrics import ccc
-from grjca.synthetic import sequences
-from grjca_kernels import GatedRJCAFused
+from grjca.metrics import Scores, ccc, pearson, rmse, split_scores
 
 # By hand: means 2 and 3, covariance sum 4, square sums 2 and 8. Over N = 3: 2 * 4/3 / (10/3 + 1) = 8/13;
 # with the variances over N - 1: 2 * 4/3 / (10/2 + 1) = 4/9.
@@ -19,7 +21,7 @@ BY_HAND = {"population": 8 / 13, "released": 4 / 9}
 
 
 def float64(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in rows])
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -100,68 +102,63 @@ def test_metric_is_over_all_values_and_in_float64():
     assert ccc(x, y) == pytest.approx(expected, abs=1e-10)
 
 
-def test_synthetic_is_deterministic():
-    a, b, c = (sequences(3, 40, 6, 5, seed=seed) for seed in (1, 1, 2))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
-    assert [tuple(x.shape) for x in a] == [(3, 40, 6), (3, 40, 5), (3, 40, 2), (3, 40, 2)]
-    assert a.part(1, 3).audio.shape == (2, 40, 5)
+def draws(seed, size=500):
+    """A target and a prediction that has something to do with it, neither centred nor of variance 1."""
+    generator = numpy.random.default_rng(seed)
+    target = numpy.tanh(generator.normal(0.3, 0.8, size))
+    return 0.6 * target + 0.2 * generator.normal(size=size) - 0.1, target
 
 
-def test_synthetic_is_what_it_says():
-    data = sequences(200, 300, 12, 8, seed=3, lags=(0, 6), noise=(0.1, 0.1), blind=(0.1, 0.3))
-    assert (data.labels.abs() < 1).all() and data.labels.std() > 0.5
-    assert (data.labels.diff(dim=1).abs().mean() < 0.1) and (data.labels[:, ::60].diff(dim=1).abs().mean() > 0.3)
-    assert (1 - data.clear.float()).mean(dim=(0, 1)).tolist() == pytest.approx([0.1, 0.3], abs=0.03)
-
-    def explained(features, m, lag):
-        """Share of the emotion's variance that a linear map finds in the clear frames, ``lag`` frames later."""
-        length = data.labels.shape[1] - lag
-        clear = data.clear[:, lag:, m]
-        x, y = features[:, lag:][clear], torch.atanh(data.labels[:, :length][clear])
-        residual = y - x @ torch.linalg.lstsq(x, y).solution
-        return 1 - float(residual.var() / y.var())
-
-    assert explained(data.visual, 0, 0) > 0.9 and explained(data.audio, 1, 6) > 0.9
-    assert explained(data.visual, 0, 6) < 0.8 and explained(data.audio, 1, 0) < 0.8
-    blind = sequences(50, 100, 12, 8, blind=(1.0, 0.0))
-    assert not blind.clear[..., 0].any() and blind.clear[..., 1].all()
+@pytest.mark.parametrize("seed", range(5))
+def test_audmetric_agrees(seed):
+    prediction, target = draws(seed)
+    expected = audmetric.concordance_cc(target, prediction)
+    assert ccc(prediction, target) == pytest.approx(expected, abs=1e-10)
+    assert 1 - float(ccc_loss(float64(prediction), float64(target))) == pytest.approx(expected, abs=1e-10)
+    assert pearson(prediction, target) == pytest.approx(audmetric.pearson_cc(target, prediction), abs=1e-10)
 
 
-TINY = demo.Settings(train=8, held_out=4, length=12, features=(5, 4), widths=(6, 4), hidden=8, batch=4, epochs=3)
+@pytest.mark.parametrize("seed", range(5))
+def test_loss_is_the_mean_over_windows_of_valid_frames(seed):
+    pairs = [draws(seed + i, 60) for i in range(4)]
+    prediction, target = (float64(*side) for side in zip(*pairs, strict=True))
+    mask = torch.rand(4, 60, generator=torch.Generator().manual_seed(seed)) < 0.7
+    mask[2] = False
+    expected = [
+        1 - audmetric.concordance_cc(target[i][mask[i]].numpy(), prediction[i][mask[i]].numpy()) for i in (0, 1, 3)
+    ]
+    assert float(ccc_loss(prediction, target, mask)) == pytest.approx(numpy.mean(expected), abs=1e-10)
 
 
-def test_demo(capsys):
-    shapes = {"tiny": Shape(7, 5, 3, 2, 2, "flat")}
-    assert demo.demonstrate(TINY, shapes, 1) == 0
-    printed = capsys.readouterr().out
-    for words in ("valence", "arousal", "eager", "fused", "held-out", "tiny 2 x 7 x (5 + 3)", "train alike"):
-        assert words in printed
+@pytest.mark.parametrize("seed", range(5))
+def test_rmse_and_pearson(seed):
+    prediction, target = draws(seed)
+    assert rmse(prediction, target) == pytest.approx(numpy.sqrt(((prediction - target) ** 2).mean()), abs=1e-12)
+    assert pearson(prediction, target) == pytest.approx(scipy.stats.pearsonr(prediction, target)[0], abs=1e-12)
 
 
-def test_demo_notices_a_wrong_block(monkeypatch, capsys):
-    class Wrong(GatedRJCAFused):
-        def forward(self, visual, audio, *rest, **extras):
-            return super().forward(visual, audio.detach(), *rest, **extras)
-
-    wrong = demo.compare_training(TINY, 0, fused=Wrong)
-    assert wrong.difference > wrong.tolerance
-    monkeypatch.setattr(demo, "compare_training", lambda *_: wrong)
-    assert demo.demonstrate(TINY, {}, 1) == 1
-    assert "FAILED" in capsys.readouterr().out
+def test_pearson_of_a_constant_is_undefined():
+    assert math.isnan(pearson([0.1] * 7, X[:1] * 7)) and math.isnan(pearson([0.1] * 3, X))
+    assert Scores.of(numpy.full(3, 0.1), numpy.array(X)).as_json()["pearson"] is None
 
 
-def test_demo_notices_nan():
-    broken = demo.Comparison(demo.Run([1.0], 0.0), demo.Run([float("nan")], 0.0), demo.Run([1.0], 0.0))
-    assert not broken.difference <= broken.tolerance
+def video(name, labels):
+    labels = numpy.array(labels)
+    valid = (numpy.abs(labels) <= 1).all(axis=1)
+    return Video(name, len(labels), labels, valid, (), Path(), Path(), (1, 1))
 
 
-def test_command_line(capsys):
-    for words in (["--help"], ["demo", "--help"]):
-        with pytest.raises(SystemExit, match="0"):
-            main(words)
-    assert "--epochs" in capsys.readouterr().out
-    for wrong in (["demo", "--epochs", "0"], ["demo", "--repetitions", "x"], []):
-        with pytest.raises(SystemExit, match="2"):
-            main(wrong)
-    assert "expected a whole number above 0, got '0'" in capsys.readouterr().err
+def test_split_scores_count_valid_frames_of_all_videos():
+    videos = [
+        video("a", [[0.1, 0], [0.5, 0], [-5, -5], [0.2, -5]]),
+        video("b", [[-5, -5]]),
+        video("c", [[0.9, 0], [0.3, 0]]),
+    ]
+    predictions = [numpy.array([0.2, 0.4, 9, 9]), numpy.array([9.0]), numpy.array([0.8, 0.5])]
+    scores = split_scores(predictions, videos, "valence")
+    x, y = [0.2, 0.4, 0.8, 0.5], [0.1, 0.5, 0.9, 0.3]
+    assert scores.together == Scores.of(numpy.array(x), numpy.array(y)) and scores.together.frames == 4
+    assert scores.together.ccc == pytest.approx(audmetric.concordance_cc(y, x), abs=1e-10)
+    assert set(scores.videos) == {"a", "c"} and scores.videos["a"].frames == 2
+    with pytest.raises(UserError, match="at least one frame"):
+        split_scores(predictions[1:2], videos[1:2], "valence")

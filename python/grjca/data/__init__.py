@@ -1,0 +1,17 @@
+"""Data on disk and in windows: annotations and features of videos, read strictly and streamed."""
+
+from grjca.data.layout import folds
+from grjca.data.videos import Inspection, SplitSummary, Video, load, problems
+from grjca.data.windows import WindowDataset, stitch, windows
+
+__all__ = [
+    "Inspection",
+    "SplitSummary",
+    "Video",
+    "WindowDataset",
+    "folds",
+    "load",
+    "problems",
+    "stitch",
+    "windows",
+]

@@ -1,0 +1,107 @@
+"""Readers of one file each. Whatever is odd is refused with the file and the line or frame; nothing is unpickled."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from grjca.errors import UserError
+
+HEADER = "valence,arousal"
+CHUNK = 4096  # rows that are looked at together: 8 MB of 512 features
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def labels(path: Path) -> np.ndarray:
+    """[N, 2] float64, valence and arousal, of an annotation in text or of VA_continuous_label.npy."""
+    if path.suffix == ".npy":
+        array = features(path, 2, "labels")
+        check_finite(array, path)
+        return np.array(array, dtype=np.float64)
+    return annotation(path)
+
+
+def annotation(path: Path) -> np.ndarray:
+    """[N, 2] float64 of a text with the header ``valence,arousal`` and two finite numbers a line, N > 0.
+
+    Numbers outside [-1, 1] are kept: -5 marks an invalid frame. A byte order mark, any line ends and empty lines at
+    the end are accepted.
+    """
+    # Line by line: the readers of libraries skip empty lines and comments, and all that follows moves by a frame.
+    header, *lines = _text(path).rstrip("\n").split("\n")
+    if header != HEADER:
+        raise UserError(f"{path}, line 1: expected the header {HEADER}, got {_quote(header)}.")
+    if not lines:
+        raise UserError(f"{path} has a header but no frames; expected a row per frame below it.")
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        cells = [_number(cell) for cell in line.split(",")]
+        if len(cells) != 2 or not all(abs(cell) <= LARGEST for cell in cells):
+            raise UserError(f"{path}, line {number}: expected two numbers, valence,arousal, got {_quote(line)}.")
+        rows.append(cells)
+    return np.array(rows)
+
+
+def features(path: Path, width: int, kind: str) -> np.memmap:
+    """[N, width] of a float dtype, N > 0, mapped from the file; ``kind`` (visual, audio, labels) is for the message."""
+    expected = f"expected {kind} [N, {width}] of float16, float32 or float64"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {expected}.")
+    try:
+        # Unlike np.load, this has no way to unpickle. What it raises for a broken header is not documented.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no readable .npy file of numbers ({reason}); {expected}. Write it anew.") from error
+    shape = list(array.shape)
+    if kind == "visual" and array.ndim == 4:
+        raise UserError(f"{path} holds images, {shape}; {expected}: the features of a face network.")
+    if array.ndim != 2 or array.shape[1] != width:
+        raise UserError(f"{path} holds {shape}; {expected}.")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise UserError(f"{path} holds {array.dtype} numbers; {expected}.")
+    if not len(array):
+        raise UserError(f"{path} holds no frames; {expected}.")
+    surplus = path.stat().st_size - array.offset - array.nbytes
+    if surplus:
+        raise UserError(f"{path} holds {surplus} bytes more than its header says; {expected}. Write it anew.")
+    return array
+
+
+def check_finite(array: np.ndarray, path: Path) -> None:
+    """UserError that names the first frame, counted from 0, of ``array`` with a number that float32 can't hold."""
+    for start in range(0, len(array), CHUNK):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array[start : start + CHUNK].astype(np.float32, copy=False))
+        if not finite.all():
+            frame, column = np.argwhere(~finite)[0]
+            raise UserError(
+                f"{path}, frame {start + frame} (counted from 0): column {column} holds "
+                f"{array[start + frame, column]}; expected finite float32 numbers. Compute these features anew."
+            )
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; expected {HEADER} and numbers.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _number(cell: str) -> float:
+    """NaN for what is no number; float() would also read 0_5."""
+    try:
+        return math.nan if "_" in cell else float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _quote(line: str) -> str:
+    return repr(line if len(line) <= 40 else line[:40] + "…")

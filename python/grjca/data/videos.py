@@ -1,0 +1,205 @@
+"""Videos of a data folder: what is small is in memory, features stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from grjca.data import layout, reading
+from grjca.data.layout import OFFICIAL, Source
+from grjca.errors import UserError
+
+MEND = 5
+"""Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """One face of one video. Pickles without its features, so that workers get it cheaply."""
+
+    name: str
+    length: int
+    """N, frames of the annotation, or without one, of the visual features"""
+    labels: np.ndarray | None
+    """[N, 2] float64, valence and arousal as written; None without annotation"""
+    valid: np.ndarray
+    """[N] bool: both labels are in [-1, 1]; all false without annotation"""
+    notes: tuple[str, ...]
+    """what was mended, in sentences"""
+    visual_path: Path
+    audio_path: Path
+    widths: tuple[int, int]
+    """(d_v, d_a)"""
+
+    def features(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Visual [stop - start, d_v] and audio [stop - start, d_a], float32, of these frames, read from disk.
+
+        Where a file is shorter than the video, its last row is repeated.
+        """
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"{self.name} has frames 0 to {self.length}, not {start} to {stop}.")
+        frames = np.arange(start, stop)
+        visual = reading.features(self.visual_path, self.widths[0], "visual")
+        audio = reading.features(self.audio_path, self.widths[1], "audio")
+        return _rows(visual, frames), _rows(audio, frames)
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One official split."""
+
+    videos: int
+    frames: int
+    invalid_share: float
+    """of the annotated frames, those that are masked; 0 without annotation"""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that can be said of a data folder."""
+
+    problems: list[str]
+    """what :func:`load` would refuse"""
+    notes: list[str]
+    """what was mended or ignored"""
+    splits: dict[str, SplitSummary]
+    """of the videos without a problem"""
+
+
+def load(
+    root: Path, split: str, *, fold: int = 0, widths: tuple[int, int] = (512, 128), progress: bool = False
+) -> list[Video]:
+    """Videos of a split, by name, every file read once and checked.
+
+    Args:
+        root: folder with annotations/ and features/ or npy_data/.
+        split: train or validate of this fold, test (features without annotation), or all.
+        widths: of the visual and audio features.
+        progress: show a bar.
+
+    Raises:
+        UserError: the first thing that is wrong, or there are no such videos.
+    """
+    found = layout.find(Path(root))
+    if found.problems:
+        raise UserError(found.problems[0])
+    videos = []
+    for source in tqdm(
+        layout.select(found, split, fold), f"checking {split}", leave=False, disable=None if progress else True
+    ):
+        video, errors = _read(source, widths)
+        if video is None:
+            raise errors[0]
+        videos.append(video)
+    return videos
+
+
+def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool = False) -> Inspection:
+    """What is wrong with a data folder, at most one problem a file, and how much it holds. Raises nothing."""
+    try:
+        found = layout.find(Path(root))
+    except UserError as error:
+        return Inspection([str(error)], [], {})
+    wrong, notes = [*found.problems, *_missing_parts(found)], _remarks(found)
+    videos: dict[str, list[Video]] = {split: [] for split in (*OFFICIAL, "test")}
+    for source in tqdm(found.sources, "checking", leave=False, disable=None if progress else True):
+        video, errors = _read(source, widths)
+        wrong += map(str, errors)
+        if video is not None:
+            notes += video.notes
+            if source.split:
+                videos[source.split].append(video)
+    return Inspection(wrong, notes, {split: _summary(part) for split, part in videos.items()})
+
+
+def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[UserError]]:
+    """The video, or None and what is wrong with its files."""
+    errors: list[UserError] = []
+    labels = None
+    if source.labels is not None:
+        labels = _attempt(errors, reading.labels, source.labels)
+    if source.folder.is_dir():
+        visual = _attempt(errors, _checked_length, source.visual, widths[0], "visual")
+        audio = _attempt(errors, _checked_length, source.audio, widths[1], "audio")
+    else:
+        visual = audio = None
+        expected = f"expected it to hold {source.visual.name} and {source.audio.name}"
+        errors.append(UserError(f"{source.labels} has no features: the folder {source.folder} is missing; {expected}."))
+    if errors or visual is None or audio is None:
+        return None, errors
+    length = visual if labels is None else len(labels)
+    notes = _attempt(errors, _mend, source, length, {source.visual: visual, source.audio: audio})
+    if notes is None:
+        return None, errors
+    valid = np.zeros(length, bool) if labels is None else (np.abs(labels) <= 1).all(axis=1)
+    return Video(source.name, length, labels, valid, notes, source.visual, source.audio, widths), errors
+
+
+def _mend(source: Source, length: int, rows_of: dict[Path, int]) -> tuple[str, ...]:
+    """What has to be done to features of other lengths; UserError if that is too much."""
+    notes = []
+    for path, rows in rows_of.items():
+        if abs(rows - length) > MEND:
+            raise UserError(
+                f"{path} has {rows} frames, but {source.labels or source.visual} has {length}; a difference of at most "
+                f"{MEND} is mended. Extract the features of this video anew."
+            )
+        if rows != length:
+            how = "the last row is repeated" if rows < length else "the last ones are left out"
+            notes.append(f"{path} has {rows} frames instead of {length}: {how}.")
+    return tuple(notes)
+
+
+def _attempt(errors: list[UserError], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    try:
+        return read(*args, **kwargs)
+    except UserError as error:
+        errors.append(error)
+        return None
+
+
+def _checked_length(path: Path, width: int, kind: str) -> int:
+    array = reading.features(path, width, kind)
+    reading.check_finite(array, path)
+    return len(array)
+
+
+def _rows(array: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    return np.asarray(array[np.minimum(frames, len(array) - 1)], dtype=np.float32)
+
+
+def _missing_parts(found: layout.Layout) -> list[str]:
+    """Splits that load would refuse as empty; a folder for testing alone needs none."""
+    if found.sources and all(source.split == "test" for source in found.sources):
+        return []
+    wrong = []
+    for split in OFFICIAL:
+        try:
+            layout.select(found, split)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def _remarks(found: layout.Layout) -> list[str]:
+    notes = [f"{path} is ignored: neither an annotation nor a folder of features." for path in found.strays]
+    test = [source.name for source in found.sources if source.split == "test"]
+    if test:
+        shown = ", ".join(test[:5]) + (", …" if len(test) > 5 else "")
+        notes.append(f"Videos with features but no annotation, for testing only: {len(test)} ({shown}).")
+    return notes
+
+
+def _summary(videos: list[Video]) -> SplitSummary:
+    frames = sum(video.length for video in videos)
+    annotated = [video.valid for video in videos if video.labels is not None]
+    invalid = float(1 - np.concatenate(annotated).mean()) if annotated else 0.0
+    return SplitSummary(len(videos), frames, invalid)

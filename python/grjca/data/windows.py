@@ -1,0 +1,107 @@
+"""Windows of videos: cut, served, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from grjca.config import TARGETS, Target
+from grjca.data.videos import Video
+from grjca.errors import UserError
+
+Span = tuple[int, int, int]  # index of a video, start, stop
+
+
+def windows(length: int, size: int = 300, hop: int = 200) -> list[tuple[int, int]]:
+    """(start, stop) of windows that cover ``length`` frames.
+
+    They start at 0, hop, 2 hop, ...; if the tail is not covered, the last ``size`` frames are one window more. A
+    shorter video is one window, and no frames are none.
+
+    Raises:
+        UserError: negative length, size or hop below 1, or a hop beyond size, which would leave gaps.
+    """
+    if length < 0:
+        raise UserError(f"A video cannot have {length} frames; expected 0 or more.")
+    if size < 1 or not 1 <= hop <= size:
+        raise UserError(
+            f"Windows of {size} frames, one every {hop}: expected 1 <= hop <= window, so that none is lost."
+        )
+    if length <= size:
+        return [(0, length)] if length else []
+    starts = list(range(0, length - size + 1, hop))
+    if starts[-1] + size < length:
+        starts.append(length - size)
+    return [(start, start + size) for start in starts]
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """All windows of some videos; features are read from disk when a window is asked for.
+
+    An item holds ``visual`` [size, d_v], ``audio`` [size, d_a] and ``label`` [size], float32 and 0 after the end of the
+    video; ``mask`` [size] bool, true where the frame exists and both its labels are valid (``label`` is 0 elsewhere);
+    ``length`` and ``index``, int64: frames of the window that exist, and the place in ``spans``.
+    """
+
+    def __init__(self, videos: Sequence[Video], target: Target, size: int = 300, hop: int = 200) -> None:
+        self.videos, self.target, self.size = list(videos), target, size
+        self.column = TARGETS.index(target)
+        self.spans: list[Span] = [
+            (i, start, stop) for i, video in enumerate(self.videos) for start, stop in windows(video.length, size, hop)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """Window ``i``; UserError if a file can't be read any more."""
+        index, start, stop = self.spans[i]
+        video = self.videos[index]
+        visual, audio = video.features(start, stop)
+        valid = video.valid[start:stop]
+        label = np.zeros(stop - start, np.float32)
+        if video.labels is not None:
+            label[valid] = video.labels[start:stop, self.column][valid]
+        arrays = {"visual": visual, "audio": audio, "label": label, "mask": valid}
+        item = {name: _padded(array, self.size) for name, array in arrays.items()}
+        return item | {"length": torch.tensor(stop - start), "index": torch.tensor(i)}
+
+
+def stitch(spans: Sequence[Span], lengths: Sequence[int], values: Iterable[Any]) -> list[np.ndarray]:
+    """Per video [N, ...] float64: what its windows say of each frame, averaged.
+
+    Args:
+        spans: of :class:`WindowDataset`.
+        lengths: N of every video.
+        values: for each span an array or tensor [size, ...]; rows beyond the span are padding.
+
+    Raises:
+        ValueError: another number of windows than spans, a window too short, or a frame that no window covers.
+    """
+    windows = [torch.as_tensor(value).detach().cpu().double().numpy() for value in values]
+    if len(windows) != len(spans):
+        raise ValueError(f"There are values of {len(windows)} windows for {len(spans)} spans; expected one each.")
+    trailing = windows[0].shape[1:] if windows else ()
+    totals = [np.zeros((length, *trailing)) for length in lengths]
+    counts = [np.zeros((length, *(1 for _ in trailing))) for length in lengths]
+    for (video, start, stop), value in zip(spans, windows, strict=True):
+        if not 0 <= start < stop <= lengths[video] or len(value) < stop - start:
+            raise ValueError(f"A window of {len(value)} rows for frames {start} to {stop} of {lengths[video]}.")
+        totals[video][start:stop] += value[: stop - start]
+        counts[video][start:stop] += 1
+    for video, count in enumerate(counts):
+        if not count.all():
+            raise ValueError(f"No window covers frame {int(count.argmin())} of video {video}; every frame needs one.")
+    return [total / count for total, count in zip(totals, counts, strict=True)]
+
+
+def _padded(array: np.ndarray, size: int) -> Tensor:
+    """Zeros after the end, [size, ...]."""
+    padded = np.zeros((size, *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    return torch.from_numpy(padded)

@@ -1,0 +1,69 @@
+"""What there is to compute with: versions, processors, and the backend that is used in the end."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from grjca.errors import UserError
+from grjca_kernels import GatedRJCAFused, backends
+
+BACKEND_VARIABLE = "GRJCA_BACKEND"
+LIBRARIES = ("grjca-kernels", "torch", "numpy", "accelerate", "safetensors", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that are there."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def devices() -> list[str]:
+    """Device types that backends may compute on here."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:  # platform.processor() is empty on most Linux systems
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def refusal(backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot compute on this device type, or None. It is found out by trying."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = torch.zeros(1, 1, 1, device=device)
+        try:
+            GatedRJCAFused(1, 1, 1, iterations=1, gating="none", backend=backend).to(device)(x, x)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+    return None
+
+
+def backend_used(asked: str, device: str) -> str:
+    """What computes the fusion on this device type: ``asked``, or what "auto" stands for.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if asked == "eager":
+        return asked
+    name = (os.environ.get(BACKEND_VARIABLE) or asked) if asked == "auto" else asked
+    reasons = {}
+    for candidate in backends() if name == "auto" else [name]:
+        reasons[candidate] = refusal(candidate, device)
+        if reasons[candidate] is None:
+            return candidate
+    raise UserError("; ".join(map(str, reasons.values())))

@@ -1,0 +1,109 @@
+"""A value for every frame of every video, once, by windows whose overlaps are averaged; in any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from grjca.data import Video, WindowDataset, stitch
+from grjca.errors import UserError
+from grjca.model import AudioVisualModel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one video of N frames."""
+
+    values: np.ndarray
+    """[N] float64, between -1 and 1"""
+    gates: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    """Per modality [N, ways] float64, one for every gate of the fusion; empty unless asked for"""
+
+
+def accelerator(precision: str, batch_size: int) -> Accelerator:
+    """Accelerate, set up so that ``batch_size`` is that of all processes together.
+
+    Raises:
+        UserError: if it cannot be shared out evenly.
+    """
+    loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False)
+    try:
+        result = Accelerator(mixed_precision=precision, dataloader_config=loading)
+    except ValueError as error:  # fp16 without a GPU, say
+        raise UserError(f"--precision: {precision} cannot be had here: {error}") from error
+    if batch_size % result.num_processes:
+        raise UserError(f"--batch_size: expected a multiple of the {result.num_processes} processes, got {batch_size}.")
+    return result
+
+
+class Windows:
+    """The windows of ``videos``, ready to be predicted again and again.
+
+    Args:
+        size, hop: of a window, in frames.
+        batch_size: windows at once, all processes together.
+        workers: processes that read ahead.
+    """
+
+    def __init__(
+        self, videos: Sequence[Video], size: int, hop: int, batch_size: int, on: Accelerator, *, workers: int = 0
+    ) -> None:
+        self.videos = videos
+        self.dataset = WindowDataset(videos, "valence", size, hop)  # of either target: the labels are not used
+        loader = DataLoader(self.dataset, batch_size, num_workers=workers)
+        self.accelerator, self.loader = on, on.prepare_data_loader(loader)
+
+    @torch.no_grad()
+    def predict(self, model: AudioVisualModel, *, gates: bool = False, progress: str | None = None) -> list[Prediction]:
+        """One Prediction for each video, the same on every process.
+
+        Args:
+            model: switched to eval mode.
+            gates: also what the fusion's gates chose.
+            progress: title of a progress bar; none if None.
+        """
+        model.eval()
+        collected: list[dict[str, Any]] = []
+        hide = progress is None or not self.accelerator.is_main_process
+        for batch in tqdm(self.loader, progress, leave=False, disable=hide, dynamic_ncols=True):
+            out: dict[str, Any] = {"index": batch["index"]}
+            if gates:
+                values, ways = model(batch["visual"], batch["audio"], batch["length"], return_gates=True)
+                out |= {f"{m}.{i}": gate for m, of in ways.items() for i, gate in enumerate(_as_tuple(of))}
+            else:
+                values = model(batch["visual"], batch["audio"], batch["length"])
+            out = self.accelerator.gather_for_metrics({**out, "values": values})
+            collected.append({name: tensor.double().cpu() for name, tensor in out.items()})
+        return self._stitch(collected)
+
+    def _stitch(self, collected: list[dict[str, Any]]) -> list[Prediction]:
+        lengths = [video.length for video in self.videos]
+        together = {name: torch.cat([out[name] for out in collected]) for name in collected[0]}
+        order = together.pop("index").long().argsort()
+        frames = {name: stitch(self.dataset.spans, lengths, of[order].numpy()) for name, of in together.items()}
+        names = sorted(name for name in frames if name != "values")
+        return [
+            Prediction(
+                frames["values"][v],
+                {m: tuple(frames[n][v] for n in names if n.startswith(f"{m}.")) for m in _modalities(names)},
+            )
+            for v in range(len(self.videos))
+        ]
+
+
+def _modalities(names: list[str]) -> list[str]:
+    return sorted({name.partition(".")[0] for name in names}, reverse=True)  # visual first
+
+
+def _as_tuple(gates: Any) -> tuple[Any, ...]:
+    if gates is None:
+        return ()
+    return tuple(gates) if isinstance(gates, (tuple, list)) else (gates,)

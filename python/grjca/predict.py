@@ -1,0 +1,276 @@
+"""``grjca predict``: a value for every frame, in a file per video and in the challenge file."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+
+from grjca import data, environment, files, inference, runs
+from grjca.config import TARGETS, Backend, PredictConfig, Target, TrainConfig
+from grjca.errors import UserError
+from grjca.model import AudioVisualModel
+
+CHALLENGE, HEADER = "challenge.txt", "image_location,valence,arousal"
+IMAGE = re.compile(r"(?P<video>[^/\\,]+)/(?P<frame>[0-9]+)\.jpg", re.ASCII)
+
+Values = Mapping[Target, Mapping[str, np.ndarray]]
+"""target -> video -> [N]"""
+
+
+class Row(NamedTuple):
+    """A row of the challenge file."""
+
+    image: str
+    """<video>/<frame>.jpg"""
+    video: str
+    frame: int
+    """From 1."""
+
+
+class Trained(NamedTuple):
+    """The model of a run."""
+
+    folder: Path
+    settings: TrainConfig
+    model: AudioVisualModel
+    backend: Backend
+    """Asked for; "auto" still is "auto"."""
+
+    @classmethod
+    def load(cls, folder: Path, backend: Backend | None = None) -> Trained:
+        """With the best weights, and with the backend of the training if None; UserError if ``folder`` is no run."""
+        settings, model = runs.load_best(folder, backend=backend)
+        return cls(folder, settings, model, backend or settings.backend)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the features it reads."""
+        return self.settings.model.visual_features, self.settings.model.audio_features
+
+    def backend_used(self, device: str) -> str | None:
+        """What computes the fusion, None if there is nothing to compute; UserError if it cannot."""
+        return None if self.settings.fusion == "concat" else environment.backend_used(self.backend, device)
+
+
+def predict(config: PredictConfig) -> int:
+    """Predict by the best weights of one run, or of one for each target; the exit code.
+
+    ``config.out`` gets ``predictions/<video>.txt`` and ``challenge.txt``. It appears at the end, as a whole.
+
+    Raises:
+        UserError: if runs, data, template or folder are not what they should be.
+    """
+    _check_free(config.out)
+    trained = _load(config)
+    first = trained[0]
+    on = inference.accelerator(first.settings.precision, config.batch_size)
+    everything = data.load(
+        config.data, config.split, fold=first.settings.fold, widths=first.widths, progress=on.is_main_process
+    )
+    rows = None if config.template is None else read_template(config.template, {video.name for video in everything})
+    listed = {video.name for video in everything} if rows is None else {row.video for row in rows}
+    videos = [video for video in everything if video.name in listed]
+
+    values: dict[Target, dict[str, np.ndarray]] = {}
+    for of in trained:
+        predictions = infer(on, of, videos, config.batch_size)
+        values[of.settings.target] = {v.name: p.values for v, p in zip(videos, predictions, strict=True)}
+    if on.is_main_process:
+        rows = rows or every_frame(videos)
+        with _as_a_whole(config.out) as folder:
+            write_predictions(folder / runs.PREDICTIONS, values)
+            files.write_text(folder / CHALLENGE, challenge(rows, values))
+        print(_report(config, values, videos, rows, left_out=len(everything) - len(videos)))
+    return 0
+
+
+def infer(
+    on: Accelerator, trained: Trained, videos: Sequence[data.Video], batch_size: int, *, gates: bool = False
+) -> list[inference.Prediction]:
+    """What a model says of each video, by the windows and in the precision of its training.
+
+    Raises:
+        UserError: if a value is not finite, or the backend cannot run here.
+    """
+    settings = trained.settings
+    trained.backend_used(on.device.type)
+    windows = inference.Windows(videos, settings.window, settings.hop, batch_size, on)
+    model = on.prepare_model(trained.model, evaluation_mode=True)
+    predictions = windows.predict(model, gates=gates, progress=f"predicting {settings.target}")
+    for video, prediction in zip(videos, predictions, strict=True):
+        finite = np.isfinite(prediction.values)
+        if not finite.all():
+            raise UserError(
+                f"{trained.folder}: expected finite predictions, got {prediction.values[np.argmin(finite)]} for "
+                f"{video.name}, frame {np.argmin(finite) + 1}; train anew, or try --backend reference."
+            )
+    return predictions
+
+
+def write_predictions(folder: Path, values: Values) -> None:
+    """``<folder>/<video>.txt`` for each video: a column per target that is there, under its name; a row per frame."""
+    targets = [target for target in TARGETS if target in values]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in values[targets[0]]:
+        columns = np.column_stack([values[target][name] for target in targets])
+
+        def fill(partial: Path, columns: np.ndarray = columns) -> None:
+            np.savetxt(partial, columns, "%.8f", ",", header=",".join(targets), comments="")
+
+        files.write(folder / f"{name}.txt", fill)
+
+
+def every_frame(videos: Sequence[data.Video]) -> list[Row]:
+    """Rows of the challenge file where no template says otherwise."""
+    names = sorted((video.name, video.length) for video in videos)
+    return [Row(f"{name}/{i:05d}.jpg", name, i) for name, length in names for i in range(1, length + 1)]
+
+
+def challenge(rows: Sequence[Row], values: Values) -> str:
+    """The text of the challenge file.
+
+    Values are clipped to [-1, 1]; a frame after the last has that of the last; a target that is not there is 0.
+    """
+    clipped = {target: {name: np.clip(of, -1, 1) for name, of in values[target].items()} for target in values}
+
+    def cell(target: Target, row: Row) -> str:
+        if target not in clipped:
+            return "0"
+        of = clipped[target][row.video]
+        return f"{of[min(row.frame, len(of)) - 1]:.8f}"
+
+    lines = (",".join([row.image, *(cell(target, row) for target in TARGETS)]) for row in rows)
+    return "\n".join([HEADER, *lines]) + "\n"
+
+
+def read_template(path: Path, known: Collection[str]) -> list[Row]:
+    """The rows that the organisers ask for, in their order. Placeholders for the values are allowed and ignored.
+
+    Args:
+        known: names of the videos that there are.
+
+    Raises:
+        UserError: naming the line of whatever is not as expected.
+    """
+    header, *lines = _text(path).rstrip().splitlines() or [""]
+    if header.strip() not in (HEADER, HEADER.partition(",")[0]):
+        raise UserError(f"{path}, line 1: expected the header {HEADER}, got {header[:60]!r}.")
+    if not lines:
+        raise UserError(f"{path}: expected a row for each frame, got only the header.")
+    seen: dict[tuple[str, int], int] = {}
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        row = _row(line)
+        if row is None:
+            raise UserError(f"{path}, line {number}: expected <video>/00001.jpg or a later frame, got {line[:60]!r}.")
+        if row.video not in known:
+            raise UserError(f"{path}, line {number}: there are no features of {row.video!r} to predict it from.")
+        first = seen.setdefault((row.video, row.frame), number)
+        if first != number:
+            raise UserError(f"{path}, line {number}: expected each frame once, but line {first} has {row.image} too.")
+        rows.append(row)
+    return rows
+
+
+def _row(line: str) -> Row | None:
+    image, *placeholders = (cell.strip() for cell in line.split(","))
+    match = IMAGE.fullmatch(image)
+    if match is None or int(match["frame"]) < 1 or len(placeholders) > len(TARGETS):
+        return None
+    return Row(image, match["video"], int(match["frame"])) if all(map(_is_placeholder, placeholders)) else None
+
+
+def _is_placeholder(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: expected the template of the challenge file, but {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: expected text in UTF-8, got something else.") from error
+
+
+def _load(config: PredictConfig) -> list[Trained]:
+    """The run, and that of the other target if there is one."""
+    first = Trained.load(config.run, config.backend)
+    if config.other is None:
+        return [first]
+    other = Trained.load(config.other, config.backend)
+    for what, ours, theirs in (
+        ("widths of features", first.widths, other.widths),
+        ("precision", first.settings.precision, other.settings.precision),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"--other: expected two runs with the same {what}, got {ours} in {config.run} and {theirs} in "
+                f"{config.other}; predict them one by one."
+            )
+    if first.settings.target == other.settings.target:
+        raise UserError(
+            f"--other: expected a run of the other target, but {config.run} and {config.other} both predict "
+            f"{first.settings.target}."
+        )
+    return [first, other]
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists already; choose another, or delete it.")
+    make_folder(out.absolute().parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder``, and those it is in; UserError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder.") from error
+
+
+@contextmanager
+def _as_a_whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` at the end of the ``with`` block, or disappears if that fails."""
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}{files.PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()  # empty, or it would have been refused
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _report(
+    config: PredictConfig, values: Values, videos: Sequence[data.Video], rows: Sequence[Row], left_out: int
+) -> str:
+    mended = sum(len(video.notes) for video in videos)
+    missing = [target for target in TARGETS if target not in values]
+    lines = [
+        f"{config.out / runs.PREDICTIONS}: {len(videos)} videos, {' and '.join(t for t in TARGETS if t in values)}",
+        f"{config.out / CHALLENGE}: {len(rows)} frames",
+        *(f"The column {target} is 0: --other takes a run that predicts it." for target in missing),
+    ]
+    if left_out:
+        lines.append(f"{left_out} of {left_out + len(videos)} videos are not in {config.template} and were left out.")
+    if mended:
+        lines.append(f"{mended} files differ in length from their video and were mended; grjca doctor lists them.")
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""Checkpoints of the authors' full model: encoders, GRJCA or HGRJCA, and head, under their names.
+
+Their "video" is our visual, their "logmel" our audio. ``network.k.net.0`` and ``net.4`` are the same tensors as
+``conv1`` and ``conv2``; weight_norm calls its two tensors ``weight_g`` and ``weight_v``, or since PyTorch 2.0
+``parametrizations.weight.original0`` and ``original1``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grjca.config import FUSIONS, GATING, Backend, ModelConfig
+from grjca.errors import UserError
+from grjca.model import AudioVisualModel
+from grjca_kernels import GatedRJCAFused
+
+WEIGHT_NORM = (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v"))
+RENAMED = (
+    *WEIGHT_NORM,
+    ("encoders.visual.blocks.", "temporal.video.network."),
+    ("encoders.audio.blocks.", "temporal.logmel.network."),
+    ("norms.visual.", "bn.video."),
+    ("norms.audio.", "bn.logmel."),
+    ("head.hidden.", "regressor1."),
+    ("head.norm.", "bn1."),
+    ("head.output.", "regressor2."),
+)
+"""Parts of our names, and what stands there in the authors'. The fusion block has its own converter."""
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Where training scripts put the weights, beside optimiser and epoch."""
+
+_ALIASES = ((".net.0.", ".conv1."), (".net.4.", ".conv2."))
+_BLOCK = re.compile(r"(H?GRJCA\.)(?:coattn\.dcn_layers\.|(?:video|audio)_gating_fc_layer)")
+_WITHOUT_EFFECT = re.compile(
+    r"(temporal\.bert|bn\.bert|spatial|(?:.*\.)?(?:text_gating_fc_layer\w*|vregressor|aregressor|Joint))\."
+)
+
+
+def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = "auto") -> AudioVisualModel:
+    """The authors' trained model, in eval mode.
+
+    Args:
+        source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
+            weights may be wrapped in a dict ("state_dict", "model_state_dict", "model") and in DataParallel.
+        backend: what computes the fusion, as in :class:`grjca.model.AudioVisualModel`.
+
+    Sizes, L, T and the gating are read from the shapes. Dtype and device are those of the weights, which are copied.
+    Keys without effect on the output (backbones, the text modality, leftovers) are ignored and named in one warning.
+
+    Raises:
+        UserError: for a file that is not there, broken, or would run code; for a key that is missing or whose tensor
+            does not fit, naming it.
+    """
+    checkpoint = _Checkpoint(source)
+    block = checkpoint.block()
+    config = checkpoint.config(block)
+    fusion = next(name for name in FUSIONS if GATING.get(name) == block.gating)
+    with torch.device("meta"):  # shapes alone; nothing is initialised in vain
+        model = AudioVisualModel(config, fusion=fusion, length=block.length, backend=backend)
+    weights = {f"fusion.{name}": tensor for name, tensor in block.state_dict().items()}
+    for name, like in model.state_dict().items():
+        if name not in weights:
+            weights[name] = checkpoint.tensor(_replaced(name, RENAMED), like)
+    parameter = next(block.parameters())
+    model.to(parameter.dtype).to_empty(device=parameter.device)
+    model.load_state_dict(weights)
+    if note := checkpoint.note():
+        warnings.warn(note, stacklevel=2)
+    return model.eval()
+
+
+class _Checkpoint:
+    """The tensors of a checkpoint by the authors' names, without aliases, and what has not been asked for."""
+
+    def __init__(self, source: str | Path | Mapping[str, Tensor]) -> None:
+        self.label, content = _open(source)
+        wrapped = (content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping))
+        content = {str(key): value for key, value in next(wrapped, content).items()}
+        if all(key.startswith("module.") for key in content):
+            content = {key.removeprefix("module."): value for key, value in content.items()}
+        primary_last = sorted(content, key=lambda key: _replaced(key, _ALIASES) == key)
+        self.tensors = {_primary(key): content[key] for key in primary_last}
+        self.unused = set(self.tensors)
+
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """One with the shape of ``like``, and floating like it."""
+        tensor = self._find(name)
+        if tensor.shape != like.shape:
+            raise UserError(f"{self.label}: {name}: expected shape {list(like.shape)}, got {list(tensor.shape)}.")
+        if tensor.is_floating_point() != like.is_floating_point():
+            kind = "a floating dtype" if like.is_floating_point() else "an integer dtype"
+            raise UserError(f"{self.label}: {name}: expected {kind}, got {tensor.dtype}.")
+        self.unused.discard(name)
+        return tensor
+
+    def block(self) -> GatedRJCAFused:
+        """The fusion block alone."""
+        keys = {name: match[1] for name in self.tensors if (match := _BLOCK.match(name))}
+        prefixes = sorted(set(keys.values()))
+        if len(prefixes) != 1:
+            raise UserError(
+                f"{self.label}: expected the authors' full model, with one fusion block under GRJCA. or HGRJCA., "
+                f"got {' and '.join(prefixes) or 'neither'} among {len(self.tensors)} keys "
+                f"({', '.join([*list(self.tensors)[:3], '...'])})."
+            )
+        for name in (f"{prefixes[0]}coattn.dcn_layers.0.dense_coattn.query_linear.weight", *keys):
+            if name.endswith("weight"):
+                self._shape(name, "[out, in]")
+        self.unused.difference_update(keys)
+        weights = {name: self._find(name) for name in keys}
+        try:
+            return GatedRJCAFused.from_released(weights, prefix=prefixes[0], output="concat")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.label}: in the fusion block, {error}") from error
+
+    def config(self, block: GatedRJCAFused) -> ModelConfig:
+        """The sizes that the shapes give."""
+        (visual_features, visual, kernel), (audio_features, audio, _) = map(self._encoder, ("video", "logmel"))
+        if (visual[-1], audio[-1]) != block.dims:
+            raise UserError(
+                f"{self.label}: expected encoders (temporal.*) that end in the widths of the fusion block, "
+                f"{block.dims[0]} and {block.dims[1]}, got {visual[-1]} and {audio[-1]}."
+            )
+        return ModelConfig(
+            visual_features=visual_features,
+            audio_features=audio_features,
+            visual_channels=visual,
+            audio_channels=audio,
+            kernel=kernel,
+            iterations=block.iterations,
+            normalize=block.normalize,
+            hidden=self._shape("regressor1.weight", "[hidden, d]")[0],
+        )
+
+    def note(self) -> str:
+        """What was ignored, or nothing."""
+        known = Counter(f"{match[1]}.*" for name in self.unused if (match := _WITHOUT_EFFECT.match(name)))
+        unknown = sorted(name for name in self.unused if not _WITHOUT_EFFECT.match(name))
+        parts = []
+        if known:
+            listed = ", ".join(f"{name} ({count} key{'s' * (count > 1)})" for name, count in sorted(known.items()))
+            parts.append(f"without effect on the output: {listed}")
+        if unknown:
+            parts.append(f"unknown: {', '.join(unknown)}")
+        return f"{self.label}: ignored keys {'; '.join(parts)}." if parts else ""
+
+    def _encoder(self, name: str) -> tuple[int, tuple[int, ...], int]:
+        """Features, channels and kernel."""
+        numbers = (re.match(rf"temporal\.{name}\.network\.(\d+)\.", key) for key in self.tensors)
+        blocks = 1 + max((int(number[1]) for number in numbers if number), default=0)
+        shapes = [
+            self._shape(f"temporal.{name}.network.{k}.conv1.weight_v", "[out, in, kernel]") for k in range(blocks)
+        ]
+        return shapes[0][1], tuple(shape[0] for shape in shapes), shapes[0][2]
+
+    def _shape(self, name: str, expected: str) -> torch.Size:
+        shape = self._find(name).shape
+        if len(shape) != len(expected.split()) or 0 in shape:
+            raise UserError(f"{self.label}: {name}: expected shape {expected}, got {list(shape)}.")
+        return shape
+
+    def _find(self, name: str) -> Tensor:
+        tensor = self.tensors.get(name)
+        if not isinstance(tensor, Tensor):
+            got = "no such key" if name not in self.tensors else type(tensor).__name__
+            raise UserError(f"{self.label}: {name}: expected a tensor of the authors' model, got {got}.")
+        return tensor
+
+
+def _open(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[Any, Any]]:
+    """What to call the source in messages, and its content."""
+    if isinstance(source, Mapping):
+        return "source", source
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source: expected a path or a state_dict, got {type(source).__name__}.")
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a checkpoint, got no such file.")
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: expected a state_dict, got {type(content).__name__}.")
+    return str(path), content
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a broken file can make torch.load raise anything
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
+            raise UserError(
+                f"{path}: expected tensors alone, got {foreign[1]} as well, whose loading could run code, so nothing "
+                "was loaded; have its state_dict saved instead."
+            ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: expected a whole checkpoint, got a broken file ({reason}); fetch it again."
+        ) from error
+
+
+def _primary(key: str) -> str:
+    """The first of the names that a tensor of the encoders can have."""
+    if not key.startswith(("temporal.video.", "temporal.logmel.")):
+        return key
+    return _replaced(key, (*_ALIASES, *WEIGHT_NORM))
+
+
+def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for before, after in pairs:
+        name = name.replace(before, after)
+    return name

@@ -1,0 +1,214 @@
+"""A run folder: what is in it, and how a run that was killed goes on.
+
+    config.yaml         every setting; ``grjca train --config`` reproduces the run
+    best.safetensors    weights with the best validation CCC
+    metrics.jsonl       one line per epoch
+    predictions/        of the validation videos, by the best weights
+    tensorboard/        the same curves for TensorBoard
+    checkpoint/         state.json and the tensors it names: where ``--resume`` goes on
+
+``state.json`` is what counts: an epoch is done once it says so. It is replaced last, in one step; before that, a killed
+process has changed nothing that the next one would not write again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grjca import files, settings
+from grjca.config import Backend, TrainConfig
+from grjca.errors import UserError
+from grjca.model import AudioVisualModel
+
+CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
+    "config.yaml",
+    "best.safetensors",
+    "metrics.jsonl",
+    "predictions",
+    "tensorboard",
+)
+CHECKPOINT, STATE = "checkpoint", "state.json"
+MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
+"""Settings that a resumed run may change: they decide where, how far and how fast, but not what is computed."""
+
+
+@dataclass
+class State:
+    """Where a run is between two epochs."""
+
+    epoch: int = 0
+    """Epochs that are done."""
+    best_ccc: float = -2.0  # below any
+    best_epoch: int = -1
+    plateau: dict[str, Any] = field(default_factory=dict)
+    optimizer: list[dict[str, Any]] = field(default_factory=list)
+    """param_groups."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of fp16 training."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of metrics.jsonl."""
+
+
+def claim(config: TrainConfig, resume: bool) -> None:
+    """Make the run's folder and write config.yaml.
+
+    Raises:
+        UserError: if the folder holds something and ``resume`` is false, or it is a run with other settings.
+    """
+    folder = config.out
+    if folder.is_dir() and any(folder.iterdir()):
+        if not resume:
+            raise UserError(f"{folder}: exists already; go on with it by --resume, or choose another --out.")
+        if (folder / CONFIG).is_file():
+            _compare(folder, settings.from_yaml(TrainConfig, folder / CONFIG), config)
+        elif any(not path.name.endswith(files.PARTIAL) for path in folder.iterdir()):
+            raise UserError(f"{folder}: expected a run, but it has no {CONFIG}; choose another --out.")
+        files.remove_partial(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder}: expected a folder or nothing, got a file; choose another --out.") from error
+    files.write_text(folder / CONFIG, settings.to_yaml(config))
+
+
+def _compare(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
+    for option in dataclasses.fields(TrainConfig):
+        before, now = getattr(old, option.name), getattr(new, option.name)
+        if before != now and option.name not in MAY_DIFFER:
+            raise UserError(
+                f"--resume: {folder} was begun with {option.name}={before}, got {now}; "
+                "leave the option out, or begin a new run with another --out."
+            )
+
+
+def save(
+    folder: Path, state: State, model: dict[str, Tensor], best: dict[str, Tensor], optimizer: dict[int, dict[str, Any]]
+) -> None:
+    """Commit an epoch. ``model`` and ``best`` are state_dicts; ``optimizer`` is the "state" of one."""
+    if state.best_epoch == state.epoch - 1:
+        save_best(folder, state, best)
+    tensors = {f"model.{name}": tensor for name, tensor in model.items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in best.items() if not torch.equal(tensor, model[name])}
+    tensors |= {f"optimizer.{i}.{name}": tensor for i, of in optimizer.items() for name, tensor in of.items()}
+    checkpoint = folder / CHECKPOINT
+    checkpoint.mkdir(exist_ok=True)
+    name = _tensors(state.epoch)
+    files.write_tensors(checkpoint / name, tensors, {"epoch": str(state.epoch)})
+    files.write_json(checkpoint / STATE, dataclasses.asdict(state))
+    _after_commit(folder, state)
+
+
+def save_best(folder: Path, state: State, weights: dict[str, Tensor]) -> None:
+    """Write best.safetensors."""
+    metadata = {"format": "pt", "epoch": str(state.best_epoch), "ccc": repr(state.best_ccc)}
+    files.write_tensors(folder / BEST, weights, metadata)
+
+
+def restore(folder: Path) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
+    """The last epoch that was committed: its state, and tensors under "model", "best" and "optimizer"; None before any.
+
+    What a killed process left undone is repaired: metrics.jsonl and best.safetensors become those of that epoch.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
+    path = folder / CHECKPOINT / STATE
+    if not path.exists():
+        return None
+    try:
+        state = State(**json.loads(path.read_text("utf-8")))
+        tensors = load_file(path.with_name(_tensors(state.epoch)))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({error}); begin a new run with another --out.") from error
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    groups["best"] = groups["model"] | groups["best"]
+    save_best(folder, state, groups["best"])
+    _after_commit(folder, state)
+    return state, groups
+
+
+def _after_commit(folder: Path, state: State) -> None:
+    for tensors in (folder / CHECKPOINT).glob("*.safetensors"):
+        if tensors.name != _tensors(state.epoch):
+            tensors.unlink()
+    files.write_json_lines(folder / METRICS, state.history)
+
+
+def _tensors(epoch: int) -> str:
+    return f"epoch-{epoch:04d}.safetensors"
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of a run.
+
+    Raises:
+        UserError: if ``folder`` is not one.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: expected the folder of a run, with {CONFIG}; grjca train --out makes one.")
+    return settings.from_yaml(TrainConfig, folder / CONFIG)
+
+
+def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainConfig, AudioVisualModel]:
+    """Settings and trained model of a run, with the best weights, in eval mode.
+
+    Args:
+        backend: other than that of the training.
+
+    Raises:
+        UserError: if ``folder`` is not a run, or has no weights yet.
+    """
+    config = read_config(folder)
+    path = folder / BEST
+    model = AudioVisualModel(
+        config.model, fusion=config.fusion, length=config.window, backend=backend or config.backend
+    )
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file, because no epoch is done yet; go on with grjca train --resume --out {folder}."
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: expected the weights of the model in {CONFIG}, got: {reason}") from error
+    return config, model.eval()
+
+
+def best_metadata(folder: Path) -> dict[str, str]:
+    """Epoch and validation CCC of best.safetensors."""
+    with safe_open(folder / BEST, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def curves(folder: Path, history: list[dict[str, Any]]) -> Any:
+    """A TensorBoard writer that holds ``history`` and nothing else; :func:`add_to_curves` adds an epoch."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # a killed process may have left half a record there
+    writer = SummaryWriter(str(folder / TENSORBOARD))
+    for record in history:
+        add_to_curves(writer, record)
+    return writer
+
+
+def add_to_curves(writer: Any, record: dict[str, Any]) -> None:
+    """The numbers of one line of metrics.jsonl."""
+    for name, value in record.items():
+        if name != "epoch" and value is not None:
+            writer.add_scalar(name, value, record["epoch"])
+    writer.flush()

@@ -1,0 +1,73 @@
+"""Dataclasses of config.py from the command line and from YAML, and back, by jsonargparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from grjca.errors import UserError
+
+Config = TypeVar("Config")
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(ArgumentParser):
+    """Says in one sentence what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print ``message`` and exit with 2."""
+        message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
+        message = re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", message)
+        message = re.sub(r"<class '(.*?)'>", r"\1", message)
+        sentence = " ".join(message.split()).rstrip(".")
+        print(f"{self.prog}: {sentence}. See {self.prog} --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(kind: type, **options: Any) -> Parser:
+    """A parser with an option for every field of the dataclass ``kind``, and ``--config`` for a YAML file of them."""
+    result = Parser(description=(kind.__doc__ or "").strip(), **options)
+    result.add_argument("--config", action="config", help="YAML file of options; those given after it win")
+    result.add_class_arguments(kind, as_group=False)
+    return result
+
+
+def build(kind: type[Config], options: Parser, namespace: Namespace) -> Config:
+    """The dataclass from what ``options`` has parsed."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {name: value for name, value in options.instantiate(namespace).items() if name in names}
+    return kind(**values)
+
+
+def to_yaml(config: Any) -> str:
+    """Every field, resolved."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def from_yaml(kind: type[Config], path: Path) -> Config:
+    """The inverse of :func:`to_yaml`.
+
+    Raises:
+        UserError: if the file is missing or not what it should be.
+    """
+    options = ArgumentParser(exit_on_error=False)
+    options.add_class_arguments(kind, as_group=False)
+    try:
+        return build(kind, options, options.parse_path(path))  # type: ignore[arg-type]
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: expected the settings of a {kind.__name__}, got: {reason}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

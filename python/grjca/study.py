@@ -1,0 +1,190 @@
+"""``grjca study``: does gating help when face and voice do not complement each other?
+
+Every fusion is trained on the same synthetic videos, over several seeds and shares of weak frames, and scored on videos
+that played no part in the training. A cell that is done is not done again: a study that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from grjca import data, environment, files, inference, runs, study_report
+from grjca.config import FUSIONS, GATING, Fusion, ModelConfig, Scenario, StudyConfig, SynthConfig, Target, TrainConfig
+from grjca.errors import UserError
+from grjca.gates import iterate_weights
+from grjca.metrics import split_scores
+from grjca.synth import synth
+from grjca.synthetic import CODES
+from grjca.train import train
+
+HELD_OUT = 1_000_000  # number of the first recording that is scored, beyond any that is trained on
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a study. All fusions see normalised features, so that only attention and gates differ."""
+
+    levels: tuple[float, ...]
+    """Shares of frames at which one modality is weak."""
+    seeds: int
+    scenario: Scenario
+    held_out: int
+    """Videos to score."""
+    training: TrainConfig
+
+
+def preset(config: StudyConfig) -> Preset:
+    """The preset of this name."""
+    target: Target = "valence"
+    if config.preset == "full":
+        scenario = Scenario(videos=96, validate=0.25)
+        training = TrainConfig(config.out, target, config.out, epochs=60, model=ModelConfig(normalize=True))
+        return Preset((0.0, 0.2, 0.4, 0.6), 5, scenario, 48, training)
+    model = ModelConfig(
+        visual_features=48,
+        audio_features=32,
+        visual_channels=(32, 32),
+        audio_channels=(24, 24),
+        hidden=32,
+        normalize=True,
+    )
+    scenario = Scenario(videos=32, validate=0.25, visual_features=48, audio_features=32, length=(100, 300), invalid=0.0)
+    training = TrainConfig(
+        config.out,
+        target,
+        config.out,
+        epochs=30,
+        window=100,
+        hop=66,
+        learning_rate=2e-3,
+        warmup_epochs=2,
+        tensorboard=False,
+        model=model,
+    )
+    return Preset((0.0, 0.3, 0.6), 5, scenario, 24, training)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a fusion at a share of weak frames, with the data and the initial weights of a seed."""
+
+    fusion: Fusion
+    level: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.fusion}-weak-{self.level:.2f}-seed-{self.seed}"
+
+    @property
+    def data(self) -> str:
+        """Name of the data that all fusions share."""
+        return f"weak-{self.level:.2f}-seed-{self.seed}"
+
+
+def study(config: StudyConfig) -> int:
+    """Run what is missing, then write results.json, table.md and plots into ``config.out``."""
+    chosen = preset(config)
+    cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in FUSIONS]
+    _claim(config, chosen)
+    results = list(_results(config, chosen, cells))
+    summary = {
+        "preset": config.preset,
+        "settings": json.loads(json.dumps(asdict(chosen), default=str)),
+        "environment": environment.versions() | {"processor": environment.processor()},
+        "cells": sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"]))),
+    }
+    files.write_json(config.out / "results.json", summary)
+    print(study_report.write(config.out, summary))
+    return 0
+
+
+def _claim(config: StudyConfig, chosen: Preset) -> None:
+    """Refuse a folder that holds something else than this study."""
+    path, text = config.out / "preset.json", json.dumps(asdict(chosen), default=str, indent=2)
+    if config.out.exists() and any(config.out.iterdir()) and not path.exists():
+        raise UserError(f"{config.out}: exists already and is no study; choose another --out.")
+    if path.exists() and path.read_text("utf-8") != text:
+        raise UserError(f"{config.out}: holds a study with other settings; choose another --out.")
+    config.out.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, text)
+
+
+def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator[dict[str, Any]]:
+    """Of every cell, as they come."""
+    for cell in tqdm(cells, "writing data", leave=False, disable=None):
+        _write_data(config.out, chosen, cell)
+    # Not fork: a process that has run PyTorch with several threads cannot be forked safely.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = [pool.submit(run_cell, config.out, chosen, cell) for cell in cells]
+        try:
+            for done in tqdm(as_completed(waiting), "training", len(cells), leave=False, disable=None):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_data(out: Path, chosen: Preset, cell: Cell) -> None:
+    for part, first, videos in (("train", 0, chosen.scenario.videos), ("held-out", HELD_OUT, chosen.held_out)):
+        folder = out / "data" / cell.data / part
+        if not folder.exists():
+            scenario = replace(chosen.scenario, seed=cell.seed, weak=cell.level, first=first, videos=videos)
+            synth(SynthConfig(out=folder, **asdict(scenario)), progress=False)
+
+
+def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
+    """Train and score one cell, unless that is done."""
+    path = out / "cells" / f"{cell.name}.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    folder = out / "data" / cell.data
+    config = replace(
+        chosen.training, data=folder / "train", out=out / "runs" / cell.name, fusion=cell.fusion, seed=cell.seed
+    )
+    result = train(config, resume=True, progress=False)
+    row = asdict(cell) | {"best_epoch": result.best_epoch, "validation_ccc": result.best_ccc}
+    row |= _score(config, folder / "held-out")
+    path.parent.mkdir(exist_ok=True)
+    files.write_json(path, row)
+    return row
+
+
+def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
+    """CCC on videos that were not trained on, over all frames and by what is weak; and what the gates did there."""
+    _, model = runs.load_best(config.out)
+    widths = (config.model.visual_features, config.model.audio_features)
+    videos = data.load(held_out, "all", widths=widths)
+    windows = inference.Windows(videos, config.window, config.hop, config.batch_size, inference.accelerator("no", 1))
+    predictions = windows.predict(model, gates=config.fusion != "concat")
+    together = split_scores([p.values for p in predictions], videos, config.target).together
+    weak = np.concatenate([np.load(held_out / "truth" / f"{v.name}.npy") for v in videos]) != CODES["clean"]
+    conditions = {"clean": ~weak.any(axis=1), "visual weak": weak[:, 0], "audio weak": weak[:, 1]}
+    label = np.concatenate([v.labels[:, 0] for v in videos if v.labels is not None])
+    error = np.abs(np.concatenate([p.values for p in predictions]) - label)
+    row: dict[str, Any] = {"ccc": together.ccc, "rmse": together.rmse}
+    row["error"] = {name: float(error[frames].mean()) for name, frames in conditions.items() if frames.any()}
+    if GATING.get(config.fusion, "none") != "none":
+        row["attention"] = {
+            modality: {name: float(1 - share[frames].mean()) for name, frames in conditions.items() if frames.any()}
+            for modality in ("visual", "audio")
+            for share in [_untouched(config, [p.gates[modality] for p in predictions])]
+        }
+    return row
+
+
+def _untouched(config: TrainConfig, gates: list[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """[N] over all videos: the weight of the untouched input."""
+    return np.concatenate([iterate_weights(config.fusion, g, config.model.iterations)[:, 0] for g in gates])

@@ -1,0 +1,179 @@
+"""What the cells of a study say together: means with 95 % intervals over seeds, a table and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from grjca import files
+from grjca.config import FUSIONS, GATING
+
+CONDITIONS = {"visual": ("visual weak", "audio weak"), "audio": ("audio weak", "visual weak")}
+"""Per modality: itself weak, the other one weak."""
+GATED = tuple(fusion for fusion in FUSIONS if GATING.get(fusion, "none") != "none")
+COLOURS = dict(zip(FUSIONS, ("#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73"), strict=True))  # Okabe and Ito
+MARKERS = dict(zip(FUSIONS, "so^Dv", strict=True))
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and half the width of its 95 % interval by Student's t."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """From one value per seed; the interval of a single one is infinite."""
+        n = len(values)
+        if n < 2:
+            return cls(float(np.mean(values)), math.inf)
+        return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
+    @property
+    def signed(self) -> str:
+        """With its sign, and * where the interval leaves out 0."""
+        return f"{self.mean:+.3f} ± {self.half:.3f}{' *' if abs(self.mean) > self.half else ''}"
+
+
+class Cells:
+    """The rows of results.json."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = {(row["fusion"], row["level"], row["seed"]): row for row in rows}
+        self.levels = sorted({row["level"] for row in rows})
+        self.seeds = sorted({row["seed"] for row in rows})
+        self.fusions = [fusion for fusion in FUSIONS if any(row["fusion"] == fusion for row in rows)]
+
+    def ccc(self, fusion: str, level: float) -> Estimate:
+        """Of a fusion on the videos held out."""
+        return Estimate.of([self.rows[fusion, level, seed]["ccc"] for seed in self.seeds])
+
+    def gain(self, fusion: str, over: str, level: float) -> Estimate:
+        """In CCC, paired: both were trained on the same data."""
+        pairs = [(self.rows[fusion, level, seed]["ccc"], self.rows[over, level, seed]["ccc"]) for seed in self.seeds]
+        return Estimate.of([a - b for a, b in pairs])
+
+    def turn(self, fusion: str, modality: str, condition: str, level: float) -> Estimate:
+        """By how much a modality's gates take more from attention where ``condition`` holds than in clean frames."""
+        shares = [self.rows[fusion, level, seed]["attention"][modality] for seed in self.seeds]
+        return Estimate.of([share[condition] - share["clean"] for share in shares])
+
+
+def write(out: Path, summary: dict[str, Any]) -> str:
+    """table.md and the plots from the content of results.json; returns the table."""
+    cells = Cells(summary["cells"])
+    text = table(summary, cells)
+    files.write_text(out / "table.md", text)
+    files.write(out / "ccc.svg", lambda path: draw_ccc(cells).savefig(path, format="svg"))
+    files.write(out / "gates.svg", lambda path: draw_gates(cells).savefig(path, format="svg"))
+    return text
+
+
+def table(summary: dict[str, Any], cells: Cells) -> str:
+    """The study in Markdown."""
+    levels = [f"{level:.0%} weak" for level in cells.levels]
+    seeds, where = len(cells.seeds), summary["environment"]
+    lines = [
+        f"`grjca study --preset {summary['preset']}`: CCC of valence on held-out synthetic videos, mean over {seeds} "
+        f"seeds ± 95 % interval (Student's t); * where it leaves out 0. {where['processor']}, torch {where['torch']}.",
+        "",
+        *_rows("CCC", levels, ((f, [str(cells.ccc(f, level)) for level in cells.levels]) for f in cells.fusions)),
+        "",
+        *_rows(
+            "gain in CCC, same data",
+            levels,
+            (
+                (f"{f} over {base}", [cells.gain(f, base, level).signed for level in cells.levels])
+                for base in ("rjca", "concat")
+                for f in cells.fusions[cells.fusions.index(base) + 1 :]
+            ),
+        ),
+        "",
+        *_rows(
+            "more weight on attention than in clean frames",
+            levels[1:],
+            (
+                (
+                    f"{f}, {m} gate, {condition}",
+                    [cells.turn(f, m, condition, level).signed for level in cells.levels[1:]],
+                )
+                for f in GATED
+                for m, conditions in CONDITIONS.items()
+                for condition in conditions
+            ),
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(title: str, columns: list[str], rows: Any) -> list[str]:
+    head = [f"| {' | '.join([title, *columns])} |", f"|---|{'--:|' * len(columns)}"]
+    return head + [f"| {' | '.join([name, *values])} |" for name, values in rows]
+
+
+def draw_ccc(cells: Cells) -> Any:
+    """Left: CCC by share of weak frames. Right: the gain over rjca, with 95 % intervals."""
+    figure, (left, right) = _figure(2)
+    shift = np.linspace(-0.012, 0.012, len(cells.fusions))  # so that intervals don't hide one another
+    for fusion, by in zip(cells.fusions, shift, strict=True):
+        style = {"color": COLOURS[fusion], "marker": MARKERS[fusion], "label": fusion, "capsize": 2}
+        at = np.array(cells.levels) + by
+        ccc = [cells.ccc(fusion, level) for level in cells.levels]
+        left.errorbar(at, [e.mean for e in ccc], [e.half for e in ccc], **style)
+        if fusion != "rjca":
+            gain = [cells.gain(fusion, "rjca", level) for level in cells.levels]
+            right.errorbar(at, [e.mean for e in gain], [e.half for e in gain], **style)
+    right.axhline(0, color=COLOURS["rjca"], linewidth=1)
+    left.set_ylabel("CCC on held-out videos")
+    right.set_ylabel("gain over rjca, same data")
+    for axes in (left, right):
+        axes.set_xlabel("share of frames with one weak modality")
+        axes.set_xticks(cells.levels)
+    left.legend(frameon=False, ncols=2, fontsize=8)
+    return figure
+
+
+def draw_gates(cells: Cells) -> Any:
+    """How far the gates turn to attention (up) or away from it (down) on weak frames, at the highest share of them."""
+    figure, panels = _figure(2)
+    level = cells.levels[-1]
+    for axes, (modality, conditions) in zip(panels, CONDITIONS.items(), strict=True):
+        for i, fusion in enumerate(GATED):
+            turns = [cells.turn(fusion, modality, condition, level) for condition in conditions]
+            at = np.arange(2) + 0.2 * (i - 1)
+            axes.errorbar(
+                at,
+                [e.mean for e in turns],
+                [e.half for e in turns],
+                linestyle="none",
+                color=COLOURS[fusion],
+                marker=MARKERS[fusion],
+                label=fusion,
+                capsize=2,
+            )
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks([0, 1], conditions)
+        axes.set_xlim(-0.5, 1.5)
+        axes.set_title(f"gate of the {modality} features", fontsize=10)
+    panels[0].set_ylabel("weight on attention,\nweak minus clean frames")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _figure(panels: int) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.3)
+    return figure, axes

@@ -1,0 +1,302 @@
+"""``grjca train``: the authors' experiment, from windows of features to the weights with the best validation CCC."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm import tqdm
+
+from grjca import data, environment, inference, runs
+from grjca.config import TrainConfig
+from grjca.errors import UserError
+from grjca.losses import ccc_loss
+from grjca.metrics import split_scores
+from grjca.model import AudioVisualModel
+from grjca.predict import write_predictions
+
+T = TypeVar("T")
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the rest follows from the settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended."""
+
+    epochs: int
+    best_epoch: int
+    """From 1."""
+    best_ccc: float
+    """Of the validation videos."""
+    stopped_early: bool
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Result:
+    """Train one model; everything it leaves is in the folder ``config.out``, see :mod:`grjca.runs`.
+
+    Every epoch draws its random numbers from (seed, epoch) and is committed as a whole. So a run that was killed and
+    resumed, on the same machine with as many threads and processes, ends in the same weights, bit for bit.
+
+    Raises:
+        UserError: if data, settings or folder are not what they should be, or the training diverges.
+    """
+    config = replace(config, data=config.data.absolute(), out=config.out.absolute())  # config.yaml holds anywhere
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    on = inference.accelerator(config.precision, config.batch_size)
+    if config.fusion != "concat":
+        environment.backend_used(config.backend, on.device.type)  # refused here if it cannot run
+    widths = (config.model.visual_features, config.model.audio_features)
+    splits = [
+        data.load(config.data, split, fold=config.fold, widths=widths, progress=progress and on.is_main_process)
+        for split in ("train", "validate")
+    ]
+    _say(on, progress, _mended(splits[0] + splits[1]))
+    set_seed(config.seed)
+    model = AudioVisualModel(config.model, fusion=config.fusion, length=config.window, backend=config.backend)
+    _on_main(on, lambda: runs.claim(config, resume))
+
+    training = _Training(config, on, model, *splits, progress=progress)
+    try:
+        training.resume()
+        while not training.finished:
+            training.epoch()
+        training.finish()
+    except KeyboardInterrupt:
+        _say(on, True, f"Interrupted. Nothing is lost: grjca train --out {config.out} --resume goes on.")
+        raise
+    state = training.state
+    return Result(state.epoch, state.best_epoch + 1, state.best_ccc, state.epoch < config.epochs)
+
+
+class _Training:
+    def __init__(
+        self,
+        config: TrainConfig,
+        on: Accelerator,
+        model: AudioVisualModel,
+        training: list[data.Video],
+        validation: list[data.Video],
+        *,
+        progress: bool,
+    ) -> None:
+        self.config, self.on, self.progress = config, on, progress
+        dataset = data.WindowDataset(training, config.target, config.window, config.hop)
+        self.order = torch.Generator()
+        sampler = RandomSampler(dataset, generator=self.order)
+        loader = DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.workers)
+        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        self.plateau = ReduceLROnPlateau(
+            optimizer, "max", config.plateau_factor, patience=config.plateau_epochs - 1, threshold=0
+        )
+        self.model, self.optimizer, self.loader = on.prepare(model, optimizer, loader)
+        self.inner: AudioVisualModel = on.unwrap_model(self.model, keep_fp32_wrapper=True)
+        self.validation = inference.Windows(
+            validation, config.window, config.hop, config.batch_size, on, workers=config.workers
+        )
+        self.state = runs.State(environment=_environment(on))
+        self.best: dict[str, Tensor] = {}
+
+    def resume(self) -> None:
+        """Go on from the last epoch that was committed, if there is one."""
+        restored = _on_main(self.on, lambda: runs.restore(self.config.out))
+        if restored:
+            state, tensors = restored
+            _say(self.on, self.progress, _differences(state.environment, self.state.environment))
+            self.state = state
+            self.inner.load_state_dict(tensors["model"])
+            self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
+            self.optimizer.load_state_dict({"state": _nested(tensors["optimizer"]), "param_groups": state.optimizer})
+            self.plateau.load_state_dict(state.plateau)
+            if self.on.scaler is not None and state.scaler:
+                self.on.scaler.load_state_dict(state.scaler)
+        self.curves = None
+        if self.config.tensorboard and self.on.is_main_process:
+            self.curves = runs.curves(self.config.out, self.state.history)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done, or there has been no better one for long."""
+        waited = self.state.epoch - 1 - self.state.best_epoch
+        stop = self.config.early_stop and self.state.epoch > 0 and waited >= self.config.early_stop_epochs
+        return stop or self.state.epoch >= self.config.epochs
+
+    def epoch(self) -> None:
+        """One epoch: train, validate, adapt, commit."""
+        start, epoch = time.perf_counter(), self.state.epoch
+        loss = self._pass_over_training_windows(epoch)
+        if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
+            self._set_rate(self.config.learning_rate)
+        rate = self.optimizer.param_groups[0]["lr"]
+        for buffer in self.inner.buffers():  # each process has its own statistics of batch normalisation
+            broadcast(buffer)
+        predictions = self.validation.predict(self.inner, progress=self._title("validating") if self.progress else None)
+        scores = split_scores([p.values for p in predictions], self.validation.videos, self.config.target).together
+        if not math.isfinite(scores.ccc):
+            raise self._diverged("a prediction")
+        self._adapt(epoch, scores.ccc)
+        record = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            **scores.as_json(),
+            "best_ccc": self.state.best_ccc,
+            "learning_rate": rate,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        self._commit(record)
+
+    def _pass_over_training_windows(self, epoch: int) -> float:
+        """The mean loss."""
+        set_seed(_seed_of(self.config.seed, epoch), device_specific=True)
+        self.order.manual_seed(_seed_of(self.config.seed, epoch))
+        self.model.train()
+        total = torch.zeros(2, dtype=torch.float64, device=self.on.device)  # sum of losses, windows
+        bar = tqdm(
+            self.loader,
+            self._title("training"),
+            leave=False,
+            disable=not (self.progress and self.on.is_main_process),
+            dynamic_ncols=True,
+        )
+        for step, batch in enumerate(bar):
+            if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
+                self._set_rate(warmup_rate(self.config, epoch, step, len(self.loader)))
+            prediction = self.model(batch["visual"], batch["audio"], batch["length"])
+            loss = ccc_loss(prediction, batch["label"], batch["mask"], convention=self.config.loss)
+            self.optimizer.zero_grad()
+            self.on.backward(loss)
+            self.optimizer.step()
+            counted = batch["mask"].any(dim=-1).sum()
+            total += torch.stack([loss.detach().double() * counted, counted.double()])
+        total = self.on.reduce(total)
+        mean = float(total[0] / total[1].clamp(min=1))
+        if not math.isfinite(mean):
+            raise self._diverged("the loss")
+        return mean
+
+    def _adapt(self, epoch: int, ccc: float) -> None:
+        """Remember or bring back the best weights; lower the learning rate on a plateau."""
+        self.state.epoch = epoch + 1
+        if ccc > self.state.best_ccc:
+            self.state.best_ccc, self.state.best_epoch = ccc, epoch
+            self.best = {name: tensor.detach().clone() for name, tensor in self.inner.state_dict().items()}
+        elif self.config.reload_best:
+            self.inner.load_state_dict(self.best)
+        if self.config.plateau:
+            self.plateau.step(ccc)
+            if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
+                self.plateau.num_bad_epochs = 0  # epochs of the warm-up don't count
+
+    def _commit(self, record: dict[str, Any]) -> None:
+        state = self.state
+        state.history.append(record)
+        optimizer = self.optimizer.state_dict()
+        state.optimizer = optimizer["param_groups"]
+        state.plateau = {name: getattr(self.plateau, name) for name in PLATEAU_STATE} if self.config.plateau else {}
+        state.scaler = self.on.scaler.state_dict() if self.on.scaler is not None else {}
+        _on_main(
+            self.on,
+            lambda: runs.save(self.config.out, state, self.inner.state_dict(), self.best, optimizer["state"]),
+        )
+        if self.curves is not None:
+            runs.add_to_curves(self.curves, record)
+        _say(
+            self.on,
+            self.progress,
+            f"epoch {state.epoch:>3}  loss {record['loss']:.4f}  CCC {record['ccc']:.4f}"
+            f"  best {state.best_ccc:.4f} (epoch {state.best_epoch + 1})  {record['seconds']:.1f} s",
+        )
+
+    def finish(self) -> None:
+        """Predict the validation videos by the best weights."""
+        self.inner.load_state_dict(self.best)
+        predictions = self.validation.predict(self.inner)
+        values = {v.name: p.values for v, p in zip(self.validation.videos, predictions, strict=True)}
+        folder = self.config.out / runs.PREDICTIONS
+        _on_main(self.on, lambda: write_predictions(folder, {self.config.target: values}))
+        if self.curves is not None:
+            self.curves.close()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _title(self, doing: str) -> str:
+        return f"epoch {self.state.epoch + 1}/{self.config.epochs} {doing}"
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"epoch {self.state.epoch + 1}: expected finite numbers, but {what} is not; "
+            f"{self.config.out} keeps the epochs before. Begin another run with a lower --learning_rate."
+        )
+
+
+def warmup_rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
+    """The learning rate of batch ``step`` of ``steps`` in an ``epoch`` of the warm-up, both from 0."""
+    epochs = config.warmup_epochs
+    if config.warmup == "released":
+        return config.learning_rate * step * (epoch + 1) / (epochs**2 * steps)
+    return config.learning_rate * (epoch * steps + step + 1) / (epochs * steps)
+
+
+def _seed_of(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def _environment(on: Accelerator) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "device": str(on.device.type),
+        "processes": on.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [f"{name} {before[name]} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    if not changed:
+        return ""
+    return f"The run was begun elsewhere ({'; '.join(changed)}): it goes on, but not bit for bit."
+
+
+def _mended(videos: list[data.Video]) -> str:
+    notes = [note for video in videos for note in video.notes]
+    more = f" (and {len(notes) - 3} more; grjca doctor --data lists them)" if len(notes) > 3 else ""
+    return "\n".join(notes[:3]) + more
+
+
+def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    result: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, kind = name.partition(".")
+        result.setdefault(int(index), {})[kind] = tensor
+    return result
+
+
+def _on_main(on: Accelerator, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises on the main process, on every process."""
+    outcome: list[Any] = [None, None]
+    if on.is_main_process:
+        try:
+            outcome[0] = call()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    if on.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _say(on: Accelerator, aloud: bool, text: str) -> None:
+    if aloud and text and on.is_main_process:
+        tqdm.write(text)

@@ -1,0 +1,423 @@
+"""The authors' full model, written once more as plain functions of their state_dict, against load_model."""
+
+import math
+import os
+import pickle
+import re
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest import mark
+from safetensors.torch import save_file
+
+from grjca.errors import UserError
+from grjca.released import load_model
+from tolerances import check_close, largest
+
+TOLERANCE = 1e-12
+SMALL = {"length": 8, "visual": (7, 6, 6, 5), "audio": (4, 3, 3), "kernel": 3, "hidden": 6}
+FULL = {"length": 300, "visual": (512, 512, 512, 256, 256), "audio": (128,) * 5, "kernel": 5, "hidden": 256}
+
+
+# ---- their model: x is [B, L, C] outside the encoders, [B, C, L] inside
+
+
+def authors_model(w, name, visual, audio, n=None):
+    """[B, n]. With ``n``, what W_k[:n, :n] and b_k[:n] give on the first n frames alone: spec, "Lengths"."""
+    n = visual.shape[1] if n is None else n
+    x = [encoder(w, theirs, x_m[:, :n]) for theirs, x_m in (("video", visual), ("logmel", audio))]
+    x = [x_m / x_m.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x_m in x]
+    y = torch.cat(fusion(w, name, x, n), dim=-1)
+    y = affine(w, "regressor1", y)
+    y = F.leaky_relu(norm(w, "bn1", y.mT).mT, 0.01)
+    return torch.tanh(affine(w, "regressor2", y))[..., 0]
+
+
+def encoder(w, theirs, x):
+    x, k = x.mT, 0
+    while (block := f"temporal.{theirs}.network.{k}.") + "conv1.bias" in w:
+        y = x
+        for conv in ("conv1", "conv2"):
+            g, v, bias = (w[f"{block}{conv}.{part}"] for part in ("weight_g", "weight_v", "bias"))
+            weight = g * v / v.flatten(1).norm(dim=1)[:, None, None]
+            reach = (weight.shape[2] - 1) * 2**k
+            y = F.conv1d(y, weight, bias, padding=reach, dilation=2**k)[..., : -reach or None]
+            y = F.leaky_relu(y, 0.01)
+        down = block + "downsample."
+        residual = F.conv1d(x, w[down + "weight"], w[down + "bias"]) if down + "weight" in w else x
+        x, k = F.leaky_relu(y + residual, 0.01), k + 1
+    return norm(w, f"bn.{theirs}", x).mT
+
+
+def norm(w, name, x):
+    weight, bias, mean, var = (
+        w[f"{name}.{part}"][:, None] for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+
+
+def affine(w, name, x):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def fusion(w, name, x, n):
+    states, t = [x], 0
+    while f"{name}.coattn.dcn_layers.{t}.linears.0.0.weight" in w:
+        layer = f"{name}.coattn.dcn_layers.{t}."
+        joint = affine(w, f"{layer}dense_coattn.query_linear", torch.cat(x, dim=-1))
+        new = []
+        for m in (1, 2):
+            key_weight, key_bias = (w[f"{layer}dense_coattn.key{m}_linear.{kind}"] for kind in ("weight", "bias"))
+            key = x[m - 1].mT @ key_weight[:n, :n].T + key_bias[:n]
+            value = affine(w, f"{layer}dense_coattn.value{m}_linear", x[m - 1])
+            correlation = torch.tanh(key @ joint / math.sqrt(joint.shape[-1]))
+            hidden = torch.relu(torch.tanh(value @ correlation))
+            new.append(x[m - 1] + torch.relu(affine(w, f"{layer}linears.{m - 1}.0", hidden)))
+        x, t = new, t + 1
+        states.append(x)
+    gate = grjca if name == "GRJCA" else hgrjca
+    return [gate(w, f"{name}.{modality}_gating_fc_layer", [s[m] for s in states]) for m, modality in modalities()]
+
+
+def modalities():
+    return enumerate(("video", "audio"))
+
+
+def mix(w, layer, x, choices):
+    ways = torch.softmax(affine(w, layer, x) / 0.1, dim=-1)
+    return torch.relu(sum(ways[..., i, None] * choice for i, choice in enumerate(choices)))
+
+
+def grjca(w, layer, states):
+    return mix(w, layer, states[-1], states)
+
+
+def hgrjca(w, layer, states):
+    stages = [mix(w, f"{layer}_stage{t}", states[t], states[: t + 1]) for t in range(1, len(states))]
+    return mix(w, f"{layer}_stage", states[-1], stages)
+
+
+def checkpoint(name, *, length, visual, audio, kernel, hidden, iterations=2, aliases=True, dtype=torch.float64):
+    """Random weights under their names; scores and logits spread over the whole of tanh and softmax."""
+    generator = torch.Generator().manual_seed(0)
+    w = {}
+
+    def random(key, *shape, scale=1.0):
+        w[key] = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    def linear(key, inputs, outputs, gain=1.0):
+        random(f"{key}.weight", outputs, inputs, scale=gain / math.sqrt(inputs))
+        random(f"{key}.bias", outputs, scale=0.1)
+
+    def batch_norm(key, width):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            random(f"{key}.{part}", width, scale=0.3)
+        w[f"{key}.weight"] += 1
+        w[f"{key}.running_var"] = w[f"{key}.running_var"].abs() + 0.5
+        w[f"{key}.num_batches_tracked"] = torch.tensor(7)
+
+    for theirs, widths in (("video", visual), ("logmel", audio)):
+        for k, (i, o) in enumerate(pairwise(widths)):
+            block = f"temporal.{theirs}.network.{k}."
+            for conv, alias, inputs in (("conv1", "net.0", i), ("conv2", "net.4", o)):
+                random(f"{block}{conv}.bias", o, scale=0.1)
+                random(f"{block}{conv}.weight_g", o, 1, 1)
+                random(f"{block}{conv}.weight_v", o, inputs, kernel)
+                if aliases:
+                    w |= {f"{block}{alias}.{p}": w[f"{block}{conv}.{p}"] for p in ("bias", "weight_g", "weight_v")}
+            if i != o:
+                random(f"{block}downsample.weight", o, i, 1, scale=i**-0.5)
+                random(f"{block}downsample.bias", o, scale=0.1)
+        batch_norm(f"bn.{theirs}", widths[-1])
+    dims = (visual[-1], audio[-1])
+    for t in range(iterations):
+        layer = f"{name}.coattn.dcn_layers.{t}."
+        linear(f"{layer}dense_coattn.query_linear", sum(dims), sum(dims))
+        for m, d_m in enumerate(dims):
+            # Frames are normalised, so that entries are of size 1 / sqrt(d_m); updates shall be no larger.
+            linear(f"{layer}dense_coattn.key{m + 1}_linear", length, length, math.sqrt(d_m * sum(dims)))
+            linear(f"{layer}dense_coattn.value{m + 1}_linear", d_m, d_m)
+            linear(f"{layer}linears.{m}.0", sum(dims), d_m, d_m**-0.5)
+    for (_, modality), d_m in zip(modalities(), dims, strict=True):
+        stages = [(f"_stage{t + 1}", t + 2) for t in range(iterations)] + [("_stage", iterations)]
+        for suffix, ways in [("", iterations + 1)] if name == "GRJCA" else stages:
+            linear(f"{name}.{modality}_gating_fc_layer{suffix}", d_m, ways, 0.1 * math.sqrt(d_m))
+    linear("regressor1", sum(dims), hidden)
+    batch_norm("bn1", hidden)
+    linear("regressor2", hidden, 1)
+    return w
+
+
+def features(sizes, batch=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, sizes["length"], sizes[m][0], generator=generator, dtype=torch.float64)
+        for m in ("visual", "audio")
+    ]
+
+
+def load(source, **options):
+    """load_model where nothing is to be said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_model(source, **options)
+
+
+def same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+# ---- the numbers
+
+
+@torch.no_grad()
+@mark.parametrize("backend", ["auto", "reference", "eager"])
+@mark.parametrize("name", ["GRJCA", "HGRJCA"])
+@mark.parametrize(
+    "sizes",
+    [
+        SMALL,
+        SMALL | {"iterations": 1},
+        SMALL | {"iterations": 3, "length": 1},
+        SMALL | {"visual": (3, 9), "audio": (1, 2, 1, 2, 1), "kernel": 1, "hidden": 1},
+    ],
+)
+def test_outputs_are_theirs(sizes, name, backend):
+    w, x = checkpoint(name, **sizes), features(sizes)
+    model = load(w, backend=backend)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float64}
+    expected = authors_model(w, name, *x)
+    assert largest(expected) > 0.1
+    check_close("values", model(*x), expected, TOLERANCE)
+
+
+@torch.no_grad()
+@mark.parametrize("backend", ["auto", "reference", "eager"])
+@mark.parametrize("name", ["GRJCA", "HGRJCA"])
+def test_outputs_of_shorter_ones_are_theirs(name, backend):
+    w, x = checkpoint(name, **SMALL), features(SMALL)
+    lengths = (8, 5, 1)
+    for x_m in x:
+        x_m[torch.arange(8) >= torch.tensor(lengths)[:, None]] = float("nan")
+    values = load(w, backend=backend)(*x, torch.tensor(lengths))
+    for b, n in enumerate(lengths):
+        check_close(
+            "values", values[b : b + 1, :n], authors_model(w, name, *(x_m[b : b + 1] for x_m in x), n), TOLERANCE
+        )
+        assert (values[b, n:] == 0).all()
+
+
+@torch.no_grad()
+@mark.parametrize("name", ["GRJCA", "HGRJCA"])
+def test_outputs_at_full_size_are_theirs(name):
+    w, x = checkpoint(name, **FULL), features(FULL, batch=2)
+    model = load(w)
+    check_close("values", model(*x), authors_model(w, name, *x), TOLERANCE)
+    check_close("of 7 frames", model(*x, torch.tensor([7, 0]))[:1, :7], authors_model(w, name, *x, 7)[:1], TOLERANCE)
+
+
+def test_the_model_here_has_their_parts():
+    """Each key has an effect on the outputs: else equality would say little."""
+    w, x = checkpoint("HGRJCA", **SMALL, aliases=False), features(SMALL)
+    before = authors_model(w, "HGRJCA", *x)
+    for key, tensor in w.items():
+        if not key.endswith("num_batches_tracked"):
+            other = tensor + torch.linspace(0.5, 1, tensor.numel(), dtype=tensor.dtype).reshape(tensor.shape)
+            assert not torch.equal(authors_model({**w, key: other}, "HGRJCA", *x), before), key
+
+
+# ---- what is read
+
+
+def test_what_is_read_from_the_shapes():
+    model = load(checkpoint("HGRJCA", **SMALL, iterations=3))
+    assert model.features == (7, 4) and model.length == 8
+    block = model.fusion
+    assert (block.dims, block.length, block.iterations, block.gating) == ((5, 3), 8, 3, "hierarchical")
+    assert block.normalize and block.output == "concat" and block.temperature == 0.1
+    assert [b.reach for b in model.encoders.visual.blocks] == [2, 4, 8] and len(model.encoders.audio.blocks) == 2
+    assert load(checkpoint("GRJCA", **SMALL, iterations=1)).fusion.gating == "flat"
+
+
+@mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@mark.parametrize("backend", ["auto", "eager"])
+def test_dtype_is_kept(dtype, backend):
+    w = checkpoint("GRJCA", **SMALL, dtype=dtype)
+    model = load(w, backend=backend)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    x = [x.to(dtype) for x in features(SMALL)]
+    values = model(*x, torch.tensor([8, 3, 0]))
+    assert values.dtype == dtype and values.isfinite().all()
+
+
+def test_weights_are_copied():
+    w = checkpoint("GRJCA", **SMALL)
+    before = {key: tensor.clone() for key, tensor in w.items()}
+    model = load(w)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in w.items())
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+
+
+def renamed(w, *pairs):
+    for before, after in pairs:
+        w = {key.replace(before, after): tensor for key, tensor in w.items()}
+    return w
+
+
+def without_primaries(w):
+    return {key: tensor for key, tensor in w.items() if ".conv" not in key}
+
+
+NEW = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
+SPELLINGS = {
+    "new weight_norm": lambda w: renamed(w, *NEW),
+    "no aliases": lambda w: {key: tensor for key, tensor in w.items() if ".net." not in key},
+    "aliases only": without_primaries,
+    "aliases only, new weight_norm": lambda w: renamed(without_primaries(w), *NEW),
+    "aliases that differ": lambda w: {key: tensor + 1 if ".net." in key else tensor for key, tensor in w.items()},
+    "aliases first": lambda w: dict(reversed(w.items())),
+    "DataParallel": lambda w: {f"module.{key}": tensor for key, tensor in w.items()},
+    "state_dict": lambda w: {"epoch": 3, "state_dict": w},
+    "model_state_dict": lambda w: {"optimizer": {"state": {}}, "model_state_dict": w},
+    "model": lambda w: {"model": {f"module.{key}": tensor for key, tensor in w.items()}},
+}
+
+
+@mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling, tmp_path):
+    w = checkpoint("HGRJCA", **SMALL)
+    expected, spelled = load(w), SPELLINGS[spelling](w)
+    assert same(load(spelled), expected)
+    torch.save(spelled, tmp_path / "model.pth")
+    assert same(load(str(tmp_path / "model.pth")), expected)
+
+
+def test_files(tmp_path):
+    w = checkpoint("GRJCA", **SMALL)
+    save_file({key: tensor.clone() for key, tensor in w.items()}, tmp_path / "model.safetensors")
+    save_file(SPELLINGS["aliases only"](w), tmp_path / "aliases.SAFETENSORS")
+    torch.save(w, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for path in sorted(tmp_path.iterdir()):
+        assert same(load(path), load(w)), path
+
+
+def test_what_is_ignored_is_named_once():
+    w = checkpoint("GRJCA", **SMALL)
+    extra = [
+        "temporal.bert.network.0.conv1.bias", "bn.bert.weight", "bn.bert.bias",
+        "spatial.visual.net.0.weight", "spatial.visual.conv1.weight", "spatial.audio.bias",
+        "GRJCA.text_gating_fc_layer.weight", "GRJCA.vregressor.0.weight", "GRJCA.Joint.weight_ih_l0",
+        "aregressor.0.bias",
+    ]  # fmt: skip
+    with pytest.warns(UserWarning) as caught:
+        model = load_model({**w, **dict.fromkeys(extra, torch.zeros(2)), "extra.bias": torch.zeros(1), "epoch": 3})
+    assert same(model, load(w)) and len(caught) == 1 and caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        "source: ignored keys without effect on the output: GRJCA.Joint.* (1 key), "
+        "GRJCA.text_gating_fc_layer.* (1 key), GRJCA.vregressor.* (1 key), aregressor.* (1 key), "
+        "bn.bert.* (2 keys), spatial.* (3 keys), temporal.bert.* (1 key); unknown: epoch, extra.bias."
+    )
+
+
+# ---- what is refused
+
+
+KEYS = [key for key in checkpoint("HGRJCA", **SMALL, iterations=1) if ".net." not in key]
+
+
+@mark.parametrize("key", KEYS)
+def test_every_missing_key_is_named(key):
+    w = checkpoint("HGRJCA", **SMALL, iterations=1, aliases=False)
+    del w[key]
+    with pytest.raises(UserError, match=rf"^source: .*{re.escape(key)}.* got no"):
+        load(w)
+
+
+@mark.parametrize("key", KEYS)
+def test_every_wrong_shape_is_named(key):
+    w = checkpoint("HGRJCA", **SMALL, iterations=1, aliases=False)
+    for shape in ((*w[key].shape, 2), (0,) * w[key].dim(), () if w[key].dim() else (1,)):
+        with pytest.raises(UserError, match=rf"^source: .*{re.escape(key)}.*: expected .*, got .*\.$"):
+            load({**w, key: torch.zeros(shape)})
+
+
+def test_encoders_that_do_not_fit_the_block():
+    w = checkpoint("GRJCA", **SMALL)
+    other = checkpoint("GRJCA", **SMALL | {"audio": (4, 3, 2)})
+    with pytest.raises(UserError, match=r"expected encoders .* 5 and 3, got 5 and 2"):
+        load({key: other[key] if key.startswith("temporal") else tensor for key, tensor in w.items()})
+
+
+@mark.parametrize(
+    "change, match",
+    [
+        (lambda w: {}, "GRJCA. or HGRJCA., got neither among 0 keys"),
+        (lambda w: {"a": 1, "b": 2}, r"got neither among 2 keys \(a, b, \.\.\.\)"),
+        (lambda w: w | {"HGRJCA.video_gating_fc_layer.weight": torch.zeros(1)}, "got GRJCA. and HGRJCA."),
+        (lambda w: w | {"regressor1.weight": 3}, "regressor1.weight: expected a tensor .* got int"),
+        (lambda w: w | {"regressor1.bias": torch.zeros(6).int()}, "regressor1.bias: expected a floating dtype, got"),
+        (lambda w: w | {"temporal.video.network.9.conv1.bias": torch.zeros(1)}, "video.network.3.conv1.weight_v"),
+        (lambda w: {k: v.to(torch.int64) for k, v in w.items()}, "in the fusion block, dtype: expected one of"),
+    ],
+)
+def test_state_dicts_that_do_not_fit(change, match):
+    with pytest.raises(UserError, match=match):
+        load(change(checkpoint("GRJCA", **SMALL)))
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@mark.parametrize("save", ["zip", "legacy", "pickle"])
+def test_nothing_is_executed(save, tmp_path):
+    path, sprung = tmp_path / "model.pth", tmp_path / "sprung"
+    content = {"state_dict": checkpoint("GRJCA", **SMALL), "arguments": Trap(str(sprung))}
+    if save == "pickle":
+        path.write_bytes(pickle.dumps(Trap(str(sprung)), protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=save == "zip")
+    with pytest.raises(UserError, match="nothing was loaded") as caught:
+        load(path)
+    assert str(path) in str(caught.value) and "mkdir" in str(caught.value)
+    assert not sprung.exists()
+    pickle.loads(pickle.dumps(Trap(str(sprung))))
+    assert sprung.exists()  # the trap is one
+
+
+@mark.parametrize("name", ["model.pth", "model.safetensors", "legacy.pth"])
+@mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_truncated_files(name, share, tmp_path):
+    path, w = tmp_path / name, SPELLINGS["no aliases"](checkpoint("GRJCA", **SMALL))
+    if name.endswith("pth"):
+        torch.save(w, path, _use_new_zipfile_serialization=name == "model.pth")
+    else:
+        save_file(w, path)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(UserError, match=re.escape(str(path)) + ": expected a whole checkpoint, got a broken file"):
+        load(path)
+
+
+def test_other_sources(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("hello world")
+    for source, error, match in (
+        (tmp_path / "none.pth", UserError, "none.pth: expected a checkpoint, got no such file"),
+        (tmp_path, UserError, "got no such file"),
+        (tmp_path / "list.pth", UserError, "list.pth: expected a state_dict, got list"),
+        (tmp_path / "text.pth", UserError, "text.pth: expected a whole checkpoint"),
+        (3, TypeError, "source: expected a path or a state_dict, got int"),
+    ):
+        with pytest.raises(error, match=match):
+            load(source)

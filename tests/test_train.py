@@ -1,0 +1,435 @@
+"""Training: its schedule, its folder, and that a run which was killed ends as one that was not."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import small
+from grjca import files, metrics, runs, settings
+from grjca.__main__ import main
+from grjca.config import TrainConfig
+from grjca.errors import UserError
+from grjca.train import Result, train, warmup_rate
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small.write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return configure(folder, tmp_path / "run")
+
+
+def configure(folder, out, **options):
+    defaults = {"epochs": EPOCHS, "window": small.WINDOW, "hop": small.HOP, "batch_size": 4, "learning_rate": 1e-2}
+    return TrainConfig(folder, "valence", out, model=small.MODEL, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run that nothing has interrupted."""
+    config = configure(folder, tmp_path_factory.mktemp("whole") / "run")
+    with torch.random.fork_rng():
+        torch.set_num_threads(1)
+        train(config, progress=False)
+    return config.out
+
+
+def read_metrics(run):
+    return [json.loads(line) for line in (run / runs.METRICS).read_text().splitlines()]
+
+
+def weights(run):
+    """All that a run ends in: the best weights, and the last weights with the optimiser's moments."""
+    best = load_file(run / runs.BEST)
+    (last,) = (run / runs.CHECKPOINT).glob("*.safetensors")
+    return best | {f"checkpoint.{name}": tensor for name, tensor in load_file(last).items()}
+
+
+def assert_same_end(run, whole):
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for path in (whole / runs.PREDICTIONS).iterdir():
+        assert (run / runs.PREDICTIONS / path.name).read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in run.rglob("*") if "tfevents" not in p.name) == sorted(
+        p.name for p in whole.rglob("*") if "tfevents" not in p.name
+    )
+
+
+def assert_nothing_half_written(run):
+    """Whatever has its final name can be read from beginning to end."""
+    for path in run.rglob("*"):
+        if path.name.endswith(files.PARTIAL) or path.is_dir():
+            continue
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert all(json.loads(line)["epoch"] for line in path.read_text().splitlines())
+        elif path.suffix == ".yaml":
+            yaml.safe_load(path.read_text())
+            settings.from_yaml(TrainConfig, path)
+        elif path.suffix == ".txt":
+            assert path.read_text().endswith("\n") and len(np.loadtxt(path, skiprows=1)) > 0
+
+
+# What a training leaves
+
+
+def test_a_run_folder_holds_everything(whole):
+    assert {path.name for path in whole.iterdir()} == {
+        "config.yaml",
+        "best.safetensors",
+        "metrics.jsonl",
+        "predictions",
+        "tensorboard",
+        "checkpoint",
+    }
+    lines = read_metrics(whole)
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+    assert all(math.isfinite(line[name]) for line in lines for name in ("loss", "ccc", "rmse", "learning_rate"))
+    assert {path.stem for path in (whole / "predictions").iterdir()} == set(small.LENGTHS["validate"])
+
+
+def test_predictions_of_every_frame_give_the_best_metric(whole, folder):
+    predictions, labels = small.read_predictions(whole / "predictions"), small.read_labels(folder, "validate")
+    assert {name: len(p) for name, p in predictions.items()} == small.LENGTHS["validate"]
+    x, y = (np.concatenate([of[name] for name in labels]) for of in (predictions, labels))
+    valid = (np.abs(y) <= 1).all(axis=1)
+    best = max(line["ccc"] for line in read_metrics(whole))
+    assert metrics.ccc(x[valid, 0], y[valid, 0]) == pytest.approx(best, abs=1e-6)
+    assert float(runs.best_metadata(whole)["ccc"]) == best
+
+
+def test_curves_hold_every_epoch_once(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("ccc")] == list(range(1, EPOCHS + 1))
+    assert [event.value for event in events.Scalars("ccc")] == pytest.approx([m["ccc"] for m in read_metrics(whole)])
+
+
+def test_config_reproduces_the_run(whole, tmp_path):
+    out = tmp_path / "again"
+    assert main(["train", "--config", str(whole / "config.yaml"), "--out", str(out)]) == 0
+    assert_same_end(out, whole)
+
+
+def test_another_seed_is_another_run(config, whole):
+    train(replace(config, seed=1), progress=False)
+    assert not torch.equal(weights(config.out)["head.output.weight"], weights(whole)["head.output.weight"])
+
+
+def test_training_learns(config):
+    train(replace(config, epochs=30, reload_best=False, model=replace(small.MODEL, dropout=0.0)), progress=False)
+    losses = [line["loss"] for line in read_metrics(config.out)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# The schedule
+
+
+def test_warmup():
+    def rates(**options):
+        config = TrainConfig(Path(), "valence", Path(), **options)
+        return [[warmup_rate(config, epoch, step, 4) for step in range(4)] for epoch in range(config.warmup_epochs)]
+
+    lr0 = 1e-4
+    released = rates(warmup="released")
+    for r in range(5):
+        assert released[r] == pytest.approx([lr0 * b * (r + 1) / (25 * 4) for b in range(4)])
+    linear = np.concatenate(rates())
+    assert np.diff(linear) == pytest.approx(np.full(19, lr0 / 20)) and linear[-1] == pytest.approx(lr0)
+    assert rates(warmup_epochs=2)[1][3] == pytest.approx(lr0)
+
+
+def scripted(monkeypatch, scores):
+    """Let validation yield these CCCs, one per epoch."""
+    remaining = iter(scores)
+
+    def score(*_):
+        value = next(remaining)
+        return metrics.SplitScores(metrics.Scores(1, value, 0.0, math.nan), {})
+
+    monkeypatch.setattr("grjca.train.split_scores", score)
+
+
+def rates_of(config):
+    return [line["learning_rate"] for line in read_metrics(config.out)]
+
+
+def test_plateau(config, monkeypatch):
+    """After 2 epochs without a better CCC; the warm-up does not count, and a tie is no better one."""
+    scripted(monkeypatch, [0.5, 0.1, 0.1, 0.5, 0.2, 0.6, 0.1, 0.1, 0.1])
+    config = replace(config, epochs=9, warmup_epochs=2, plateau_epochs=2)
+    train(config, progress=False)
+    assert rates_of(config) == pytest.approx([1e-2] * 4 + [1e-3] * 4 + [1e-4], rel=1e-9)
+
+
+def test_plateau_agrees_with_pytorch(config, monkeypatch):
+    scores = [round(random.Random(0).uniform(0, 1), 2) for _ in range(12)]
+    scripted(monkeypatch, scores)
+    train(replace(config, epochs=12, warmup="none", plateau_epochs=2), progress=False)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-2)
+    plateau = ReduceLROnPlateau(optimizer, "max", 0.1, 1, threshold=0)
+    expected = []
+    for score in scores:
+        expected.append(optimizer.param_groups[0]["lr"])
+        plateau.step(score)
+    assert rates_of(config) == pytest.approx(expected)
+
+
+def test_early_stop(config, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.5, 0.4, 0.4, 0.4, 0.4])
+    config = replace(config, epochs=6, early_stop_epochs=3)
+    assert train(config, progress=False) == Result(5, 2, 0.5, True)
+    assert len(read_metrics(config.out)) == 5
+
+
+def test_each_part_of_the_schedule_can_be_switched_off(config, monkeypatch):
+    scripted(monkeypatch, [0.5] + [0.1] * 7)
+    config = replace(
+        config, epochs=8, warmup="none", plateau=False, plateau_epochs=1, early_stop=False, early_stop_epochs=1
+    )
+    assert train(config, progress=False).epochs == 8
+    assert rates_of(config) == [1e-2] * 8
+
+
+@pytest.mark.parametrize("reload", [True, False])
+def test_best_weights_are_loaded_back(config, monkeypatch, reload):
+    scripted(monkeypatch, [0.5, 0.1])
+    train(replace(config, epochs=2, reload_best=reload), progress=False)
+    best = load_file(config.out / runs.BEST)
+    end = {name.removeprefix("checkpoint.model."): t for name, t in weights(config.out).items() if ".model." in name}
+    assert all(torch.equal(best[name], end[name]) for name in best) == reload
+
+
+def test_released_loss_is_another_loss(config, whole):
+    train(replace(config, epochs=1, loss="released"), progress=False)
+    assert read_metrics(config.out)[0]["loss"] != read_metrics(whole)[0]["loss"]
+
+
+# The folder
+
+
+def test_nothing_is_overwritten(config, whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="--resume"):
+        train(replace(config, out=whole), progress=False)
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_something_else_is_left_alone(config):
+    config.out.mkdir()
+    (config.out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        train(config, resume=True, progress=False)
+    assert [path.name for path in config.out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_way(config):
+    config.out.write_text("")
+    with pytest.raises(UserError, match="got a file"):
+        train(config, progress=False)
+
+
+def test_bad_data_leaves_no_folder(config, tmp_path):
+    with pytest.raises(UserError):
+        train(replace(config, data=tmp_path), progress=False)
+    assert not config.out.exists()
+
+
+def test_resuming_with_other_settings_is_refused(config):
+    train(replace(config, epochs=1), progress=False)
+    with pytest.raises(UserError, match="seed=3407, got 1"):
+        train(replace(config, seed=1), resume=True, progress=False)
+
+
+def test_a_finished_run_can_be_made_longer(config, whole):
+    train(replace(config, epochs=1), progress=False)
+    assert train(config, resume=True, progress=False).epochs == EPOCHS
+    assert_same_end(config.out, whole)
+
+
+def test_a_finished_run_stays_as_it_is(config, whole):
+    train(config, progress=False)
+    assert train(config, resume=True, progress=False).epochs == EPOCHS
+    assert_same_end(config.out, whole)
+
+
+def test_a_damaged_checkpoint_is_named(config):
+    train(replace(config, epochs=1), progress=False)
+    (config.out / "checkpoint" / "epoch-0001.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"state\.json.*damaged"):
+        train(config, resume=True, progress=False)
+
+
+def test_divergence_is_refused_and_loses_nothing(config, monkeypatch):
+    train(replace(config, epochs=1), progress=False)
+    before = weights(config.out)
+    monkeypatch.setattr("grjca.train.ccc_loss", lambda p, *_, **__: p.sum() * math.nan)
+    with pytest.raises(UserError, match="epoch 2: expected finite numbers"):
+        train(config, resume=True, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(config.out).items())
+
+
+# Killed
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_write(config, whole, monkeypatch):
+    """Before and after every file that is put in its place."""
+    real, moment, count = os.replace, 0, 0
+
+    def replace_or_die(source, destination):
+        nonlocal count
+        count += 1
+        if count == (moment + 1) // 2 and moment % 2:
+            raise Killed
+        real(source, destination)
+        if count == moment // 2 and not moment % 2:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    while True:
+        moment, count = moment + 1, 0
+        here = replace(config, out=config.out.with_name(f"run-{moment}"), tensorboard=False)
+        try:
+            train(here, progress=False)
+            break  # there are no more writes
+        except Killed:
+            assert_nothing_half_written(here.out)
+        count = -(10**6)
+        train(here, resume=True, progress=False)
+        assert {name: t.tolist() for name, t in weights(here.out).items()} == {
+            name: t.tolist() for name, t in weights(whole).items()
+        }
+        assert_nothing_half_written(here.out)
+        assert not list(here.out.rglob(f"*{files.PARTIAL}"))
+    assert moment // 2 >= 1 + 3 * EPOCHS + len(small.LENGTHS["validate"])
+
+
+def train_on_one_thread(config):
+    torch.set_num_threads(1)
+    train(config, resume=True, progress=False)
+
+
+def test_killed_at_random_moments(config, whole):
+    """SIGKILL, ten times, each run going on from where the last one was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["grjca.train", "small", "test_train"])
+    moments, kills = random.Random(5), 0
+
+    def begin(out):
+        process = context.Process(target=train_on_one_thread, args=(replace(config, out=out),))
+        process.start()
+        return process
+
+    first = begin(config.out.with_name("timed"))
+    start = time.perf_counter()
+    first.join()
+    seconds = time.perf_counter() - start
+    assert first.exitcode == 0
+    for attempt in range(10):
+        out = config.out.with_name(f"killed-{attempt}")
+        for _ in range(2):
+            process = begin(out)
+            process.join(moments.uniform(0.05, 1) * seconds)
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.join()
+            if out.exists():
+                assert_nothing_half_written(out)
+        process = begin(out)
+        process.join()
+        assert process.exitcode == 0
+        assert_same_end(out, whole)
+    assert kills >= 10
+
+
+def test_interrupt_leaves_a_run_to_go_on_with(config, whole, monkeypatch, capsys):
+    from grjca.train import _Training
+
+    real = _Training.epoch
+
+    def interrupted(self):
+        if self.state.epoch == 2:
+            raise KeyboardInterrupt
+        real(self)
+
+    arguments = ["train", "--config", str(whole / "config.yaml"), "--out", str(config.out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Training, "epoch", interrupted)
+        assert main(arguments) == 130
+    assert f"grjca train --out {config.out} --resume" in capsys.readouterr().out
+    assert main(["train", "--out", str(config.out), "--resume"]) == 0
+    assert_same_end(config.out, whole)
+
+
+# Backends and processes
+
+
+def test_curves_of_eager_and_fused_agree(config):
+    """The masks of dropout are the same, so rounding alone parts the curves."""
+    model = replace(small.MODEL, dropout=0.6)
+    curves = {}
+    for backend in ("eager", "reference", "auto"):
+        here = replace(config, out=config.out.with_name(backend), backend=backend, model=model)
+        train(here, progress=False)
+        curves[backend] = [line["loss"] for line in read_metrics(here.out)]
+    assert curves["reference"] == pytest.approx(curves["eager"], rel=1e-3)
+    assert curves["auto"] == pytest.approx(curves["eager"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes(config, tmp_path):
+    """Both train; every frame is predicted once, and the metric is the one that a single process gets."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "grjca"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    options = ["--data", str(config.data), "--target", "valence", "--out", str(config.out), "--epochs", "3"]
+    sizes = ["--window", str(small.WINDOW), "--hop", str(small.HOP), "--batch_size", "4"]
+    model = yaml.safe_dump(settings._plain(vars(small.MODEL)))
+    (tmp_path / "model.yaml").write_text(model)
+    done = subprocess.run(
+        [*launch, "train", *options, *sizes, "--model", str(tmp_path / "model.yaml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(config.out)) == 3
+    best = float(runs.best_metadata(config.out)["ccc"])
+    predictions = small.read_predictions(config.out / "predictions")
+    assert {name: len(p) for name, p in predictions.items()} == small.LENGTHS["validate"]
+    assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0
+    alone = json.loads((config.out / "evaluation" / "validate" / "metrics.json").read_text())
+    assert alone["overall"]["ccc"] == pytest.approx(best, abs=1e-6)
