@@ -100,7 +100,7 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
         (["--model.dropout", "1"], "model.dropout: .*got 1"),
         (["--model.iterations", "9"], "model.iterations: .*got 9"),
         (["--model.visual_features", "7"], r"visual\.npy.*7"),
-        (["--precision", "fp16"], "--precision"),
+        (["--precision", "fp16"], "precision: fp16"),
         (["--backend", "triton"], "triton"),
     ],
 )

@@ -38,7 +38,7 @@ def accelerator(precision: str, batch_size: int) -> Accelerator:
     try:
         result = Accelerator(mixed_precision=precision, dataloader_config=loading)
     except ValueError as error:  # fp16 without a GPU, say
-        raise UserError(f"--precision: {precision} cannot be had here: {error}") from error
+        raise UserError(f"precision: {precision} cannot be had here: {error}") from error
     if batch_size % result.num_processes:
         raise UserError(f"--batch_size: expected a multiple of the {result.num_processes} processes, got {batch_size}.")
     return result
@@ -81,7 +81,7 @@ class Windows:
             else:
                 values = model(batch["visual"], batch["audio"], batch["length"])
             out = self.accelerator.gather_for_metrics({**out, "values": values})
-            collected.append({name: tensor.double().cpu() for name, tensor in out.items()})
+            collected.append({name: tensor.cpu().double() for name, tensor in out.items()})
         return self._stitch(collected)
 
     def _stitch(self, collected: list[dict[str, Any]]) -> list[Prediction]:

@@ -272,5 +272,5 @@ def _report(
     if left_out:
         lines.append(f"{left_out} of {left_out + len(videos)} videos are not in {config.template} and were left out.")
     if mended:
-        lines.append(f"{mended} files differ in length from their video and were mended; grjca doctor lists them.")
+        lines.append(f"Files of another length than their video, mended: {mended}; grjca doctor lists them.")
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def preset(config: StudyConfig) -> Preset:
         tensorboard=False,
         model=model,
     )
-    return Preset((0.0, 0.3, 0.6), 5, scenario, 24, training)
+    return Preset((0.0, 0.3, 0.6), 8, scenario, 24, training)
 
 
 @dataclass(frozen=True)
@@ -170,19 +170,27 @@ def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
     windows = inference.Windows(videos, config.window, config.hop, config.batch_size, inference.accelerator("no", 1))
     predictions = windows.predict(model, gates=config.fusion != "concat")
     together = split_scores([p.values for p in predictions], videos, config.target).together
-    weak = np.concatenate([np.load(held_out / "truth" / f"{v.name}.npy") for v in videos]) != CODES["clean"]
-    conditions = {"clean": ~weak.any(axis=1), "visual weak": weak[:, 0], "audio weak": weak[:, 1]}
+    conditions = _conditions(np.concatenate([np.load(held_out / "truth" / f"{v.name}.npy") for v in videos]))
     label = np.concatenate([v.labels[:, 0] for v in videos if v.labels is not None])
     error = np.abs(np.concatenate([p.values for p in predictions]) - label)
     row: dict[str, Any] = {"ccc": together.ccc, "rmse": together.rmse}
-    row["error"] = {name: float(error[frames].mean()) for name, frames in conditions.items() if frames.any()}
+    row["error"] = {name: float(error[frames].mean()) for name, frames in conditions.items()}
     if GATING.get(config.fusion, "none") != "none":
         row["attention"] = {
-            modality: {name: float(1 - share[frames].mean()) for name, frames in conditions.items() if frames.any()}
+            modality: {name: float(1 - share[frames].mean()) for name, frames in conditions.items()}
             for modality in ("visual", "audio")
             for share in [_untouched(config, [p.gates[modality] for p in predictions])]
         }
     return row
+
+
+def _conditions(truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Names of conditions, and the frames [N] bool where they hold, from the codes [N, 2]; none that holds nowhere."""
+    result = {"clean": (truth == CODES["clean"]).all(axis=1)}
+    for m, modality in enumerate(("visual", "audio")):
+        result[f"{modality} weak"] = truth[:, m] != CODES["clean"]
+        result |= {f"{modality} {kind}": truth[:, m] == code for kind, code in CODES.items() if kind != "clean"}
+    return {name: frames for name, frames in result.items() if frames.any()}
 
 
 def _untouched(config: TrainConfig, gates: list[tuple[np.ndarray, ...]]) -> np.ndarray:

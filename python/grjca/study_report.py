@@ -13,9 +13,8 @@ from scipy import stats
 from grjca import files
 from grjca.config import FUSIONS, GATING
 
-CONDITIONS = {"visual": ("visual weak", "audio weak"), "audio": ("audio weak", "visual weak")}
-"""Per modality: itself weak, the other one weak."""
-GATED = tuple(fusion for fusion in FUSIONS if GATING.get(fusion, "none") != "none")
+MODALITIES = ("visual", "audio")
+KINDS = ("noisy", "contradicting", "misaligned", "absent")
 COLOURS = dict(zip(FUSIONS, ("#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73"), strict=True))  # Okabe and Ito
 MARKERS = dict(zip(FUSIONS, "so^Dv", strict=True))
 
@@ -52,6 +51,11 @@ class Cells:
         self.seeds = sorted({row["seed"] for row in rows})
         self.fusions = [fusion for fusion in FUSIONS if any(row["fusion"] == fusion for row in rows)]
 
+    @property
+    def gated(self) -> list[str]:
+        """Fusions that have gates."""
+        return [fusion for fusion in self.fusions if GATING.get(fusion, "none") != "none"]
+
     def ccc(self, fusion: str, level: float) -> Estimate:
         """Of a fusion on the videos held out."""
         return Estimate.of([self.rows[fusion, level, seed]["ccc"] for seed in self.seeds])
@@ -64,7 +68,7 @@ class Cells:
     def turn(self, fusion: str, modality: str, condition: str, level: float) -> Estimate:
         """By how much a modality's gates take more from attention where ``condition`` holds than in clean frames."""
         shares = [self.rows[fusion, level, seed]["attention"][modality] for seed in self.seeds]
-        return Estimate.of([share[condition] - share["clean"] for share in shares])
+        return Estimate.of([share[condition] - share["clean"] for share in shares if condition in share])
 
 
 def write(out: Path, summary: dict[str, Any]) -> str:
@@ -83,7 +87,8 @@ def table(summary: dict[str, Any], cells: Cells) -> str:
     seeds, where = len(cells.seeds), summary["environment"]
     lines = [
         f"`grjca study --preset {summary['preset']}`: CCC of valence on held-out synthetic videos, mean over {seeds} "
-        f"seeds ± 95 % interval (Student's t); * where it leaves out 0. {where['processor']}, torch {where['torch']}.",
+        f"seeds ± 95 % interval (Student's t); * where it leaves out 0, "
+        f"not corrected for the number of rows. {where['processor']}, torch {where['torch']}.",
         "",
         *_rows("CCC", levels, ((f, [str(cells.ccc(f, level)) for level in cells.levels]) for f in cells.fusions)),
         "",
@@ -105,9 +110,9 @@ def table(summary: dict[str, Any], cells: Cells) -> str:
                     f"{f}, {m} gate, {condition}",
                     [cells.turn(f, m, condition, level).signed for level in cells.levels[1:]],
                 )
-                for f in GATED
-                for m, conditions in CONDITIONS.items()
-                for condition in conditions
+                for f in cells.gated
+                for m in MODALITIES
+                for condition in ("visual weak", "audio weak")
             ),
         ),
     ]
@@ -142,38 +147,29 @@ def draw_ccc(cells: Cells) -> Any:
 
 
 def draw_gates(cells: Cells) -> Any:
-    """How far the gates turn to attention (up) or away from it (down) on weak frames, at the highest share of them."""
-    figure, panels = _figure(2)
-    level = cells.levels[-1]
-    for axes, (modality, conditions) in zip(panels, CONDITIONS.items(), strict=True):
-        for i, fusion in enumerate(GATED):
-            turns = [cells.turn(fusion, modality, condition, level) for condition in conditions]
-            at = np.arange(2) + 0.2 * (i - 1)
-            axes.errorbar(
-                at,
-                [e.mean for e in turns],
-                [e.half for e in turns],
-                linestyle="none",
-                color=COLOURS[fusion],
-                marker=MARKERS[fusion],
-                label=fusion,
-                capsize=2,
-            )
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks([0, 1], conditions)
-        axes.set_xlim(-0.5, 1.5)
-        axes.set_title(f"gate of the {modality} features", fontsize=10)
-    panels[0].set_ylabel("weight on attention,\nweak minus clean frames")
-    panels[0].legend(frameon=False, fontsize=8)
+    """How far the gates turn to attention (up) or away from it (down), at the highest share of weak frames."""
+    figure, grid = _figure(2, rows=2)
+    for row, modality in zip(grid, MODALITIES, strict=True):
+        for axes, weak in zip(row, MODALITIES, strict=True):
+            for i, fusion in enumerate(cells.gated):
+                turns = [cells.turn(fusion, modality, f"{weak} {kind}", cells.levels[-1]) for kind in KINDS]
+                at = np.arange(len(KINDS)) + 0.2 * (i - 1)
+                style = {"color": COLOURS[fusion], "marker": MARKERS[fusion], "label": fusion, "capsize": 2}
+                axes.errorbar(at, [e.mean for e in turns], [e.half for e in turns], linestyle="none", **style)
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.set_xticks(range(len(KINDS)), KINDS)
+            axes.set_title(f"{modality} gate where {weak} is weak", fontsize=10)
+        row[0].set_ylabel("weight on attention,\nweak minus clean frames")
+    grid[0][0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def _figure(panels: int) -> Any:
+def _figure(panels: int, rows: int = 1) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots(1, panels)
-    for one in axes:
+    figure = Figure(figsize=(8, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, panels, sharey="all" if rows > 1 else "none")
+    for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.3)
     return figure, axes

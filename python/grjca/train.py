@@ -75,6 +75,12 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         _say(on, True, f"Interrupted. Nothing is lost: grjca train --out {config.out} --resume goes on.")
         raise
     state = training.state
+    _say(
+        on,
+        progress,
+        f"Best CCC {state.best_ccc:.4f}, epoch {state.best_epoch + 1} of {state.epoch}. "
+        f"grjca evaluate --run {config.out} has more.",
+    )
     return Result(state.epoch, state.best_epoch + 1, state.best_ccc, state.epoch < config.epochs)
 
 
@@ -159,7 +165,7 @@ class _Training:
         set_seed(_seed_of(self.config.seed, epoch), device_specific=True)
         self.order.manual_seed(_seed_of(self.config.seed, epoch))
         self.model.train()
-        total = torch.zeros(2, dtype=torch.float64, device=self.on.device)  # sum of losses, windows
+        total = torch.zeros(2, device=self.on.device)  # sum of losses, number of windows
         bar = tqdm(
             self.loader,
             self._title("training"),
@@ -176,7 +182,7 @@ class _Training:
             self.on.backward(loss)
             self.optimizer.step()
             counted = batch["mask"].any(dim=-1).sum()
-            total += torch.stack([loss.detach().double() * counted, counted.double()])
+            total += torch.stack([loss.detach() * counted, counted.to(loss.dtype)])
         total = self.on.reduce(total)
         mean = float(total[0] / total[1].clamp(min=1))
         if not math.isfinite(mean):
@@ -270,8 +276,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _mended(videos: list[data.Video]) -> str:
     notes = [note for video in videos for note in video.notes]
-    more = f" (and {len(notes) - 3} more; grjca doctor --data lists them)" if len(notes) > 3 else ""
-    return "\n".join(notes[:3]) + more
+    more = [f"... and {len(notes) - 3} more; grjca doctor --data lists them."] if len(notes) > 3 else []
+    return "\n".join(notes[:3] + more)
 
 
 def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
