@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from grjca import files
-from grjca.config import FUSIONS, GATING
+from grjca.config import FUSIONS, GATING, Fusion
 
 MODALITIES = ("visual", "audio")
 KINDS = ("noisy", "contradicting", "misaligned", "absent")
@@ -27,10 +27,10 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value per seed; the interval of a single one is infinite."""
+        """From one value per seed; the interval of a single one is infinite, and the mean of none is NaN."""
         n = len(values)
         if n < 2:
-            return cls(float(np.mean(values)), math.inf)
+            return cls(values[0] if n else math.nan, math.inf)
         return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Cells:
         self.fusions = [fusion for fusion in FUSIONS if any(row["fusion"] == fusion for row in rows)]
 
     @property
-    def gated(self) -> list[str]:
+    def gated(self) -> list[Fusion]:
         """Fusions that have gates."""
         return [fusion for fusion in self.fusions if GATING.get(fusion, "none") != "none"]
 
