@@ -20,7 +20,7 @@ install: ## install into .venv, whether or not anything has changed
 	$(BIN)/pip install --editable '.[dev,train]' --constraint constraints.txt
 	@touch $@
 
-demo: .venv/installed ## train a small model with the eager and the fused block, and compare them
+demo: .venv/installed ## make data, train, evaluate, predict and plot, by the commands of grjca
 	$(BIN)/python -m grjca demo
 
 test: .venv/installed ## run all tests; ARGS go to pytest

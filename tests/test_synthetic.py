@@ -20,7 +20,7 @@ from grjca.synth import synth, write
 from grjca.synthetic import CODES, INVALID, JITTER, SyntheticVideo, generate
 
 SMALL = Scenario(videos=8, visual_features=24, audio_features=16, length=(80, 200))
-PROBE = replace(SMALL, videos=60, length=(200, 400))
+PROBE = replace(SMALL, videos=60, length=(200, 400), weak=0.2)
 WIDTHS = (24, 16)
 FEW = dict(videos=8, visual_features=24, audio_features=16, length=(80, 200))
 
@@ -259,7 +259,7 @@ class TestWrite:
 
     def test_parameters_are_written(self, folder):
         parameters = json.loads((folder / "synthetic.json").read_text())
-        assert parameters["codes"] == CODES and parameters["weak"] == 0.2 and parameters["length"] == [80, 200]
+        assert parameters["codes"] == CODES and parameters["weak"] == 0.1 and parameters["length"] == [80, 200]
         assert "out" not in parameters
 
     def test_both_layouts_hold_the_same(self, folder, tmp_path):

@@ -66,6 +66,7 @@ def weights(run):
 
 
 def assert_same_end(run, whole):
+    assert (run / runs.BEST).read_bytes() == (whole / runs.BEST).read_bytes()
     ours, theirs = weights(run), weights(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -121,7 +122,7 @@ def test_predictions_of_every_frame_give_the_best_metric(whole, folder):
     valid = (np.abs(y) <= 1).all(axis=1)
     best = max(line["ccc"] for line in read_metrics(whole))
     assert metrics.ccc(x[valid, 0], y[valid, 0]) == pytest.approx(best, abs=1e-6)
-    assert float(runs.best_metadata(whole)["ccc"]) == best
+    assert files.read_about(whole / runs.BEST)["ccc"] == best
 
 
 def test_curves_hold_every_epoch_once(whole):
@@ -427,7 +428,7 @@ def test_two_processes(config, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(config.out)) == 3
-    best = float(runs.best_metadata(config.out)["ccc"])
+    best = files.read_about(config.out / runs.BEST)["ccc"]
     predictions = small.read_predictions(config.out / "predictions")
     assert {name: len(p) for name, p in predictions.items()} == small.LENGTHS["validate"]
     assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0

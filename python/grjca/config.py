@@ -29,7 +29,7 @@ class Scenario:
     """Of everything; more videos of a seed leave the first ones as they are."""
     first: int = 0
     """Number of the first recording. From another one on, the same seed gives others that show emotions alike."""
-    weak: float = 0.2
+    weak: float = 0.1
     """Share of frames at which one modality is weak."""
     weak_kind: WeakKind = "mixed"
     """How: swamped by noise, showing the negated emotion, showing that of 1-2 s earlier or later, or absent."""

@@ -74,7 +74,6 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) -> dict[str, Any]:
     """What has been evaluated, and by what."""
-    best = runs.best_metadata(config.run)
     return {
         "run": str(config.run),
         "data": str(root),
@@ -85,7 +84,7 @@ def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) ->
         "backend": trained.backend_used(device),
         "device": device,
         "precision": trained.settings.precision,
-        "epoch": int(best["epoch"]) + 1 if "epoch" in best else None,  # from 1, as in metrics.jsonl
+        "epoch": files.read_about(config.run / runs.BEST).get("epoch"),
         "versions": environment.versions(),
     }
 

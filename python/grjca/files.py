@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 PARTIAL = ".partial"
 """Ends the name of a file that is being written. One that a killed process has left can be deleted."""
+ABOUT = "grjca"
+"""Metadata entry of a safetensors file."""
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -39,10 +42,17 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """A safetensors file; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write(path, lambda partial: save_file(contiguous, partial, dict(metadata)))
+    metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
+    write(path, lambda partial: save_file(contiguous, partial, metadata))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What :func:`write_tensors` has noted; nothing if the file is of another origin."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
 
 
 def remove_partial(folder: Path) -> None:

@@ -72,7 +72,7 @@ class Windows:
         """
         model.eval()
         collected: list[dict[str, Any]] = []
-        hide = progress is None or not self.accelerator.is_main_process
+        hide = True if progress is None or not self.accelerator.is_main_process else None  # None: unless a terminal
         for batch in tqdm(self.loader, progress, leave=False, disable=hide, dynamic_ncols=True):
             out: dict[str, Any] = {"index": batch["index"]}
             if gates:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -104,15 +104,14 @@ def save(
     checkpoint = folder / CHECKPOINT
     checkpoint.mkdir(exist_ok=True)
     name = _tensors(state.epoch)
-    files.write_tensors(checkpoint / name, tensors, {"epoch": str(state.epoch)})
+    files.write_tensors(checkpoint / name, tensors, {"epoch": state.epoch})
     files.write_json(checkpoint / STATE, dataclasses.asdict(state))
     _after_commit(folder, state)
 
 
 def save_best(folder: Path, state: State, weights: dict[str, Tensor]) -> None:
-    """Write best.safetensors."""
-    metadata = {"format": "pt", "epoch": str(state.best_epoch), "ccc": repr(state.best_ccc)}
-    files.write_tensors(folder / BEST, weights, metadata)
+    """Write best.safetensors, and what :func:`grjca.files.read_about` tells of it: ``epoch``, from 1, and ``ccc``."""
+    files.write_tensors(folder / BEST, weights, {"epoch": state.best_epoch + 1, "ccc": state.best_ccc})
 
 
 def restore(folder: Path) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
@@ -187,12 +186,6 @@ def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainCon
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: expected the weights of the model in {CONFIG}, got: {reason}") from error
     return config, model.eval()
-
-
-def best_metadata(folder: Path) -> dict[str, str]:
-    """Epoch and validation CCC of best.safetensors."""
-    with safe_open(folder / BEST, "pt") as file:
-        return dict(file.metadata() or {})
 
 
 def curves(folder: Path, history: list[dict[str, Any]]) -> Any:

@@ -111,6 +111,7 @@ class _Training:
         )
         self.state = runs.State(environment=_environment(on))
         self.best: dict[str, Tensor] = {}
+        self.curves: Any = None
 
     def resume(self) -> None:
         """Go on from the last epoch that was committed, if there is one."""
@@ -125,7 +126,6 @@ class _Training:
             self.plateau.load_state_dict(state.plateau)
             if self.on.scaler is not None and state.scaler:
                 self.on.scaler.load_state_dict(state.scaler)
-        self.curves = None
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
 
@@ -170,7 +170,7 @@ class _Training:
             self.loader,
             self._title("training"),
             leave=False,
-            disable=not (self.progress and self.on.is_main_process),
+            disable=None if self.progress and self.on.is_main_process else True,  # None: unless it is a terminal
             dynamic_ncols=True,
         )
         for step, batch in enumerate(bar):
