@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import small
 from grjca import files, metrics, runs, settings
 from grjca.__main__ import main
-from grjca.config import TrainConfig
+from grjca.config import TARGETS, ModelConfig, SynthConfig, TrainConfig
 from grjca.errors import UserError
+from grjca.synth import synth
 from grjca.train import Result, train, warmup_rate
 
 EPOCHS = 4
@@ -434,3 +435,37 @@ def test_two_processes(config, tmp_path):
     assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0
     alone = json.loads((config.out / "evaluation" / "validate" / "metrics.json").read_text())
     assert alone["overall"]["ccc"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def learnable(tmp_path_factory):
+    """The synthetic data of grjca synth, of a size that trains in seconds."""
+    out = tmp_path_factory.mktemp("learnable") / "data"
+    synth(SynthConfig(out=out, visual_features=64, audio_features=32, length=(150, 400)), progress=False)
+    return out
+
+
+def learn(data, out, target, backend="auto"):
+    model = ModelConfig(
+        visual_features=64, audio_features=32, visual_channels=(48, 48), audio_channels=(32, 32), hidden=48
+    )
+    options = {"window": 120, "hop": 80, "learning_rate": 1e-3, "warmup_epochs": 2, "tensorboard": False}
+    return train(TrainConfig(data, target, out, epochs=12, backend=backend, model=model, **options), progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_learnable_set_is_learnt(learnable, tmp_path, target):
+    assert learn(learnable, tmp_path / "run", target).best_ccc >= 0.8
+
+
+@pytest.mark.slow
+def test_curves_agree_to_the_end_of_a_training(learnable, tmp_path):
+    """Training amplifies rounding; by how much is seen from two backends that are plain PyTorch both."""
+    curves = {}
+    for backend in ("eager", "reference", "auto"):
+        learn(learnable, tmp_path / backend, "valence", backend)
+        curves[backend] = np.array([[m["loss"], m["ccc"]] for m in read_metrics(tmp_path / backend)])
+    rounding = np.abs(curves["eager"] - curves["reference"]).max()
+    assert np.abs(curves["eager"] - curves["auto"]).max() <= 8 * max(rounding, 1e-6)
+    assert rounding < 1e-2
