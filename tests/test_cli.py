@@ -58,7 +58,8 @@ def test_help_of_a_command_explains_every_option(name, capsys):
 def test_no_such_command(words, match, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert match in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert match in printed and printed.startswith("grjca: ") and printed.count("\n") == 1
 
 
 TRAIN = ["train", "--target", "valence", "--out", "run", "--data", "nowhere"]
@@ -76,6 +77,8 @@ TRAIN = ["train", "--target", "valence", "--out", "run", "--data", "nowhere"]
         ([*TRAIN, "--config", "nowhere.yaml"], 2, "--config: .*nowhere.yaml"),
         ([*TRAIN, "--epochs", "0"], 1, "--epochs: expected a whole number above 0, got 0"),
         ([*TRAIN, "--hop", "301"], 1, "--hop: expected at most --window, 300, .* got 301"),
+        ([*TRAIN, "--seed", "4294967296"], 1, "--seed: expected a whole number from 0 to .*got 4294967296"),
+        (["evaluate", "--run", "x", "--backend", "xx"], 2, "--backend: Expected one of 'auto', .* Got value: xx"),
         ([*TRAIN, "--fold", "6"], 1, "--fold: expected 0 to 5, got 6"),
         (TRAIN, 1, "nowhere.*does not exist"),
         (["evaluate", "--run", "nowhere"], 1, "nowhere.*config.yaml"),

@@ -123,7 +123,7 @@ def test_draws(fusion: Any, data: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", data, fusion=fusion)
     out = run / "evaluation" / "validate"
     out.mkdir(parents=True)
-    for name in ("video_old.png", "gates.png", "mine.txt"):
+    for name in ("metrics.json", "video_old.png", "gates.png", "mine.txt"):
         (out / name).write_text("old")
     evaluate(EvaluateConfig(run, plotted_videos=2))
     gates = [] if fusion in ("concat", "rjca") else ["gates.png"]
@@ -138,6 +138,13 @@ def test_draws(fusion: Any, data: Path, tmp_path: Path) -> None:
         assert image[..., :3].std() > 0.05, path
         heights[path.name.partition("_")[0]] = len(image)
     assert (heights["video"] > 500) == bool(gates)  # with a panel for each modality beneath, or none
+
+
+def test_plots_of_something_else_are_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "gates.png").write_text("of a castle")
+    with pytest.raises(UserError, match=r"gates\.png is not of an evaluation"):
+        evaluate(EvaluateConfig(run, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["gates.png"]
 
 
 def test_refuses(run: Path, data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import small
@@ -28,6 +28,7 @@ from grjca.synth import synth
 from grjca.train import Result, train, warmup_rate
 
 EPOCHS = 4
+WIDTHS = ["--visual_features", str(small.MODEL.visual_features), "--audio_features", str(small.MODEL.audio_features)]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,7 @@ def test_a_run_folder_holds_everything(whole):
         "predictions",
         "tensorboard",
         "checkpoint",
+        ".lock",
     }
     lines = read_metrics(whole)
     assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
@@ -192,6 +194,12 @@ def test_plateau(config, monkeypatch):
     assert rates_of(config) == pytest.approx([1e-2] * 4 + [1e-3] * 4 + [1e-4], rel=1e-9)
 
 
+def test_plateau_of_one_epoch_waits_for_the_end_of_the_warmup(config, monkeypatch):
+    scripted(monkeypatch, [0.5, 0.1, 0.1, 0.1, 0.1])
+    train(replace(config, epochs=5, warmup_epochs=3, plateau_epochs=1), progress=False)
+    assert rates_of(config) == pytest.approx([1e-2] * 4 + [1e-3])
+
+
 def test_plateau_agrees_with_pytorch(config, monkeypatch):
     scores = [round(random.Random(0).uniform(0, 1), 2) for _ in range(12)]
     scripted(monkeypatch, scores)
@@ -265,6 +273,17 @@ def test_bad_data_leaves_no_folder(config, tmp_path):
     assert not config.out.exists()
 
 
+@pytest.mark.parametrize("split", ["train", "validate"])
+def test_a_split_without_valid_labels_is_refused(config, tmp_path, split):
+    data = small.write_data(tmp_path / "data")
+    for path in (data / "annotations" / split).iterdir():
+        path.write_text("valence,arousal\n" + "-5,-5\n" * (path.read_text().count("\n") - 1))
+    with pytest.raises(UserError, match=f"{data}: expected valid labels in the {split} split"):
+        train(replace(config, data=data), progress=False)
+    assert not config.out.exists()
+    assert main(["doctor", "--speed", "false", "--data", str(data), *WIDTHS]) == 1
+
+
 def test_resuming_with_other_settings_is_refused(config):
     train(replace(config, epochs=1), progress=False)
     with pytest.raises(UserError, match="seed=3407, got 1"):
@@ -283,11 +302,32 @@ def test_a_finished_run_stays_as_it_is(config, whole):
     assert_same_end(config.out, whole)
 
 
-def test_a_damaged_checkpoint_is_named(config):
+def spoil(path, damage):
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+
+
+DAMAGE = {
+    "a file cut short": lambda path: path.write_bytes(b"short"),
+    "no file": lambda path: path.unlink(),
+    "another model": lambda path: spoil(path, lambda t: t.update({"model.head.output.weight": torch.zeros(1, 9)})),
+    "a weight missing": lambda path: spoil(path, lambda t: t.pop("model.head.output.weight")),
+    "a foreign tensor": lambda path: spoil(path, lambda t: t.update({"foo": torch.zeros(1)})),
+    "moments missing": lambda path: spoil(path, lambda t: t.pop("optimizer.0.exp_avg")),
+    "a state of something else": lambda path: path.with_name("state.json").write_text('{"epochs": 1}'),
+    "no state": lambda path: path.with_name("state.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named(config, damage):
     train(replace(config, epochs=1), progress=False)
-    (config.out / "checkpoint" / "epoch-0001.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"state\.json.*damaged"):
+    best = (config.out / runs.BEST).read_bytes()
+    DAMAGE[damage](config.out / "checkpoint" / "epoch-0001.safetensors")
+    with pytest.raises(UserError, match=r"state\.json.* choose another --out|state\.json.*damaged.*another --out"):
         train(config, resume=True, progress=False)
+    assert (config.out / runs.BEST).read_bytes() == best
 
 
 def test_divergence_is_refused_and_loses_nothing(config, monkeypatch):
@@ -411,23 +451,33 @@ def test_curves_of_eager_and_fused_agree(config):
     assert curves["auto"] == pytest.approx(curves["eager"], rel=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes(config, tmp_path):
-    """Both train; every frame is predicted once, and the metric is the one that a single process gets."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "grjca"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    options = ["--data", str(config.data), "--target", "valence", "--out", str(config.out), "--epochs", "3"]
-    sizes = ["--window", str(small.WINDOW), "--hop", str(small.HOP), "--batch_size", "4"]
-    model = yaml.safe_dump(settings._plain(vars(small.MODEL)))
-    (tmp_path / "model.yaml").write_text(model)
-    done = subprocess.run(
-        [*launch, "train", *options, *sizes, "--model", str(tmp_path / "model.yaml")],
-        env=environment,
+def launch(*words):
+    """A command of grjca in two processes, which gloo joins."""
+    # Not --cpu: with that, accelerate starts a single process.
+    options = ["--quiet", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "grjca", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def on_the_command_line(config, tmp_path, **options):
+    """The words that mean this config."""
+    settings_file = tmp_path / "settings.yaml"
+    files.write_text(settings_file, settings.to_yaml(replace(config, **options)))
+    return ["train", "--config", str(settings_file)]
+
+
+@pytest.mark.slow
+def test_two_processes(config, tmp_path):
+    """Both train; every frame is predicted once, and the metric is the one that a single process gets."""
+    done = launch(*on_the_command_line(config, tmp_path, epochs=3, workers=1))
     assert done.returncode == 0, done.stderr
+    assert "2 processes, 2 windows each" in done.stdout and done.stdout.count("epoch   3") == 1
+    assert json.loads((config.out / "checkpoint" / "state.json").read_text())["environment"]["processes"] == 2
     assert len(read_metrics(config.out)) == 3
     best = files.read_about(config.out / runs.BEST)["ccc"]
     predictions = small.read_predictions(config.out / "predictions")
@@ -435,6 +485,31 @@ def test_two_processes(config, tmp_path):
     assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0
     alone = json.loads((config.out / "evaluation" / "validate" / "metrics.json").read_text())
     assert alone["overall"]["ccc"] == pytest.approx(best, abs=1e-6)
+
+    done = launch("evaluate", "--run", str(config.out), "--plots", "false", "--out", str(tmp_path / "together"))
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "together" / "metrics.json").read_text())
+    assert together["overall"]["frames"] == alone["overall"]["frames"]
+    assert together["overall"]["ccc"] == pytest.approx(alone["overall"]["ccc"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_together(config, tmp_path):
+    done = launch(*on_the_command_line(config, tmp_path, batch_size=5))
+    assert done.returncode != 0 and "--batch_size: expected a multiple of the 2 processes, got 5" in done.stderr
+    assert not config.out.exists()
+
+
+def test_windows_read_by_other_processes_are_the_same(config, whole):
+    train(replace(config, epochs=2, workers=1), progress=False)
+    train(config, resume=True, progress=False)  # without them again
+    assert_same_end(config.out, whole)
+
+
+def test_one_process_a_folder(config):
+    with runs.lock(config.out.parent), pytest.raises(UserError, match="another process trains there"):
+        train(replace(config, out=config.out.parent), resume=True, progress=False)
+    assert [path.name for path in config.out.parent.iterdir()] == [runs.LOCK]
 
 
 @pytest.fixture(scope="module")

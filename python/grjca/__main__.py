@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from grjca import config
 from grjca.errors import UserError
@@ -59,8 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
+class _Top(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one sentence."""
+        self.exit(2, f"grjca: {message}. See grjca --help.\n")
+
+
 def _top() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Top(
         prog="grjca",
         description="Train, evaluate and predict valence or arousal with gated recursive joint cross-attention.",
         epilog="\n".join(["commands:", *(f"  {name:<10}{_summary(c.settings)}" for name, c in COMMANDS.items())])
@@ -88,8 +94,18 @@ def _run(name: str, words: list[str]) -> int:
     if name == "train":
         extra["resume"] = namespace.pop("resume")
     run = getattr(importlib.import_module(command.module), name)
-    result = run(settings.build(command.settings, parser, namespace), **extra)
+    try:
+        result = run(settings.build(command.settings, parser, namespace), **extra)
+    finally:
+        _leave_other_processes()
     return result if isinstance(result, int) else 0
+
+
+def _leave_other_processes() -> None:
+    """A process that ends in a group of several without leaving it may abort the others."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _with_settings_of_the_run(words: list[str]) -> list[str]:

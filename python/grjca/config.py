@@ -157,7 +157,7 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 1, "a whole number above 0")
         _require(self, "hop", self.hop <= self.window, f"at most --window, {self.window}, or frames are lost")
         _require(self, "fold", 0 <= self.fold <= 5, "0 to 5")
-        _require(self, "seed", self.seed >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
         _require(self, "workers", self.workers >= 0, "0 or more")
         _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
         _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")

@@ -6,6 +6,8 @@ import shlex
 import tempfile
 from pathlib import Path
 
+import torch
+
 from grjca.config import TARGETS, DemoConfig
 
 FEATURES = ["--visual_features", "64", "--audio_features", "32"]
@@ -38,13 +40,17 @@ def commands(out: Path, seed: int) -> list[list[str]]:
 def demo(config: DemoConfig) -> int:
     """Run the commands; the exit code of the first that fails, else 0."""
     from grjca.__main__ import main
+    from grjca.measure import threads
 
     out = config.out or Path(tempfile.mkdtemp(prefix="grjca-demo-"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "model.yaml").write_text(MODEL, encoding="utf-8")
     for words in commands(out, config.seed):
         print(f"\n$ grjca {shlex.join(words)}", flush=True)
-        if code := main(words):
+        # So small a model gains nothing from a second thread, and on a busy machine the two wait for each other.
+        with threads(torch.get_num_threads() if words[0] == "doctor" else 1):
+            code = main(words)
+        if code:
             return code
     print(
         f"""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from grjca import data, environment, files, inference, runs
-from grjca.config import TARGETS, EvaluateConfig
+from grjca.config import TARGETS, EvaluateConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
 from grjca.inference import Prediction
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> int:
     settings = trained.settings
     root, out = config.data or settings.data, config.out or config.run / "evaluation" / config.split
     on = inference.accelerator(settings.precision, config.batch_size)
+    _check(config, settings, root, out, on.device.type)
     videos = data.load(root, config.split, fold=settings.fold, widths=trained.widths, progress=on.is_main_process)
     make_folder(out)
     predictions = infer(on, trained, videos, config.batch_size, gates=config.plots)
@@ -64,12 +65,27 @@ def evaluate(config: EvaluateConfig) -> int:
     if on.is_main_process:
         about = _about(config, trained, root, on.device.type)
         print(report(about, scores, videos, comparison))
-        _remove_old(out)
+        files.write_json(out / METRICS, _as_json(about, scores, comparison))  # first: it marks the plots as ours
+        for old in _plots(out):
+            old.unlink()
         if config.plots:
             draw(out, trained, videos, predictions, scores, config.plotted_videos)
-        files.write_json(out / METRICS, _as_json(about, scores, comparison))
         print(f"\n{out}: {METRICS}" + (" and plots" if config.plots else ""))
     return 0
+
+
+def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, out: Path, device: str) -> None:
+    """Refuse what would fail after everything has been predicted."""
+    if config.compare and settings.fusion == "concat":
+        raise UserError("--compare: expected a run with attention, but concat has nothing for a backend to compute.")
+    if config.compare:
+        environment.backend_used(config.compare, device)
+    if config.data is None and not root.is_dir():
+        raise UserError(f"{root}: the data of the training is not there any more; say by --data where it is.")
+    if _plots(out) and not (out / METRICS).is_file():
+        raise UserError(
+            f"--out: {_plots(out)[0]} is not of an evaluation, and would be replaced; choose another folder."
+        )
 
 
 def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) -> dict[str, Any]:
@@ -143,8 +159,6 @@ def _compare(
     videos: Sequence[data.Video],
     predictions: Sequence[Prediction],
 ) -> Comparison:
-    if trained.settings.fusion == "concat":
-        raise UserError("--compare: expected a run with attention, but concat has nothing for a backend to compute.")
     second = Trained.load(config.run, config.compare)
     others = infer(on, second, videos, config.batch_size)
     apart = [float(np.abs(a.values - b.values).max()) for a, b in zip(predictions, others, strict=True)]
@@ -234,6 +248,6 @@ def _label(video: data.Video, target: str) -> np.ndarray:
     return np.where(video.valid, video.labels[:, TARGETS.index(target)], np.nan)
 
 
-def _remove_old(out: Path) -> None:
-    for path in [out / METRICS, out / SCATTER, out / GATES, *out.glob(VIDEO.format("*"))]:
-        path.unlink(missing_ok=True)
+def _plots(out: Path) -> list[Path]:
+    """What an evaluation draws, as far as it is there."""
+    return [path for path in (out / SCATTER, out / GATES, *out.glob(VIDEO.format("*"))) if path.exists()]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from grjca.data import Video, WindowDataset, stitch
@@ -35,13 +35,24 @@ def accelerator(precision: str, batch_size: int) -> Accelerator:
         UserError: if it cannot be shared out evenly.
     """
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False)
+    # Without cpu=True, the processes that torchrun starts on a machine without GPU don't find one another.
+    cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
     try:
-        result = Accelerator(mixed_precision=precision, dataloader_config=loading)
+        result = Accelerator(cpu=cpu, mixed_precision=precision, dataloader_config=loading)
     except ValueError as error:  # fp16 without a GPU, say
         raise UserError(f"precision: {precision} cannot be had here: {error}") from error
     if batch_size % result.num_processes:
         raise UserError(f"--batch_size: expected a multiple of the {result.num_processes} processes, got {batch_size}.")
     return result
+
+
+def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
+    """Batches of windows, read by ``workers`` other processes if there are any.
+
+    Those are spawned: a fork of a process in which threads run (of gloo, say) can hang.
+    """
+    how: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **how)
 
 
 class Windows:
@@ -58,8 +69,8 @@ class Windows:
     ) -> None:
         self.videos = videos
         self.dataset = WindowDataset(videos, "valence", size, hop)  # of either target: the labels are not used
-        loader = DataLoader(self.dataset, batch_size, num_workers=workers)
-        self.accelerator, self.loader = on, on.prepare_data_loader(loader)
+        self.accelerator = on
+        self.loader = on.prepare_data_loader(loader(self.dataset, batch_size, workers))
 
     @torch.no_grad()
     def predict(self, model: AudioVisualModel, *, gates: bool = False, progress: str | None = None) -> list[Prediction]:

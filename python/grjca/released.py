@@ -206,6 +206,8 @@ def _read(path: Path) -> Any:
                 "was loaded; have its state_dict saved instead."
             ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):  # goes on with how to load it all the same
+            reason = "not what torch.save writes"
         raise UserError(
             f"{path}: expected a whole checkpoint, got a broken file ({reason}); fetch it again."
         ) from error

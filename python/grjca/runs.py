@@ -16,11 +16,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,6 +40,7 @@ CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
     "tensorboard",
 )
 CHECKPOINT, STATE = "checkpoint", "state.json"
+LOCK = ".lock"
 MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
 """Settings that a resumed run may change: they decide where, how far and how fast, but not what is computed."""
 
@@ -60,26 +63,50 @@ class State:
     """The lines of metrics.jsonl."""
 
 
-def claim(config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder and write config.yaml.
+def check(config: TrainConfig, resume: bool) -> None:
+    """Whether the training may use its folder.
 
     Raises:
-        UserError: if the folder holds something and ``resume`` is false, or it is a run with other settings.
+        UserError: if it holds something and ``resume`` is false, or it is a run with other settings, or none at all.
     """
     folder = config.out
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
-            raise UserError(f"{folder}: exists already; go on with it by --resume, or choose another --out.")
-        if (folder / CONFIG).is_file():
-            _compare(folder, settings.from_yaml(TrainConfig, folder / CONFIG), config)
-        elif any(not path.name.endswith(files.PARTIAL) for path in folder.iterdir()):
-            raise UserError(f"{folder}: expected a run, but it has no {CONFIG}; choose another --out.")
-        files.remove_partial(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder or nothing, got a file; choose another --out.")
+    if not any(folder.iterdir()):
+        return
+    if not resume:
+        raise UserError(f"{folder}: exists already; go on with it by --resume, or choose another --out.")
+    if (folder / CONFIG).is_file():
+        _compare(folder, settings.from_yaml(TrainConfig, folder / CONFIG), config)
+    elif any(path.name != LOCK and not path.name.endswith(files.PARTIAL) for path in folder.iterdir()):
+        raise UserError(f"{folder}: expected a run, but it has no {CONFIG}; choose another --out.")
+    if (folder / METRICS).exists() and not (folder / CHECKPOINT / STATE).exists():
+        raise UserError(f"{folder}: cannot go on, because {CHECKPOINT}/{STATE} is gone; choose another --out.")
+
+
+def lock(folder: Path) -> FileLock:
+    """What the one process holds that writes there; the system lets it go when that process ends, however it does."""
+    return FileLock(folder / LOCK, timeout=0)
+
+
+def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
+    """Make the run's folder, take its lock and write config.yaml.
+
+    Raises:
+        UserError: if another process trains there, and as :func:`check`.
+    """
+    check(config, resume)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        config.out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{config.out}: another process trains there; wait for it, or choose another --out.") from error
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder}: expected a folder or nothing, got a file; choose another --out.") from error
-    files.write_text(folder / CONFIG, settings.to_yaml(config))
+        raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
+    files.remove_partial(config.out)
+    files.write_text(config.out / CONFIG, settings.to_yaml(config))
 
 
 def _compare(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
@@ -114,10 +141,11 @@ def save_best(folder: Path, state: State, weights: dict[str, Tensor]) -> None:
     files.write_tensors(folder / BEST, weights, {"epoch": state.best_epoch + 1, "ccc": state.best_ccc})
 
 
-def restore(folder: Path) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
+def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
     """The last epoch that was committed: its state, and tensors under "model", "best" and "optimizer"; None before any.
 
     What a killed process left undone is repaired: metrics.jsonl and best.safetensors become those of that epoch.
+    ``shapes`` are those of the model's state_dict.
 
     Raises:
         UserError: if the checkpoint is damaged.
@@ -127,17 +155,32 @@ def restore(folder: Path) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
         return None
     try:
         state = State(**json.loads(path.read_text("utf-8")))
-        tensors = load_file(path.with_name(_tensors(state.epoch)))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        groups = _groups(load_file(path.with_name(_tensors(state.epoch))))
+        for weights in (groups["model"], groups["best"]):
+            if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+                raise ValueError("its weights are not those of the model")
+        if groups["optimizer"].keys() != _moments(state):
+            raise ValueError("the optimiser's moments are not those of the weights")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error}); begin a new run with another --out.") from error
+    save_best(folder, state, groups["best"])
+    _after_commit(folder, state)
+    return state, groups
+
+
+def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
     groups["best"] = groups["model"] | groups["best"]
-    save_best(folder, state, groups["best"])
-    _after_commit(folder, state)
-    return state, groups
+    return groups
+
+
+def _moments(state: State) -> set[str]:
+    """Names of the tensors that Adam keeps."""
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    return {f"{i}.{kind}" for group in state.optimizer for i in group["params"] for kind in kinds}
 
 
 def _after_commit(folder: Path, state: State) -> None:
@@ -182,7 +225,7 @@ def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainCon
         raise UserError(
             f"{path}: no such file, because no epoch is done yet; go on with grjca train --resume --out {folder}."
         ) from error
-    except (SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: expected the weights of the model in {CONFIG}, got: {reason}") from error
     return config, model.eval()

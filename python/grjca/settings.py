@@ -22,9 +22,12 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit with 2."""
+        if "Union subtypes" in message:  # of which it says what would have fitted each
+            name, value = message.partition("\n")[0], message.rpartition("Given value: ")[2]
+            message = f"{name} Expected {' or '.join(re.findall('- Expected (.*)', message))}. Got value: {value}"
         message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
         message = re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", message)
-        message = re.sub(r"<class '(.*?)'>", r"\1", message)
+        message = re.sub(r"<class '(.*?)'>", r"\1", message).replace("NoneType", "null")
         sentence = " ".join(message.split()).rstrip(".")
         print(f"{self.prog}: {sentence}. See {self.prog} --help.", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from grjca import data, environment, inference, runs
@@ -55,18 +55,26 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     on = inference.accelerator(config.precision, config.batch_size)
     if config.fusion != "concat":
         environment.backend_used(config.backend, on.device.type)  # refused here if it cannot run
+    _on_main(on, lambda: runs.check(config, resume))
     widths = (config.model.visual_features, config.model.audio_features)
     splits = [
         data.load(config.data, split, fold=config.fold, widths=widths, progress=progress and on.is_main_process)
         for split in ("train", "validate")
     ]
+    for split, videos in zip(("train", "validate"), splits, strict=True):
+        if not any(video.valid.any() for video in videos):
+            raise UserError(
+                f"{config.data}: expected valid labels in the {split} split, got none in {len(videos)} videos."
+            )
     _say(on, progress, _mended(splits[0] + splits[1]))
+    if on.num_processes > 1:
+        _say(on, progress, f"{on.num_processes} processes, {config.batch_size // on.num_processes} windows each.")
     set_seed(config.seed)
     model = AudioVisualModel(config.model, fusion=config.fusion, length=config.window, backend=config.backend)
-    _on_main(on, lambda: runs.claim(config, resume))
-
     training = _Training(config, on, model, *splits, progress=progress)
+    lock = runs.lock(config.out)
     try:
+        _on_main(on, lambda: runs.claim(config, resume, lock))
         training.resume()
         while not training.finished:
             training.epoch()
@@ -74,6 +82,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     except KeyboardInterrupt:
         _say(on, True, f"Interrupted. Nothing is lost: grjca train --out {config.out} --resume goes on.")
         raise
+    finally:
+        lock.release()
     state = training.state
     _say(
         on,
@@ -99,7 +109,7 @@ class _Training:
         dataset = data.WindowDataset(training, config.target, config.window, config.hop)
         self.order = torch.Generator()
         sampler = RandomSampler(dataset, generator=self.order)
-        loader = DataLoader(dataset, config.batch_size, sampler=sampler, num_workers=config.workers)
+        loader = inference.loader(dataset, config.batch_size, config.workers, sampler)
         optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         self.plateau = ReduceLROnPlateau(
             optimizer, "max", config.plateau_factor, patience=config.plateau_epochs - 1, threshold=0
@@ -115,14 +125,16 @@ class _Training:
 
     def resume(self) -> None:
         """Go on from the last epoch that was committed, if there is one."""
-        restored = _on_main(self.on, lambda: runs.restore(self.config.out))
+        shapes = {name: tensor.shape for name, tensor in self.inner.state_dict().items()}
+        restored = _on_main(self.on, lambda: runs.restore(self.config.out, shapes))
         if restored:
             state, tensors = restored
             _say(self.on, self.progress, _differences(state.environment, self.state.environment))
             self.state = state
             self.inner.load_state_dict(tensors["model"])
             self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
-            self.optimizer.load_state_dict({"state": _nested(tensors["optimizer"]), "param_groups": state.optimizer})
+            moments = _nested(tensors["optimizer"])
+            self.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer})
             self.plateau.load_state_dict(state.plateau)
             if self.on.scaler is not None and state.scaler:
                 self.on.scaler.load_state_dict(state.scaler)
@@ -140,7 +152,7 @@ class _Training:
         """One epoch: train, validate, adapt, commit."""
         start, epoch = time.perf_counter(), self.state.epoch
         loss = self._pass_over_training_windows(epoch)
-        if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
+        if self._warms_up(epoch):
             self._set_rate(self.config.learning_rate)
         rate = self.optimizer.param_groups[0]["lr"]
         for buffer in self.inner.buffers():  # each process has its own statistics of batch normalisation
@@ -162,8 +174,8 @@ class _Training:
 
     def _pass_over_training_windows(self, epoch: int) -> float:
         """The mean loss."""
-        set_seed(_seed_of(self.config.seed, epoch), device_specific=True)
-        self.order.manual_seed(_seed_of(self.config.seed, epoch))
+        seed = _seed_of(self.config.seed, epoch)
+        self.order.manual_seed(seed)
         self.model.train()
         total = torch.zeros(2, device=self.on.device)  # sum of losses, number of windows
         bar = tqdm(
@@ -174,7 +186,9 @@ class _Training:
             dynamic_ncols=True,
         )
         for step, batch in enumerate(bar):
-            if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
+            if step == 0:  # not before: a loader draws a number of its own when it begins
+                set_seed(seed, device_specific=True)
+            if self._warms_up(epoch):
                 self._set_rate(warmup_rate(self.config, epoch, step, len(self.loader)))
             prediction = self.model(batch["visual"], batch["audio"], batch["length"])
             loss = ccc_loss(prediction, batch["label"], batch["mask"], convention=self.config.loss)
@@ -197,10 +211,10 @@ class _Training:
             self.best = {name: tensor.detach().clone() for name, tensor in self.inner.state_dict().items()}
         elif self.config.reload_best:
             self.inner.load_state_dict(self.best)
-        if self.config.plateau:
+        if self.config.plateau and self._warms_up(epoch):
+            self.plateau.best = max(self.plateau.best, ccc)  # to be beaten, but these epochs don't count
+        elif self.config.plateau:
             self.plateau.step(ccc)
-            if self.config.warmup != "none" and epoch < self.config.warmup_epochs:
-                self.plateau.num_bad_epochs = 0  # epochs of the warm-up don't count
 
     def _commit(self, record: dict[str, Any]) -> None:
         state = self.state
@@ -231,6 +245,9 @@ class _Training:
         _on_main(self.on, lambda: write_predictions(folder, {self.config.target: values}))
         if self.curves is not None:
             self.curves.close()
+
+    def _warms_up(self, epoch: int) -> bool:
+        return self.config.warmup != "none" and epoch < self.config.warmup_epochs
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

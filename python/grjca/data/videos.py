@@ -117,6 +117,7 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
             notes += video.notes
             if source.split:
                 videos[source.split].append(video)
+    wrong += _unlabelled(videos)
     return Inspection(wrong, notes, {split: _summary(part) for split, part in videos.items()})
 
 
@@ -174,6 +175,15 @@ def _checked_length(path: Path, width: int, kind: str) -> int:
 
 def _rows(array: np.ndarray, frames: np.ndarray) -> np.ndarray:
     return np.asarray(array[np.minimum(frames, len(array) - 1)], dtype=np.float32)
+
+
+def _unlabelled(videos: dict[str, list[Video]]) -> list[str]:
+    """Splits to train on or to validate on in which nothing is valid."""
+    return [
+        f"The {split} split has no frame with valid labels in {len(part)} videos; both have to be from -1 to 1."
+        for split, part in videos.items()
+        if split in OFFICIAL and part and not any(video.valid.any() for video in part)
+    ]
 
 
 def _missing_parts(found: layout.Layout) -> list[str]:
