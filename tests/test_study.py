@@ -41,7 +41,8 @@ def tiny(tmp_path_factory):
 
 
 def test_every_cell_is_there_once(tiny):
-    cells = json.loads((tiny.out / "results.json").read_text())["cells"]
+    about, *cells = map(json.loads, (tiny.out / "results.jsonl").read_text().splitlines())
+    assert about["preset"] == "small" and about.keys() >= {"torch", "processor", "commit"}
     expected = [(f, level, seed) for level in LEVELS for seed in range(SEEDS) for f in SOME]
     assert [(cell["fusion"], cell["level"], cell["seed"]) for cell in cells] == expected
     for cell in cells:
@@ -70,13 +71,13 @@ def test_all_fusions_see_the_same_data_of_a_level(tiny):
 
 
 def test_a_study_goes_on_where_it_was(tiny, monkeypatch):
-    before = (tiny.out / "results.json").read_text()
+    before = (tiny.out / "results.jsonl").read_text()
     (tiny.out / "cells" / "grjca-weak-0.50-seed-1.json").unlink()
     ran = []
     monkeypatch.setattr(study, "_results", lambda config, chosen, cells: here(config, chosen, cells, ran))
     study.study(replace(tiny, jobs=1))
     assert ran == ["grjca-weak-0.50-seed-1"]
-    assert (tiny.out / "results.json").read_text() == before
+    assert (tiny.out / "results.jsonl").read_text() == before
 
 
 def here(config, chosen, cells, ran):

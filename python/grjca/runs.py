@@ -103,6 +103,8 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{config.out}: another process trains there; wait for it, or choose another --out.") from error
+    except NotImplementedError:
+        pass  # a file system without locks
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
     files.remove_partial(config.out)

@@ -29,6 +29,8 @@ from grjca.train import train
 
 HELD_OUT = 1_000_000  # number of the first recording that is scored, beyond any that is trained on
 
+DIGITS = 5  # of what is written
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -94,19 +96,20 @@ class Cell:
 
 
 def study(config: StudyConfig) -> int:
-    """Run what is missing, then write results.json, table.md and plots into ``config.out``."""
+    """Run what is missing, then write results.jsonl (what ran, then a line per cell), table.md and plots."""
     chosen = preset(config)
     cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in FUSIONS]
     _claim(config, chosen)
     results = list(_results(config, chosen, cells))
-    summary = {
+    rows = sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"])))
+    about = {
         "preset": config.preset,
-        "settings": json.loads(json.dumps(asdict(chosen), default=str)),
-        "environment": environment.versions() | {"processor": environment.processor()},
-        "cells": sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"]))),
+        **environment.versions(),
+        "commit": environment.commit(),
+        "processor": environment.processor(),
     }
-    files.write_json(config.out / "results.json", summary)
-    print(study_report.write(config.out, summary))
+    files.write_json_lines(config.out / "results.jsonl", [about, *rows])
+    print(study_report.write(config.out, about, rows))
     return 0
 
 
@@ -155,7 +158,7 @@ def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
         chosen.training, data=folder / "train", out=out / "runs" / cell.name, fusion=cell.fusion, seed=cell.seed
     )
     result = train(config, resume=True, progress=False)
-    row = asdict(cell) | {"best_epoch": result.best_epoch, "validation_ccc": result.best_ccc}
+    row = asdict(cell) | {"best_epoch": result.best_epoch, "validation_ccc": round(result.best_ccc, DIGITS)}
     row |= _score(config, folder / "held-out")
     path.parent.mkdir(exist_ok=True)
     files.write_json(path, row)
@@ -173,13 +176,12 @@ def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
     conditions = _conditions(np.concatenate([np.load(held_out / "truth" / f"{v.name}.npy") for v in videos]))
     label = np.concatenate([v.labels[:, 0] for v in videos if v.labels is not None])
     error = np.abs(np.concatenate([p.values for p in predictions]) - label)
-    row: dict[str, Any] = {"ccc": together.ccc, "rmse": together.rmse}
-    row["error"] = {name: float(error[frames].mean()) for name, frames in conditions.items()}
+    row: dict[str, Any] = {"ccc": round(together.ccc, DIGITS), "rmse": round(together.rmse, DIGITS)}
+    row["error"] = _means(error, conditions)
     if GATING.get(config.fusion, "none") != "none":
         row["attention"] = {
-            modality: {name: float(1 - share[frames].mean()) for name, frames in conditions.items()}
+            modality: _means(1 - _untouched(config, [p.gates[modality] for p in predictions]), conditions)
             for modality in ("visual", "audio")
-            for share in [_untouched(config, [p.gates[modality] for p in predictions])]
         }
     return row
 
@@ -191,6 +193,10 @@ def _conditions(truth: np.ndarray) -> dict[str, np.ndarray]:
         result[f"{modality} weak"] = truth[:, m] != CODES["clean"]
         result |= {f"{modality} {kind}": truth[:, m] == code for kind, code in CODES.items() if kind != "clean"}
     return {name: frames for name, frames in result.items() if frames.any()}
+
+
+def _means(values: np.ndarray, conditions: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: round(float(values[frames].mean()), DIGITS) for name, frames in conditions.items()}
 
 
 def _untouched(config: TrainConfig, gates: list[tuple[np.ndarray, ...]]) -> np.ndarray:

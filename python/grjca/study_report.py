@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
 
 class Cells:
-    """The rows of results.json."""
+    """The lines of results.jsonl but for the first."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = {(row["fusion"], row["level"], row["seed"]): row for row in rows}
@@ -71,24 +71,25 @@ class Cells:
         return Estimate.of([share[condition] - share["clean"] for share in shares if condition in share])
 
 
-def write(out: Path, summary: dict[str, Any]) -> str:
-    """table.md and the plots from the content of results.json; returns the table."""
-    cells = Cells(summary["cells"])
-    text = table(summary, cells)
+def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """table.md and the plots from the lines of results.jsonl; returns the table."""
+    cells = Cells(rows)
+    text = table(about, cells)
     files.write_text(out / "table.md", text)
     files.write(out / "ccc.svg", lambda path: draw_ccc(cells).savefig(path, format="svg"))
     files.write(out / "gates.svg", lambda path: draw_gates(cells).savefig(path, format="svg"))
     return text
 
 
-def table(summary: dict[str, Any], cells: Cells) -> str:
+def table(about: dict[str, Any], cells: Cells) -> str:
     """The study in Markdown."""
     levels = [f"{level:.0%} weak" for level in cells.levels]
-    seeds, where = len(cells.seeds), summary["environment"]
+    seeds = len(cells.seeds)
+    where = f"{about['processor']}, torch {about['torch']}, commit {about['commit']}"
     lines = [
-        f"`grjca study --preset {summary['preset']}`: CCC of valence on held-out synthetic videos, mean over {seeds} "
+        f"`grjca study --preset {about['preset']}`: CCC of valence on held-out synthetic videos, mean over {seeds} "
         f"seeds ± 95 % interval (Student's t); * where it leaves out 0, "
-        f"not corrected for the number of rows. {where['processor']}, torch {where['torch']}.",
+        f"not corrected for the number of rows. {where}.",
         "",
         *_rows("CCC", levels, ((f, [str(cells.ccc(f, level)) for level in cells.levels]) for f in cells.fusions)),
         "",
