@@ -14,6 +14,7 @@ Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
+MODALITIES = ("visual", "audio")
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca")
 GATING = {"rjca": "none", "dca": "dynamic", "grjca": "flat", "hgrjca": "hierarchical"}
 """What the fused block calls them."""

@@ -16,10 +16,9 @@ from grjca import data, environment
 from grjca.config import GATING, DoctorConfig
 from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError
-from grjca.measure import SHAPES, Shape, alternate
+from grjca.measure import EAGER_FACTOR, FEW_ULP, SHAPES, Shape, alternate
 from grjca_kernels import GatedRJCAFused, backends
 
-EAGER_FACTOR, FEW_ULP = 2, 4  # of the operator's contract: an error of twice eager's and a few ulp
 FLOAT64 = 1e-11  # apart in float64: an ulp of 2e-16, times the terms of a sum, 1 / tau and saturation
 SMALL = Shape(24, 12, 8, 2, 3)
 LENGTHS = (24, 17, 5)  # of its samples

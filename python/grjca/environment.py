@@ -30,9 +30,13 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Of the checkout that this package runs from, with + if files have changed since; None if it is none."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:  # the first fails where this file is not of the repository that it lies in
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
+        )
+        return described.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

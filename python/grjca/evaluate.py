@@ -18,13 +18,13 @@ from grjca.config import TARGETS, EvaluateConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
 from grjca.inference import Prediction
+from grjca.measure import EAGER_FACTOR, FEW_ULP
 from grjca.metrics import Scores, SplitScores, split_scores
 from grjca.model import AudioVisualModel
 from grjca.predict import Trained, infer, make_folder
 
 METRICS, SCATTER, GATES, VIDEO = "metrics.json", "scatter.png", "gates.png", "video_{}.png"
 TABLE_ROWS = 20  # of videos: more are read in metrics.json
-EAGER_FACTOR, FEW_ULP = 2, 4  # of the operator's contract: an error of twice eager's and a few ulp
 
 
 @dataclass(frozen=True)

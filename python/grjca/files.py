@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,13 +48,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     """A safetensors file; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
-    write(path, lambda partial: save_file(contiguous, partial, metadata))
+    try:
+        write(path, lambda partial: save_file(contiguous, partial, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """What :func:`write_tensors` has noted; nothing if the file is of another origin."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` at the end of the ``with`` block, or disappears if that fails.
+
+    ``folder`` must not exist, or be empty.
+    """
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # Windows renames onto nothing, not even an empty folder
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already unless something failed
 
 
 def remove_partial(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
@@ -34,16 +36,30 @@ def accelerator(precision: str, batch_size: int) -> Accelerator:
     Raises:
         UserError: if it cannot be shared out evenly.
     """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate launch
+    if asked not in ("no", precision):
+        raise UserError(
+            f"precision: accelerate launch asks for {asked}, the settings for {precision}; make them agree."
+        )
+    if precision != available(precision):
+        raise UserError(f"precision: expected a GPU for {precision}, got none; use bf16 or no.")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier call in this process
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False)
     # Without cpu=True, the processes that torchrun starts on a machine without GPU don't find one another.
-    cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
-    try:
-        result = Accelerator(cpu=cpu, mixed_precision=precision, dataloader_config=loading)
-    except ValueError as error:  # fp16 without a GPU, say
-        raise UserError(f"precision: {precision} cannot be had here: {error}") from error
+    result = Accelerator(cpu=not _has_gpu(), mixed_precision=precision, dataloader_config=loading)
     if batch_size % result.num_processes:
         raise UserError(f"--batch_size: expected a multiple of the {result.num_processes} processes, got {batch_size}.")
     return result
+
+
+def available(precision: str) -> str:
+    """``precision``, or "no" where there is nothing to compute it: accelerate would take float32 without a word."""
+    return "no" if precision == "fp16" and not _has_gpu() else precision
+
+
+def _has_gpu() -> bool:
+    return getattr(torch, "accelerator", torch.cuda).is_available()
 
 
 def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> DataLoader:

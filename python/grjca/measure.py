@@ -13,6 +13,9 @@ from torch import Tensor
 
 from grjca_kernels import GatedRJCAFused
 
+EAGER_FACTOR, FEW_ULP = 2, 4
+"""The operator's contract: an error of at most twice that of eager PyTorch, and a few ulp."""
+
 Block = TypeVar("Block", bound=GatedRJCAFused)
 
 

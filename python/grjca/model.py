@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from grjca.config import FUSIONS, GATING, Backend, Fusion, ModelConfig
+from grjca.config import FUSIONS, GATING, MODALITIES, Backend, Fusion, ModelConfig
 from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError
 from grjca_kernels import GatedRJCAFused
-
-MODALITIES = ("visual", "audio")
 
 
 class TemporalConvNet(nn.Module):

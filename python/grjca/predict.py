@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +46,7 @@ class Trained(NamedTuple):
     def load(cls, folder: Path, backend: Backend | None = None) -> Trained:
         """With the best weights, and with the backend of the training if None; UserError if ``folder`` is no run."""
         settings, model = runs.load_best(folder, backend=backend)
+        settings = replace(settings, precision=inference.available(settings.precision))
         return cls(folder, settings, model, backend or settings.backend)
 
     @property
@@ -85,7 +84,7 @@ def predict(config: PredictConfig) -> int:
         values[of.settings.target] = {v.name: p.values for v, p in zip(videos, predictions, strict=True)}
     if on.is_main_process:
         rows = rows or every_frame(videos)
-        with _as_a_whole(config.out) as folder:
+        with files.whole_folder(config.out) as folder:
             write_predictions(folder / runs.PREDICTIONS, values)
             files.write_text(folder / CHALLENGE, challenge(rows, values))
         print(_report(config, values, videos, rows, left_out=len(everything) - len(videos)))
@@ -212,10 +211,13 @@ def _load(config: PredictConfig) -> list[Trained]:
     if config.other is None:
         return [first]
     other = Trained.load(config.other, config.backend)
-    for what, ours, theirs in (
+    same = [
         ("widths of features", first.widths, other.widths),
         ("precision", first.settings.precision, other.settings.precision),
-    ):
+    ]
+    if config.split in ("train", "validate"):
+        same.append(("fold", first.settings.fold, other.settings.fold))
+    for what, ours, theirs in same:
         if ours != theirs:
             raise UserError(
                 f"--other: expected two runs with the same {what}, got {ours} in {config.run} and {theirs} in "
@@ -241,22 +243,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder.") from error
-
-
-@contextmanager
-def _as_a_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` at the end of the ``with`` block, or disappears if that fails."""
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}{files.PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()  # empty, or it would have been refused
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _report(

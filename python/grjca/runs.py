@@ -161,7 +161,7 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
         for weights in (groups["model"], groups["best"]):
             if {name: tensor.shape for name, tensor in weights.items()} != shapes:
                 raise ValueError("its weights are not those of the model")
-        if groups["optimizer"].keys() != _moments(state):
+        if groups["optimizer"] and groups["optimizer"].keys() != _moments(state):  # fp16 may skip its first steps
             raise ValueError("the optimiser's moments are not those of the weights")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error}); begin a new run with another --out.") from error
@@ -174,7 +174,7 @@ def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
-        groups[group][rest] = tensor
+        groups[group][rest] = tensor.clone()  # not a view of the file, which is deleted after the next epoch
     groups["best"] = groups["model"] | groups["best"]
     return groups
 

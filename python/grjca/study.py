@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ import torch
 from tqdm import tqdm
 
 from grjca import data, environment, files, inference, runs, study_report
-from grjca.config import FUSIONS, GATING, Fusion, ModelConfig, Scenario, StudyConfig, SynthConfig, Target, TrainConfig
+from grjca.config import (
+    FUSIONS,
+    GATING,
+    MODALITIES,
+    Fusion,
+    ModelConfig,
+    Scenario,
+    StudyConfig,
+    SynthConfig,
+    Target,
+    TrainConfig,
+)
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
 from grjca.metrics import split_scores
@@ -115,8 +127,11 @@ def study(config: StudyConfig) -> int:
 
 def _claim(config: StudyConfig, chosen: Preset) -> None:
     """Refuse a folder that holds something else than this study."""
-    path, text = config.out / "preset.json", json.dumps(asdict(chosen), default=str, indent=2)
-    if config.out.exists() and any(config.out.iterdir()) and not path.exists():
+    settings = asdict(chosen)
+    del settings["training"]["data"], settings["training"]["out"]  # the folder may move
+    path, text = config.out / "preset.json", json.dumps(settings, default=str, indent=2)
+    there = config.out.iterdir() if config.out.exists() else ()
+    if any(not entry.name.endswith(files.PARTIAL) for entry in there) and not path.exists():
         raise UserError(f"{config.out}: exists already and is no study; choose another --out.")
     if path.exists() and path.read_text("utf-8") != text:
         raise UserError(f"{config.out}: holds a study with other settings; choose another --out.")
@@ -130,14 +145,14 @@ def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator
         _write_data(config.out, chosen, cell)
     # Not fork: a process that has run PyTorch with several threads cannot be forked safely.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = [pool.submit(run_cell, config.out, chosen, cell) for cell in cells]
-        try:
-            for done in tqdm(as_completed(waiting), "training", len(cells), leave=False, disable=None):
-                yield done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with context.Pool(config.jobs, _begin_worker) as pool:  # at its end, and so at Ctrl-C, the workers are killed
+        results = pool.imap_unordered(partial(run_cell, config.out, chosen), cells)
+        yield from tqdm(results, "training", len(cells), leave=False, disable=None)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one answers
 
 
 def _write_data(out: Path, chosen: Preset, cell: Cell) -> None:
@@ -181,7 +196,7 @@ def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
     if GATING.get(config.fusion, "none") != "none":
         row["attention"] = {
             modality: _means(1 - _untouched(config, [p.gates[modality] for p in predictions]), conditions)
-            for modality in ("visual", "audio")
+            for modality in MODALITIES
         }
     return row
 
@@ -189,7 +204,7 @@ def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
 def _conditions(truth: np.ndarray) -> dict[str, np.ndarray]:
     """Names of conditions, and the frames [N] bool where they hold, from the codes [N, 2]; none that holds nowhere."""
     result = {"clean": (truth == CODES["clean"]).all(axis=1)}
-    for m, modality in enumerate(("visual", "audio")):
+    for m, modality in enumerate(MODALITIES):
         result[f"{modality} weak"] = truth[:, m] != CODES["clean"]
         result |= {f"{modality} {kind}": truth[:, m] == code for kind, code in CODES.items() if kind != "clean"}
     return {name: frames for name, frames in result.items() if frames.any()}

@@ -11,9 +11,8 @@ import numpy as np
 from scipy import stats
 
 from grjca import files
-from grjca.config import FUSIONS, GATING, Fusion
+from grjca.config import FUSIONS, GATING, MODALITIES, Fusion
 
-MODALITIES = ("visual", "audio")
 KINDS = ("noisy", "contradicting", "misaligned", "absent")
 COLOURS = dict(zip(FUSIONS, ("#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73"), strict=True))  # Okabe and Ito
 MARKERS = dict(zip(FUSIONS, "so^Dv", strict=True))

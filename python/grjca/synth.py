@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from grjca import synthetic
+from grjca import files, synthetic
 from grjca.config import SynthConfig
 from grjca.errors import UserError
 from grjca.synthetic import SyntheticVideo
@@ -46,20 +44,13 @@ def write(config: SynthConfig, *, progress: bool = False) -> None:
     if config.layout not in FILES:
         raise UserError(f"There is no layout {config.layout!r}: expected one of {', '.join(FILES)}.")
     videos = synthetic.generate(config)
-    out = Path(config.out).resolve()
+    out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{config.out} exists already; give a new or an empty folder, nothing is overwritten.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    disable = None if progress else True  # None: unless the output is no terminal
     try:
-        partial.mkdir(parents=True)
-        try:
-            disable = None if progress else True  # None: unless the output is no terminal
-            _fill(partial, config, tqdm(videos, "writing videos", config.videos, leave=False, disable=disable))
-            if out.exists():
-                out.rmdir()  # Windows renames onto nothing, not even an empty folder
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # gone already unless something failed
+        with files.whole_folder(out) as folder:
+            _fill(folder, config, tqdm(videos, "writing videos", config.videos, leave=False, disable=disable))
     except OSError as error:
         raise UserError(f"{config.out} cannot be written: {error}.") from error
 

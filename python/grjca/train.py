@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class Result:
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Result:
     """Train one model; everything it leaves is in the folder ``config.out``, see :mod:`grjca.runs`.
+
+    It seeds the random generators of the process, and has cuDNN compute deterministically.
 
     Every epoch draws its random numbers from (seed, epoch) and is committed as a whole. So a run that was killed and
     resumed, on the same machine with as many threads and processes, ends in the same weights, bit for bit.
@@ -119,7 +122,7 @@ class _Training:
         self.validation = inference.Windows(
             validation, config.window, config.hop, config.batch_size, on, workers=config.workers
         )
-        self.state = runs.State(environment=_environment(on))
+        self.state = runs.State(environment=_environment(on, config, (training, validation)))
         self.best: dict[str, Tensor] = {}
         self.curves: Any = None
 
@@ -129,6 +132,8 @@ class _Training:
         restored = _on_main(self.on, lambda: runs.restore(self.config.out, shapes))
         if restored:
             state, tensors = restored
+            if state.environment["data"] != self.state.environment["data"]:
+                raise UserError(f"--data: {self.config.data} is not what {self.config.out} was begun with.")
             _say(self.on, self.progress, _differences(state.environment, self.state.environment))
             self.state = state
             self.inner.load_state_dict(tensors["model"])
@@ -152,9 +157,9 @@ class _Training:
         """One epoch: train, validate, adapt, commit."""
         start, epoch = time.perf_counter(), self.state.epoch
         loss = self._pass_over_training_windows(epoch)
+        rate = self.optimizer.param_groups[0]["lr"]
         if self._warms_up(epoch):
             self._set_rate(self.config.learning_rate)
-        rate = self.optimizer.param_groups[0]["lr"]
         for buffer in self.inner.buffers():  # each process has its own statistics of batch normalisation
             broadcast(buffer)
         predictions = self.validation.predict(self.inner, progress=self._title("validating") if self.progress else None)
@@ -192,16 +197,22 @@ class _Training:
                 self._set_rate(warmup_rate(self.config, epoch, step, len(self.loader)))
             prediction = self.model(batch["visual"], batch["audio"], batch["length"])
             loss = ccc_loss(prediction, batch["label"], batch["mask"], convention=self.config.loss)
+            counted = batch["mask"].any(dim=-1).sum()  # windows
             self.optimizer.zero_grad()
-            self.on.backward(loss)
+            self.on.backward(loss * self._weight(counted))
             self.optimizer.step()
-            counted = batch["mask"].any(dim=-1).sum()
             total += torch.stack([loss.detach() * counted, counted.to(loss.dtype)])
         total = self.on.reduce(total)
         mean = float(total[0] / total[1].clamp(min=1))
         if not math.isfinite(mean):
             raise self._diverged("the loss")
         return mean
+
+    def _weight(self, counted: Tensor) -> Tensor | float:
+        """What makes the mean over processes one over windows, of which this process has ``counted``."""
+        if self.on.num_processes == 1:
+            return 1.0
+        return counted * self.on.num_processes / self.on.reduce(counted).clamp(min=1)
 
     def _adapt(self, epoch: int, ccc: float) -> None:
         """Remember or bring back the best weights; lower the learning rate on a plateau."""
@@ -275,17 +286,24 @@ def _seed_of(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
-def _environment(on: Accelerator) -> dict[str, Any]:
+def _environment(on: Accelerator, config: TrainConfig, splits: tuple[list[data.Video], ...]) -> dict[str, Any]:
+    """What the last bit depends on besides the settings."""
+    labels = hashlib.sha256()
+    for video in (video for split in splits for video in split):
+        labels.update(f"{video.name} {video.length}\n".encode())
+        labels.update(b"" if video.labels is None else video.labels.tobytes())
     return {
+        "data": labels.hexdigest(),
         "torch": torch.__version__,
         "device": str(on.device.type),
+        "backend": None if config.fusion == "concat" else environment.backend_used(config.backend, on.device.type),
         "processes": on.num_processes,
         "threads": torch.get_num_threads(),
     }
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [f"{name} {before[name]} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    changed = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
     if not changed:
         return ""
     return f"The run was begun elsewhere ({'; '.join(changed)}): it goes on, but not bit for bit."
