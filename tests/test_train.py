@@ -297,7 +297,7 @@ def test_resuming_with_other_data_is_refused(config, tmp_path):
     other = small.write_data(tmp_path / "other")
     (label,) = (other / "annotations" / "train").glob("alpha.txt")
     label.write_text(label.read_text().replace("0.", "-0.", 1))
-    with pytest.raises(UserError, match="--data: .* is not what .* was begun with"):
+    with pytest.raises(UserError, match=r"--data: .* is not what .* was begun with"):
         train(replace(config, data=other), resume=True, progress=False)
 
 

@@ -11,6 +11,7 @@ from grjca.errors import UserError
 
 Target = Literal["valence", "arousal"]
 Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca"]
+Precision = Literal["no", "bf16", "fp16"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
@@ -144,7 +145,7 @@ class TrainConfig:
     """Stop when the validation CCC has not risen for long."""
     early_stop_epochs: int = 50
     """After so many epochs without a better one."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Precision = "no"
     """Mixed precision; no is full float32."""
     workers: int = 0
     """Processes that read windows ahead, per training process."""

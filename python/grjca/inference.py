@@ -15,6 +15,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from grjca.config import Precision
 from grjca.data import Video, WindowDataset, stitch
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
@@ -30,7 +31,7 @@ class Prediction:
     """Per modality [N, ways] float64, one for every gate of the fusion; empty unless asked for"""
 
 
-def accelerator(precision: str, batch_size: int) -> Accelerator:
+def accelerator(precision: Precision, batch_size: int) -> Accelerator:
     """Accelerate, set up so that ``batch_size`` is that of all processes together.
 
     Raises:
@@ -53,7 +54,7 @@ def accelerator(precision: str, batch_size: int) -> Accelerator:
     return result
 
 
-def available(precision: str) -> str:
+def available(precision: Precision) -> Precision:
     """``precision``, or "no" where there is nothing to compute it: accelerate would take float32 without a word."""
     return "no" if precision == "fp16" and not _has_gpu() else precision
 

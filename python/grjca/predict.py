@@ -211,7 +211,7 @@ def _load(config: PredictConfig) -> list[Trained]:
     if config.other is None:
         return [first]
     other = Trained.load(config.other, config.backend)
-    same = [
+    same: list[tuple[str, object, object]] = [
         ("widths of features", first.widths, other.widths),
         ("precision", first.settings.precision, other.settings.precision),
     ]
