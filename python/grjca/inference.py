@@ -35,7 +35,7 @@ def accelerator(precision: Precision, batch_size: int) -> Accelerator:
     """Accelerate, set up so that ``batch_size`` is that of all processes together.
 
     Raises:
-        UserError: if it cannot be shared out evenly.
+        UserError: if it cannot be shared out evenly, or ``precision`` cannot be had or differs from the launcher's.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate launch
     if asked not in ("no", precision):

@@ -6,6 +6,7 @@
     predictions/        of the validation videos, by the best weights
     tensorboard/        the same curves for TensorBoard
     checkpoint/         state.json and the tensors it names: where ``--resume`` goes on
+    .lock               held by the process that trains there
 
 ``state.json`` is what counts: an epoch is done once it says so. It is replaced last, in one step; before that, a killed
 process has changed nothing that the next one would not write again.
@@ -42,7 +43,10 @@ CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
 CHECKPOINT, STATE = "checkpoint", "state.json"
 LOCK = ".lock"
 MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
-"""Settings that a resumed run may change: they decide where, how far and how fast, but not what is computed."""
+"""Settings that a resumed run may change: where, how far and how fast, but not what is computed.
+
+That ``data`` is still the same is checked by its labels.
+"""
 
 
 @dataclass
@@ -103,8 +107,6 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{config.out}: another process trains there; wait for it, or choose another --out.") from error
-    except NotImplementedError:
-        pass  # a file system without locks
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
     files.remove_partial(config.out)
