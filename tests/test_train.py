@@ -1,5 +1,6 @@
 """Training: its schedule, its folder, and that a run which was killed ends as one that was not."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -319,12 +319,17 @@ def test_precisions_in_one_process(config):
 
 
 def test_a_full_disk_is_said(config, monkeypatch):
-    def full(*_):
-        raise SafetensorError("no space left")
+    """By the name of the file; nothing stands there half-written, and the run goes on when there is room again."""
 
-    monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(OSError, match=r"best\.safetensors cannot be written: no space left"):
-        train(config, progress=False)
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(config.out / runs.BEST))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save", full)
+        with pytest.raises(OSError, match=r"No space left.*best\.safetensors"):
+            train(config, progress=False)
+    assert {path.name for path in config.out.iterdir()} <= {".lock", runs.CONFIG, runs.TENSORBOARD}
+    train(config, resume=True, progress=False)
 
 
 def test_a_finished_run_can_be_made_longer(config, whole):

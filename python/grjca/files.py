@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 PARTIAL = ".partial"
@@ -48,10 +48,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     """A safetensors file; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
-    try:
-        write(path, lambda partial: save_file(contiguous, partial, metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+    # Not save_file: that has a temporary file of its own, which a killed process would leave under a random name.
+    write(path, lambda partial: partial.write_bytes(save(contiguous, metadata)))
 
 
 def read_about(path: Path) -> dict[str, Any]:
