@@ -2,13 +2,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Under NumPy 2.4 and later its interpreter fails, so that comes along.
+OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
+OLDEST := $(CURDIR)/build/oldest-triton
 NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format clean
+.PHONY: help install demo test test-oldest-triton test-all-kernels bench lint format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## install into .venv, whether or not anything has changed
 	@rm -f .venv/installed
@@ -25,6 +28,17 @@ demo: .venv/installed ## make data, train, evaluate, predict and plot, by the co
 
 test: .venv/installed ## run all tests; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest-triton: .venv/installed $(OLDEST)/installed ## run the tests of the Triton kernels with the oldest Triton; ARGS go to pytest
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_compiled.py $(ARGS)
+
+$(OLDEST)/installed: Makefile
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --no-deps --target $(OLDEST) $(OLDEST_TRITON)
+	@touch $@
+
+test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes hours
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/compiled.py $(ARGS)
 
 bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -1,0 +1,315 @@
+"""The launch configuration: a pure function of the problem, the dtype and the device. Nothing is tuned at run time.
+
+What a kernel is compiled for (:class:`Constants`) never depends on B or on the value of L, only on whether L is small;
+so a model's batches of any size and length run the same two binaries. No GPU has measured any of the choices below:
+they follow from counts, and from what the compiler reports of registers and shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from grjca_kernels.shapes import Problem
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration may know of the hardware."""
+
+    kind: str  # "cuda", "hip", or "interpreter"
+    capability: int  # 80, 90, 100, ...; 0 where there is none
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+
+
+INTERPRETER = Device("interpreter", 0, 1, 1 << 30)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of tiles: powers of two, 16 at least, as ``tl.dot`` wants them.
+
+    m x n is the tile of a product, k its step along the sum; in the streamed attention m counts columns of J and n
+    columns of X_m.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    programs: int  # on one multiprocessor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """All that is compiled in. Attribute by attribute what the kernels call ``C``."""
+
+    iterations: int
+    layers: int
+    modalities: int
+    released: bool
+    gating: str
+    gates: int
+    ways: int
+    normalize: bool
+    dropout: bool
+    lengths: bool
+    return_gates: bool
+    precision: str  # of the products: "tf32" means tensor cores, whatever the dtype
+    approximate_tanh: bool
+    stream: bool
+    length_step: int
+    block_m: int
+    block_n: int
+    block_k: int
+    block_l: int
+    block_frames: int
+    block_columns: int
+    slot_joint: int
+    slot_key: int
+    slot_value: int
+    slot_initial: int
+    slot_hidden: int
+    slot_d_attended: int
+    slot_d_update: int
+    slot_d_value: int
+    slot_d_joint: int
+    slot_d_key: int
+    slot_d_state: int
+    slot_d_logits: int
+    slots: int
+    most_registers: int
+    layer_parameters: int
+    backward_phases: int
+    weights: bool
+    d_iterates: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what is compiled, the grid, and how large the workspaces are."""
+
+    constants: Constants
+    tiles: Tiles
+    programs: int
+    chunk: int  # samples that pass through the workspace together
+    steps: int  # phases, between which the grid waits
+    work: int  # elements in the dtype of the features
+    gate_values: int  # elements of float32
+    gradients: int  # elements of all parameters
+    parts: int  # of the rows, whose gradients are summed apart
+
+    @property
+    def wide(self) -> int:
+        """Elements of float32 in all."""
+        return self.gate_values + self.parts * self.gradients
+
+
+STREAM_FRAMES = 32
+"""The longest sequence whose C is streamed. C is d / L times as large as an activation, while streaming computes it
+again for every block of frames: once up to this length, where a block holds them all."""
+
+WAVES = 4
+"""Tasks of the first phase for each program of the grid, from which on more samples at once only take more memory."""
+
+
+def tiles(dtype: torch.dtype, precision: str, stream: bool, aligned: bool, device: Device) -> Tiles:
+    """Tile sizes: the largest with which no register of either kernel is spilled (tests/test_triton_compiled.py).
+
+    Four warps leave room for two programs on a multiprocessor, and small tiles waste less of L = 300 than large ones.
+    Unless ``aligned``, every element is loaded by an address of its own, which takes registers.
+    """
+    if device.kind == "interpreter":
+        return Tiles(16, 16, 16, 4, 1, 1)
+    if not aligned:
+        return Tiles(32, 32, 32, 4, 1 if precision == "ieee" or device.kind == "hip" else 2, 1)
+    if device.kind == "hip":
+        return Tiles(64, 64, 64, 4, 2, 1) if dtype != torch.float32 else Tiles(32, 32, 32, 4, 1, 1)
+    blackwell = 100 <= device.capability < 120
+    if dtype != torch.float32:
+        if blackwell:
+            return Tiles(64, 64, 64, 8, 2, 1)
+        return Tiles(64, 64, 64, 4, 3, 2) if device.capability == 90 or not stream else Tiles(64, 32, 64, 4, 3, 2)
+    if precision == "ieee":
+        return Tiles(32, 32, 32, 4, 1, 2)
+    if blackwell:
+        return Tiles(32, 32, 32, 8, 1, 1)
+    return Tiles(64, 32, 32, 4, 2, 2) if device.capability == 90 or not stream else Tiles(32, 32, 32, 8, 2, 1)
+
+
+def constants(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    tf32: bool,
+    lengths: bool,
+    return_gates: bool = False,
+    backward: bool = False,
+    weights: bool = False,
+    d_iterates: bool = False,
+) -> tuple[Constants, Tiles]:
+    """What is compiled for a problem."""
+    precision = "tf32" if dtype != torch.float32 or tf32 else "ieee"
+    stream = problem.length <= STREAM_FRAMES
+    frames = max(16, _power_of_two(problem.length)) if stream else 0
+    aligned = problem.length % 4 == 0 and all(d_m % 16 == 0 for d_m in problem.widths)
+    tile = tiles(dtype, precision, stream, aligned, device)
+    modalities, released = len(problem.widths), problem.released
+    overlay = not stream and not backward  # K and J are dead when H is written
+    hidden = 0 if overlay else 4
+    value = max(2, modalities) if overlay else 1
+    d_attended, d_update = 4 + modalities, 4 + 2 * modalities
+    d_logits = d_update + 1 + problem.iterations + 1
+    of_logits = -(-modalities * sum(problem.gate_ways) // problem.width)
+    forward_slots = value + 2 if overlay else 4 + modalities
+    return Constants(
+        iterations=problem.iterations,
+        layers=1 if problem.shared else problem.iterations,
+        modalities=modalities,
+        released=released,
+        gating=problem.gating,
+        gates=len(problem.gate_ways),
+        ways=sum(problem.gate_ways),
+        normalize=problem.normalize,
+        dropout=problem.dropout > 0,
+        lengths=lengths,
+        return_gates=return_gates,
+        precision=precision,
+        approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
+        stream=stream,
+        length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
+        block_m=tile.m,
+        block_n=tile.n,
+        block_k=tile.k,
+        block_l=frames if stream else tile.m,
+        block_frames=16,
+        block_columns=tile.n,
+        slot_joint=0,
+        slot_key=1 if overlay else 2,
+        slot_value=value,
+        slot_initial=value + 1 if overlay else 3,
+        slot_hidden=hidden,
+        slot_d_attended=d_attended,
+        slot_d_update=d_update,
+        slot_d_value=d_update,  # d_update is dead when d V is written, and H when d J and d K are
+        slot_d_joint=hidden,
+        slot_d_key=hidden + 1,
+        slot_d_state=d_update + 1,
+        slot_d_logits=d_logits,
+        slots=d_logits + of_logits if backward else forward_slots,
+        most_registers=255 if device.kind == "cuda" else 0,
+        layer_parameters=(2 if released else 1) * (3 * modalities + released),
+        backward_phases=(5 if stream else 7) + released,
+        weights=weights,
+        d_iterates=d_iterates,
+    ), tile
+
+
+def forward(
+    problem: Problem, dtype: torch.dtype, device: Device, *, tf32: bool, lengths: bool, return_gates: bool
+) -> Launch:
+    """The launch of the forward."""
+    compiled, tile = constants(problem, dtype, device, tf32=tf32, lengths=lengths, return_gates=return_gates)
+    programs = device.multiprocessors * tile.programs
+    chunk = chunk_of(problem, tile, programs)
+    chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
+    correlation = 0 if compiled.stream else chunk * problem.width**2
+    return Launch(
+        constants=compiled,
+        tiles=tile,
+        programs=programs,
+        chunk=chunk,
+        steps=chunks * (problem.iterations * phases + 2),
+        work=compiled.slots * unit(problem, chunk) + correlation,
+        gate_values=gate_values(problem, chunk),
+        gradients=0,
+        parts=0,
+    )
+
+
+def backward(
+    problem: Problem, dtype: torch.dtype, device: Device, *, tf32: bool, lengths: bool, weights: bool, d_iterates: bool
+) -> Launch:
+    """The launch of the backward; ``weights``: whether any gradient of a parameter is wanted."""
+    compiled, tile = constants(
+        problem,
+        dtype,
+        device,
+        tf32=tf32,
+        lengths=lengths,
+        backward=True,
+        weights=weights,
+        d_iterates=d_iterates,
+    )
+    programs = device.multiprocessors * tile.programs
+    chunk = chunk_of(problem, tile, programs)
+    chunks = -(-problem.batch // chunk)
+    correlations = 0 if compiled.stream else 2 * chunk * problem.width**2
+    return Launch(
+        constants=compiled,
+        tiles=tile,
+        programs=programs,
+        chunk=chunk,
+        steps=chunks * (problem.iterations * compiled.backward_phases + 3) + weights,
+        work=compiled.slots * unit(problem, chunk) + correlations,
+        gate_values=gate_values(problem, chunk),
+        gradients=parameter_elements(problem) if weights else 0,
+        parts=parts_of(problem, tile, programs, chunk) if weights else 0,
+    )
+
+
+def gate_values(problem: Problem, chunk: int) -> int:
+    """Elements of the gate values of a chunk, rounded so that what follows is aligned."""
+    return -(-chunk * problem.length * len(problem.widths) * sum(problem.gate_ways) // 64) * 64
+
+
+def parameter_elements(problem: Problem) -> int:
+    """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given 16 ways."""
+
+    def linear(rows: int, columns: int) -> int:
+        return -(-rows * (columns + problem.released) // 16) * 16
+
+    length, width = problem.length, problem.width
+    layer = linear(width, width) if problem.released else 0
+    layer += sum(linear(length, length) + linear(d_m, d_m) + linear(d_m, width) for d_m in problem.widths)
+    gates = len(problem.gate_ways) * sum(linear(16, d_m) for d_m in problem.widths)
+    return (1 if problem.shared else problem.iterations) * layer + gates
+
+
+MOST_PARTS, FEWEST_ROWS = 8, 256
+"""Parts of the rows in the gradients of the weights: no more, and none with fewer rows."""
+
+
+def parts_of(problem: Problem, tile: Tiles, programs: int, chunk: int) -> int:
+    """So many that the weights of one iteration keep the grid busy."""
+
+    def tiles_of(rows: int, columns: int) -> int:
+        return -(-rows // tile.m) * -(-columns // tile.n)
+
+    length, width = problem.length, problem.width
+    weights = tiles_of(width, width) + sum(tiles_of(d, d) + tiles_of(length, length) for d in problem.widths)
+    return max(1, min(MOST_PARTS, -(-programs // weights), chunk * length // FEWEST_ROWS))
+
+
+def unit(problem: Problem, chunk: int) -> int:
+    """Elements of one activation of a chunk, rounded so that the next one is aligned."""
+    return -(-chunk * problem.length * problem.width // 64) * 64
+
+
+def chunk_of(problem: Problem, tile: Tiles, programs: int) -> int:
+    """How many samples to walk at once: enough to keep the grid busy, and all chunks about alike."""
+    rows = problem.length / tile.m
+    columns = sum(-(-width // tile.n) for width in (problem.width, *problem.widths, *problem.widths))
+    enough = max(1, round(WAVES * programs / (rows * columns)))
+    chunks = -(-problem.batch // enough)
+    return -(-problem.batch // chunks)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,75 @@
+"""What the kernels are given. Triton passes a NamedTuple by its fields, so these names are the kernels' names too."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class View(NamedTuple):
+    """A tensor [B, L, n] of any strides; ``given`` is 0 where the caller passed none, and it then counts as zeros."""
+
+    data: Any
+    sample: int
+    frame: int
+    column: int
+    given: int = 1
+
+
+class Shape(NamedTuple):
+    """L is ``length_parts`` times ``config.length_step``: Triton sees then by how much rows of W_k are aligned.
+
+    Triton compiles anew for a number that is 1 or divides by 16. So numbers that follow from B stand here doubled, plus
+    1: always odd.
+    """
+
+    length_parts: int
+    width: int
+    widths: tuple[int, ...]
+    chunk_odd: int  # samples that pass through the workspace together
+    unit: int  # elements of one activation [chunk, L, d] in the workspace
+    gate_values: int  # elements of ``wide`` before the gradients
+    gradients: int  # elements of all parameters
+    parts_odd: int  # of the rows, whose sums are formed apart
+
+
+class Scalars(NamedTuple):
+    """Numbers that no compilation depends on."""
+
+    key_scale: float  # 1 / sqrt(d)
+    temperature: float
+    threshold: int  # a 16-bit draw below it is dropped
+    kept: float  # 1 / (1 - p)
+
+
+class Arguments(NamedTuple):
+    """Of both directions. ``parameters`` stand in the order of shapes.flatten."""
+
+    shape: Shape
+    scalars: Scalars
+    features: tuple[View, ...]
+    parameters: tuple[Any, ...]
+    lengths: Any  # [B], or None
+    lengths_step: int
+    seed: Any  # one int64, or None
+    iterates: Any  # [T, B, L, d]
+    batch_odd: int
+    work: Any  # activations, in the dtype of the features
+    wide: Any  # float32: gate values, and the partial sums of the weights' gradients
+
+
+class Outputs(NamedTuple):
+    """What the forward fills; ``gates`` is empty unless they are asked for."""
+
+    outputs: tuple[View, ...]
+    gates: tuple[View, ...]
+
+
+class Gradients(NamedTuple):
+    """What the backward reads and fills."""
+
+    outputs: tuple[View, ...]
+    iterates: tuple[View, ...]
+    iterates_steps: tuple[int, ...]
+    gates: tuple[View, ...]
+    features: tuple[View, ...]
+    parameters: tuple[Any, ...]

@@ -1,0 +1,119 @@
+"""The backward in one launch: the reduction of the weights' gradients is its last phase."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.gates import frame_blocks
+from grjca_kernels.triton.gates_backward import gates_backward
+from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, project
+from grjca_kernels.triton.iteration_backward import (
+    attended_backward,
+    correlation_backward,
+    correlation_backward_stored,
+    initial_backward,
+    input_backward,
+    key_joint_backward,
+    output_backward,
+)
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier
+from grjca_kernels.triton.weights_backward import gate_tasks, gate_weights, input_weights, output_weights, reduce
+
+
+@triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
+def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constexpr):
+    """Steps first_step <= step < last_step, with a barrier between two of them.
+
+    For every chunk of samples: X^0; the gates; for every iteration, from the last, what it computed and then its
+    gradients; d x. After all chunks, once, the reduction.
+    """
+    PHASES: tl.constexpr = C.backward_phases
+    STEPS: tl.constexpr = C.iterations * PHASES + 3
+    for step in tl.range(first_step, last_step, disable_licm=True):
+        first = step // STEPS * chunk_of(a)
+        count = tl.minimum(batch - first, chunk_of(a))
+        t, phase = C.iterations - 1 - (step % STEPS - 2) // PHASES, (step % STEPS - 2) % PHASES
+        if first >= batch:
+            if C.weights:
+                reduce(a, to, C)
+        elif step % STEPS == 0:
+            initial(a, first, count, C)
+        elif step % STEPS == 1:
+            gates_backward(a, to, first, count, C)
+        elif step % STEPS == STEPS - 1:
+            finish(a, to, first, count, C)
+        elif C.stream:
+            phase_streamed(a, t, phase, first, count, C)
+        else:
+            phase_stored(a, t, phase, first, count, C)
+        if step + 1 < last_step:
+            grid_barrier(p_counter)
+
+
+@triton.jit
+def phase_streamed(a, t, phase, first, count, C: tl.constexpr):
+    """Of iteration t, C streamed."""
+    SHIFT: tl.constexpr = 0 if C.released else 1  # the paper form has no phase for the output's relu and dropout
+    if phase == 0:
+        project(a, t, first, count, C)
+    elif phase == 1:
+        attend(a, t, first, count, C)
+    elif phase == 4 - SHIFT:
+        correlation_backward(a, t, first, count, C)
+    else:
+        phase_of_both(a, t, phase, 2, 5 - SHIFT, first, count, C)
+
+
+@triton.jit
+def phase_stored(a, t, phase, first, count, C: tl.constexpr):
+    """Of iteration t, C stored."""
+    SHIFT: tl.constexpr = 0 if C.released else 1
+    if phase == 0:
+        project(a, t, first, count, C)
+    elif phase == 1:
+        correlate(a, t, first, count, C)
+    elif phase == 2:
+        attend_stored(a, count, C)
+    elif phase == 5 - SHIFT:
+        correlation_backward_stored(a, t, first, count, C)
+    elif phase == 6 - SHIFT:
+        key_joint_backward(a, t, first, count, C)
+    else:
+        phase_of_both(a, t, phase, 3, 7 - SHIFT, first, count, C)
+
+
+@triton.jit
+def phase_of_both(a, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
+    """What does not care where C is: the output projection first, the inputs last."""
+    if phase == LAST:
+        input_backward(a, t, first, count, C)
+        if C.weights:
+            input_weights(a, t, first, count, C)
+    elif C.released:
+        if phase == FIRST:
+            output_backward(a, t, first, count, C)
+        else:
+            attended_and_weights(a, t, first, count, C)
+    else:
+        attended_and_weights(a, t, first, count, C)
+
+
+@triton.jit
+def attended_and_weights(a, t, first, count, C: tl.constexpr):
+    """What H_m W_h^T sends back, and to W_h while H is still there."""
+    attended_backward(a, t, count, C)
+    if C.weights:
+        output_weights(a, t, first, count, C)
+
+
+@triton.jit
+def finish(a, to, first, count, C: tl.constexpr):
+    """d x from d X^0, and the gates' weights."""
+    of_inputs = frame_blocks(a, count, C)
+    of_gates = gate_tasks(a, C) if C.weights else 0
+    for i in tl.range(tl.program_id(0), of_inputs + of_gates, tl.num_programs(0), disable_licm=True):
+        if i < of_inputs:
+            initial_backward(a, to, first, i, C)
+        elif C.gates > 0:
+            gate_weights(a, first, count, i - of_inputs, C)

@@ -1,0 +1,40 @@
+"""The forward in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.gates import gate
+from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, output, project
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier
+
+
+@triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
+def forward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constexpr):
+    """Steps first_step <= step < last_step; all of them are the whole forward, one of them is one phase alone.
+
+    For every chunk of samples: X^0; for every iteration its phases; the gates. A barrier stands between two steps.
+    """
+    PHASES: tl.constexpr = 3 if C.stream else 4
+    STEPS: tl.constexpr = C.iterations * PHASES + 2
+    for step in tl.range(first_step, last_step, disable_licm=True):
+        first = step // STEPS * chunk_of(a)
+        count = tl.minimum(batch - first, chunk_of(a))
+        t, phase = (step % STEPS - 1) // PHASES, (step % STEPS - 1) % PHASES
+        if step % STEPS == 0:
+            initial(a, first, count, C)
+        elif step % STEPS == STEPS - 1:
+            gate(a, to, first, count, C)
+        elif phase == 0:
+            project(a, t, first, count, C)
+        elif phase == PHASES - 1:
+            output(a, t, first, count, C)
+        elif C.stream:
+            attend(a, t, first, count, C)
+        elif phase == 1:
+            correlate(a, t, first, count, C)
+        else:
+            attend_stored(a, count, C)
+        if step + 1 < last_step:
+            grid_barrier(p_counter)

@@ -1,0 +1,175 @@
+"""The gates, and the outputs they mix. A task is a block of frames of one modality; s and t count states X^0..X^T.
+
+The ways of all gates of a modality stand one after another, stages first: gate g begins at way g (g + 3) / 2 (only
+"hierarchical" has more than one). G is kept in float32, [modality, row, way], in the workspace.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.primitives import (
+    chunk_of,
+    entry,
+    frames,
+    gate_parameter,
+    length_of,
+    load_tile,
+    offset_of,
+    product,
+    relu,
+    state,
+    store_tile,
+    view_of,
+    zeros,
+)
+
+WAYS: tl.constexpr = tl.constexpr(16)
+"""A power of two that holds the ways of any gate, T + 1 at most, and the fewest columns of a product."""
+
+
+@triton.jit
+def first_way(g):
+    """Of gate g; the stage of X^t is gate t - 1."""
+    return g * (g + 3) // 2
+
+
+@triton.jit
+def ways_of(g, C: tl.constexpr):
+    """How many ways gate g has."""
+    if C.gating == "hierarchical":
+        return tl.where(g < C.iterations, g + 2, C.iterations)
+    else:
+        return g * 0 + C.ways
+
+
+@triton.jit
+def state_of_gate(g, C: tl.constexpr):
+    """t of the X^t that gate g is computed from."""
+    if C.gating == "hierarchical":
+        return tl.minimum(g + 1, C.iterations)
+    else:
+        return g * 0 + C.iterations
+
+
+@triton.jit
+def frame_block(a, i, C: tl.constexpr):
+    """Task i: its sample within the chunk, first frame, modality."""
+    blocks, modalities = tl.cdiv(length_of(a, C), C.block_frames), len(a.shape.widths)
+    return i // modalities // blocks, i // modalities % blocks * C.block_frames, i % modalities
+
+
+@triton.jit
+def frame_blocks(a, count, C: tl.constexpr):
+    """How many tasks."""
+    return count * len(a.shape.widths) * tl.cdiv(length_of(a, C), C.block_frames)
+
+
+@triton.jit
+def states(a, t, first, row, m, c, rows, C: tl.constexpr):
+    """A tile of X_m^t in float32: block_frames rows from ``row`` of the chunk on, block_columns columns from c on."""
+    offset, d_m = offset_of(a.shape.widths, m), entry(a.shape.widths, m)
+    p = state(a, t, first, C) + row * a.shape.width + offset + c
+    return load_tile(p, a.shape.width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
+
+
+@triton.jit
+def values_of(a, row, m, way, C: tl.constexpr):
+    """Pointer to G of a row and way."""
+    rows = chunk_of(a) * length_of(a, C)
+    return a.wide + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
+
+
+@triton.jit
+def value(a, row, m, way, rows, C: tl.constexpr):
+    """G of one way, [block_frames, 1]."""
+    o_r = tl.arange(0, C.block_frames)
+    return tl.load(values_of(a, row, m, way, C) + o_r * C.ways, mask=o_r < rows, other=0)[:, None]
+
+
+@triton.jit
+def gate_values(a, first, row, m, rows, C: tl.constexpr):
+    """G = softmax((x W_g^T + b_g) / tau) of every gate, into the workspace."""
+    width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
+    o_w = tl.arange(0, WAYS)
+    for g in tl.range(C.gates, disable_licm=True):
+        ways = ways_of(g, C)
+        p_x = state(a, state_of_gate(g, C), first, C) + row * width + offset
+        p_w = gate_parameter(a.parameters, m, g, 0, C)
+        logits = zeros(C.block_frames, WAYS)
+        logits = product(logits, p_x, width, 1, p_w, 1, d_m, rows, ways, d_m, C.block_k, C)
+        if C.released:
+            p_bias = gate_parameter(a.parameters, m, g, 1, C)
+            logits += tl.load(p_bias + o_w, mask=o_w < ways, other=0).to(tl.float32)[None, :]
+        logits = tl.where((o_w < ways)[None, :], logits / a.scalars.temperature, float("-inf"))
+        powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        store_tile(values_of(a, row, m, first_way(g), C), C.ways, powers / tl.sum(powers, axis=1)[:, None], rows, ways)
+    tl.debug_barrier()  # other threads of this program read them
+
+
+@triton.jit
+def stage(a, first, row, m, t, c, rows, C: tl.constexpr):
+    """Of "hierarchical": sum_s S^t_s X^s for s = 0..t, whose relu is Z^t."""
+    acc = zeros(C.block_frames, C.block_columns)
+    for s in tl.range(0, t + 1, disable_licm=True):
+        acc += value(a, row, m, first_way(t - 1) + s, rows, C) * states(a, s, first, row, m, c, rows, C)
+    return acc
+
+
+@triton.jit
+def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
+    """What way i of the last gate chooses."""
+    if C.gating == "hierarchical":
+        return relu(stage(a, first, row, m, i + 1, c, rows, C))
+    elif C.gating == "dynamic":
+        return states(a, tl.where(i == 0, 0, C.iterations), first, row, m, c, rows, C)
+    else:
+        return states(a, i, first, row, m, c, rows, C)
+
+
+@triton.jit
+def mixture(a, first, row, m, c, rows, C: tl.constexpr):
+    """sum_i G_i choice_i, whose relu is Y."""
+    last = tl.zeros((), tl.int32) + C.gates - 1
+    acc = zeros(C.block_frames, C.block_columns)
+    for i in tl.range(0, ways_of(last, C), disable_licm=True):
+        acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)
+    return acc
+
+
+@triton.jit
+def gate(a, to, first, count, C: tl.constexpr):
+    """Y_m, and the gate values if asked for."""
+    length = length_of(a, C)
+    o_r, o_c, o_w = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns), tl.arange(0, WAYS)
+    for i in tl.range(tl.program_id(0), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
+        sample, r, m = frame_block(a, i, C)
+        row, rows, d_m = tl.cast(sample, tl.int64) * length + r, length - r, entry(a.shape.widths, m)
+        present = (r + o_r < frames(a, first + sample, C))[:, None]
+        if C.gates > 0:
+            gate_values(a, first, row, m, rows, C)
+        p_y, s_column = rows_of(to.outputs, first + sample, r, m, C)
+        for c in tl.range(0, d_m, C.block_columns, disable_licm=True):
+            if C.gates > 0:
+                b_y = relu(mixture(a, first, row, m, c, rows, C))
+            else:
+                b_y = states(a, C.iterations, first, row, m, c, rows, C)
+            mask = (o_r < rows)[:, None] & (c + o_c < d_m)[None, :]
+            b_y = tl.where(present, b_y, 0.0).to(a.work.dtype.element_ty)
+            tl.store(p_y[:, None] + (c + o_c).to(tl.int64)[None, :] * s_column, b_y, mask=mask)
+        if C.return_gates:
+            p_g, s_way = rows_of(to.gates, first + sample, r, m, C)
+            for w in range(0, C.ways, WAYS):
+                mask = (o_r < rows)[:, None] & (w + o_w < C.ways)[None, :]
+                b_g = tl.load(values_of(a, row, m, w, C) + o_r[:, None] * C.ways + o_w[None, :], mask=mask, other=0)
+                b_g = tl.where(present, b_g, 0.0).to(a.work.dtype.element_ty)
+                tl.store(p_g[:, None] + (w + o_w).to(tl.int64)[None, :] * s_way, b_g, mask=mask)
+
+
+@triton.jit
+def rows_of(views, sample, r, m, C: tl.constexpr):
+    """Pointers to rows r, r + 1, ... of a sample in one of the caller's tensors, and its step along columns."""
+    data, s_sample, s_frame, s_column, _ = view_of(views, m)
+    o_r = tl.arange(0, C.block_frames)
+    return data + tl.cast(sample, tl.int64) * s_sample + (r + o_r).to(tl.int64) * s_frame, s_column

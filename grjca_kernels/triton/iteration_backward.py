@@ -1,0 +1,353 @@
+"""The phases of one iteration in reverse; a name d_x is the gradient of the loss by x.
+
+The gradient of X^t is kept in the workspace for every t (``d_state``), beside the activations that iteration.py
+recomputes. d K_m stands there as K_m does, transposed and with the division by sqrt(d) still to be undone in it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.iteration import (
+    KEY,
+    OUTPUT,
+    VALUE,
+    correlation,
+    feature_rows,
+    joint_of,
+    linear_parameter,
+    norm_of_rows,
+    output_factors,
+    project_output,
+)
+from grjca_kernels.triton.primitives import (
+    chunk_of,
+    entry,
+    factors_of_correlation,
+    frames,
+    layer_of,
+    length_of,
+    load_tile,
+    modality_block,
+    modality_blocks,
+    offset_of,
+    parameter,
+    product,
+    slot,
+    store_tile,
+    tanh,
+    view_of,
+    where_positive,
+    zero_vector,
+    zeros,
+)
+
+
+@triton.jit
+def d_state(a, t, C: tl.constexpr):
+    """Pointer to d X^t of the chunk, [rows, d]."""
+    return slot(a, C.slot_d_state + t)
+
+
+@triton.jit
+def d_update_of(a, t, C: tl.constexpr):
+    """Pointer to the gradient by H_m W_h^T + b_h; in the paper form that is d X^(t+1) itself."""
+    return slot(a, C.slot_d_update) if C.released else d_state(a, t + 1, C)
+
+
+# ---- U and H
+
+
+@triton.jit
+def output_backward(a, t, first, count, C: tl.constexpr):
+    """d (H_m W_h^T + b_h) from d X^(t+1), through dropout and relu. Released form only."""
+    width, n_c = a.shape.width, modality_blocks(a.shape.widths, C.block_n)
+    all_rows = count * length_of(a, C)
+    tasks = tl.cdiv(all_rows, C.block_m) * n_c
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        r = i // n_c * C.block_m
+        m, offset, c = modality_block(a.shape.widths, i % n_c, C.block_n)
+        rows, columns = all_rows - r, entry(a.shape.widths, m) - c
+        update = project_output(a, t, r, m, c, rows, columns, C)
+        factors, present = output_factors(a, t, first, count, r, m, c, C)
+        place = tl.cast(r, tl.int64) * width + offset + c
+        d = load_tile(d_state(a, t + 1, C) + place, width, 1, rows, columns, C.block_m, C.block_n)
+        d = tl.where(present, where_positive(update, d.to(tl.float32) * factors), 0.0)
+        store_tile(slot(a, C.slot_d_update) + place, width, d, rows, columns)
+
+
+@triton.jit
+def attended_backward(a, t, count, C: tl.constexpr):
+    """d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells."""
+    width, modalities = a.shape.width, len(a.shape.widths)
+    all_rows, n_j = count * length_of(a, C), tl.cdiv(a.shape.width, C.block_n)
+    tasks = tl.cdiv(all_rows, C.block_m) * modalities * n_j
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        r, m, j = i // n_j // modalities * C.block_m, i // n_j % modalities, i % n_j * C.block_n
+        rows, columns = all_rows - r, width - j
+        p_d = d_update_of(a, t, C) + tl.cast(r, tl.int64) * width + offset_of(a.shape.widths, m)
+        p_w = linear_parameter(a, layer_of(t, C), m, OUTPUT, 0, C) + j
+        acc = zeros(C.block_m, C.block_n)
+        acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, entry(a.shape.widths, m), C.block_k, C)
+        place = tl.cast(r, tl.int64) * modalities * width + m * width + j
+        p_h = slot(a, C.slot_hidden) + place
+        b_h = load_tile(p_h, modalities * width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
+        if C.released:
+            acc *= 1 - b_h * b_h
+        acc = where_positive(b_h, acc)
+        store_tile(slot(a, C.slot_d_attended) + place, modalities * width, acc, rows, columns)
+
+
+# ---- C, streamed: computed again, once by rows and once by columns
+
+
+@triton.jit
+def correlation_backward(a, t, first, count, C: tl.constexpr):
+    """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
+    n_i, n_j = modality_blocks(a.shape.widths, C.block_m), tl.cdiv(a.shape.width, C.block_m)
+    for i in tl.range(tl.program_id(0), count * (n_i + n_j), tl.num_programs(0), disable_licm=True):
+        if i < count * n_i:
+            rows_backward(a, t, first, i // n_i, i % n_i, C)
+        else:
+            joint_backward(a, t, first, (i - count * n_i) // n_j, (i - count * n_i) % n_j * C.block_m, C)
+
+
+@triton.jit
+def slopes(b_c, b_dc, factors, C: tl.constexpr):
+    """d (K J) from C before dropout and the gradient by C after it."""
+    d = b_dc * (1 - b_c * b_c)
+    return d * factors if C.dropout else d
+
+
+@triton.jit
+def rows_backward(a, t, first, sample, i_block, C: tl.constexpr):
+    """Rows c of C_m, all columns: d V_m and d K_m, both [c, l] here; d X_m += W_k^T d K_m."""
+    length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    m, offset, c = modality_block(a.shape.widths, i_block, C.block_m)
+    rows, place = entry(a.shape.widths, m) - c, tl.cast(sample, tl.int64) * length * width
+    p_joint = joint_of(a, t, first, C) + place
+    p_da = slot(a, C.slot_d_attended) + place * modalities + m * width
+    place += offset + c
+    b_key = load_tile(slot(a, C.slot_key) + place, 1, width, rows, length, C.block_m, C.block_l)
+    b_value = load_tile(slot(a, C.slot_value) + place, 1, width, rows, length, C.block_m, C.block_l)
+    d_value = zeros(C.block_m, C.block_l)
+    d_key = zeros(C.block_m, C.block_l)
+    for j in range(0, width, C.block_n):
+        b_joint = load_tile(p_joint + j, width, 1, length, width - j, C.block_l, C.block_n)
+        b_da = load_tile(p_da + j, modalities * width, 1, length, width - j, C.block_l, C.block_n)
+        b_c = tanh(tl.dot(b_key, b_joint, input_precision=C.precision), C)
+        b_dc = tl.dot(b_value, b_da, input_precision=C.precision)
+        factors = 1.0
+        if C.dropout:
+            factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_n))
+        b_ds = slopes(b_c, b_dc, factors, C)
+        if C.dropout:
+            b_c *= factors
+        d_value = tl.dot(b_c.to(b_da.dtype), tl.trans(b_da), d_value, input_precision=C.precision)
+        d_key = tl.dot(b_ds.to(b_da.dtype), tl.trans(b_joint), d_key, input_precision=C.precision)
+    store_tile(slot(a, C.slot_d_value) + place, width, tl.trans(d_value), length, rows)
+    o_l = tl.arange(0, C.block_l)
+    d_key = tl.where((o_l < frames(a, first + sample, C))[None, :], d_key * a.scalars.key_scale, 0.0)
+    store_tile(slot(a, C.slot_d_key) + place, width, tl.trans(d_key), length, rows)
+    p_w = linear_parameter(a, layer_of(t, C), m, KEY, 0, C)
+    b_w = load_tile(p_w, length, 1, length, length, C.block_l, C.block_l)
+    d_x = tl.trans(tl.dot(d_key.to(b_w.dtype), b_w, input_precision=C.precision))  # [l, c]
+    p_dx = d_state(a, t, C) + place
+    d_x += load_tile(p_dx, width, 1, length, rows, C.block_l, C.block_m).to(tl.float32)
+    d_x = tl.where((o_l < frames(a, first + sample, C))[:, None], d_x, 0.0)
+    store_tile(p_dx, width, d_x, length, rows)
+
+
+@triton.jit
+def joint_backward(a, t, first, sample, j, C: tl.constexpr):
+    """Columns j of C_m, all rows and modalities: d J, [j, l] here."""
+    length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    place = tl.cast(sample, tl.int64) * length * width
+    b_joint = load_tile(joint_of(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l)
+    d_joint = zeros(C.block_m, C.block_l)
+    for m in range(modalities):
+        d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
+        p_da = slot(a, C.slot_d_attended) + place * modalities + m * width + j
+        b_da = load_tile(p_da, 1, modalities * width, width - j, length, C.block_m, C.block_l)
+        for c in tl.range(0, d_m, C.block_n, disable_licm=True):
+            p_key = slot(a, C.slot_key) + place + offset + c
+            b_key = load_tile(p_key, width, 1, length, d_m - c, C.block_l, C.block_n)
+            p_value = slot(a, C.slot_value) + place + offset + c
+            b_value = load_tile(p_value, width, 1, length, d_m - c, C.block_l, C.block_n)
+            b_c = tanh(tl.dot(b_joint, b_key, input_precision=C.precision), C)
+            b_dc = tl.dot(b_da, b_value, input_precision=C.precision)
+            factors = 1.0
+            if C.dropout:
+                factors = factors_of_correlation(a, first + sample, t, m, c, j, C.block_n, C.block_m)
+            b_ds = slopes(b_c, b_dc, factors, C)
+            d_joint = tl.dot(b_ds.to(b_key.dtype), tl.trans(b_key), d_joint, input_precision=C.precision)
+    store_tile(slot(a, C.slot_d_joint) + place + j, width, tl.trans(d_joint), length, width - j)
+
+
+# ---- C, stored
+
+
+@triton.jit
+def d_correlation(a, sample, row, C: tl.constexpr):
+    """Pointer to a row of d (K J) of a sample, [d, d], which stands behind the correlations of the chunk."""
+    return correlation(a, chunk_of(a) + sample, row, C)
+
+
+@triton.jit
+def correlation_backward_stored(a, t, first, count, C: tl.constexpr):
+    """d V_m = d_attended C_m^T, and d (K J)."""
+    length, blocks = length_of(a, C), modality_blocks(a.shape.widths, C.block_n)
+    of_value = count * tl.cdiv(length, C.block_l) * blocks
+    n_j, n_c = tl.cdiv(a.shape.width, C.block_n), modality_blocks(a.shape.widths, C.block_m)
+    tasks = of_value + count * n_c * n_j
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        if i < of_value:
+            value_backward(a, i // blocks, i % blocks, C)
+        else:
+            score_backward(
+                a, t, first, (i - of_value) // n_j // n_c, (i - of_value) // n_j % n_c,
+                (i - of_value) % n_j * C.block_n, C,
+            )  # fmt: skip
+
+
+@triton.jit
+def value_backward(a, i_rows, i_columns, C: tl.constexpr):
+    """A tile of d V_m."""
+    length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    sample, l = i_rows // tl.cdiv(length, C.block_l), i_rows % tl.cdiv(length, C.block_l) * C.block_l
+    m, offset, c = modality_block(a.shape.widths, i_columns, C.block_n)
+    row, columns = tl.cast(sample, tl.int64) * length + l, entry(a.shape.widths, m) - c
+    p_da = slot(a, C.slot_d_attended) + row * modalities * width + m * width
+    p_c = correlation(a, sample, offset + c, C)
+    acc = zeros(C.block_l, C.block_n)
+    acc = product(acc, p_da, modalities * width, 1, p_c, 1, width, length - l, columns, width, C.block_k, C)
+    store_tile(slot(a, C.slot_d_value) + row * width + offset + c, width, acc, length - l, columns)
+
+
+@triton.jit
+def score_backward(a, t, first, sample, i_block, j, C: tl.constexpr):
+    """A tile of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
+    length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    m, offset, c = modality_block(a.shape.widths, i_block, C.block_m)
+    place, rows = tl.cast(sample, tl.int64) * length * width, entry(a.shape.widths, m) - c
+    p_value = slot(a, C.slot_value) + place + offset + c
+    p_da = slot(a, C.slot_d_attended) + place * modalities + m * width + j
+    acc = zeros(C.block_m, C.block_n)
+    acc = product(acc, p_value, 1, width, p_da, modalities * width, 1, rows, width - j, length, C.block_k, C)
+    p_c = correlation(a, sample, offset + c, C) + j
+    b_c = load_tile(p_c, width, 1, rows, width - j, C.block_m, C.block_n).to(tl.float32)
+    factors = 1.0
+    if C.dropout:
+        factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_n))
+        b_c *= 1 / a.scalars.kept  # it was stored with dropout; where that made it 0, so it does the gradient
+    p_ds = d_correlation(a, sample, offset + c, C) + j
+    store_tile(p_ds, width, slopes(b_c, acc, factors, C), rows, width - j)
+
+
+@triton.jit
+def key_joint_backward(a, t, first, count, C: tl.constexpr):
+    """d J = K^T d(K J) and d K = d(K J) J^T, of all modalities at once."""
+    length, width = length_of(a, C), a.shape.width
+    n_l, n_c = tl.cdiv(length, C.block_l), tl.cdiv(a.shape.width, C.block_n)
+    tasks = count * n_l * n_c
+    for i in tl.range(tl.program_id(0), 2 * tasks, tl.num_programs(0), disable_licm=True):
+        sample, l, c = i % tasks // n_c // n_l, i // n_c % n_l * C.block_l, i % n_c * C.block_n
+        row, rows, columns = tl.cast(sample, tl.int64) * length + l, length - l, width - c
+        acc = zeros(C.block_l, C.block_n)
+        if i < tasks:
+            p_ds = d_correlation(a, sample, 0, C) + c
+            p_key = slot(a, C.slot_key) + row * width
+            acc = product(acc, p_key, width, 1, p_ds, width, 1, rows, columns, width, C.block_k, C)
+            store_tile(slot(a, C.slot_d_joint) + row * width + c, width, acc, rows, columns)
+        else:
+            p_ds = d_correlation(a, sample, c, C)
+            p_joint = joint_of(a, t, first, C) + row * width
+            acc = product(acc, p_joint, width, 1, p_ds, 1, width, rows, columns, width, C.block_k, C)
+            present = l + tl.arange(0, C.block_l) < frames(a, first + sample, C)
+            acc = tl.where(present[:, None], acc * a.scalars.key_scale, 0.0)
+            store_tile(slot(a, C.slot_d_key) + row * width + c, width, acc, rows, columns)
+
+
+# ---- X
+
+
+@triton.jit
+def input_backward(a, t, first, count, C: tl.constexpr):
+    """d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; where C is streamed, the last has been added before.
+
+    Blocks of rows end with a sample only where W_k needs it.
+    """
+    length, blocks = length_of(a, C), modality_blocks(a.shape.widths, C.block_n)
+    n_rows = tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
+    for i in tl.range(tl.program_id(0), n_rows * blocks, tl.num_programs(0), disable_licm=True):
+        m, offset, c = modality_block(a.shape.widths, i % blocks, C.block_n)
+        if C.stream:
+            r = i // blocks * C.block_m
+            input_tile(a, t, first, r * 0, r * 0, r, count * length - r, m, offset, c, C)
+        else:
+            sample, l = i // blocks // tl.cdiv(length, C.block_m), i // blocks % tl.cdiv(length, C.block_m) * C.block_m
+            input_tile(a, t, first, sample, l, sample * length + l, length - l, m, offset, c, C)
+
+
+@triton.jit
+def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
+    """A tile of d X_m^t: row r of the chunk is frame l of the sample, if C is stored."""
+    length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
+    d_m, place = entry(a.shape.widths, m), tl.cast(r, tl.int64) * width
+    columns = d_m - c
+    acc = zeros(C.block_m, C.block_n)
+    p_w = linear_parameter(a, layer, m, VALUE, 0, C) + c
+    p_d = slot(a, C.slot_d_value) + place + offset
+    acc = product(acc, p_d, width, 1, p_w, d_m, 1, rows, columns, d_m, C.block_k, C)
+    p_d = slot(a, C.slot_d_joint) + place
+    if C.released:
+        p_w = parameter(a.parameters, layer, 0, 0, 0, C) + offset + c
+        acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, width, C.block_k, C)
+    else:
+        p_d += offset + c
+        acc += load_tile(p_d, width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
+    if not C.stream:
+        p_w = linear_parameter(a, layer, m, KEY, 0, C) + l
+        p_d = slot(a, C.slot_d_key) + tl.cast(sample, tl.int64) * length * width + offset + c
+        present = frames(a, first + sample, C)
+        acc = product(acc, p_w, 1, length, p_d, width, 1, rows, columns, present, C.block_k, C)
+        acc = tl.where((l + tl.arange(0, C.block_m) < present)[:, None], acc, 0.0)
+    place += offset + c
+    acc += load_tile(d_state(a, t + 1, C) + place, width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
+    acc += load_tile(d_state(a, t, C) + place, width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
+    store_tile(d_state(a, t, C) + place, width, acc, rows, columns)
+
+
+# ---- X^0
+
+
+@triton.jit
+def initial_backward(a, to, first, i, C: tl.constexpr):
+    """Task i: d x from d X^0; normalising takes out the part along x, except where 1e-12 was the larger."""
+    length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    blocks = tl.cdiv(length, C.block_frames)
+    o_r, o_c = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns)
+    m, sample, r = i % modalities, i // modalities // blocks, i // modalities % blocks * C.block_frames
+    d_m, rows = entry(a.shape.widths, m), length - r
+    place = (tl.cast(sample, tl.int64) * length + r) * width + offset_of(a.shape.widths, m)
+    p_d, p_x0 = d_state(a, 0, C) + place, slot(a, C.slot_initial) + place
+    p_x, s_x, m_x = feature_rows(a, first + sample, r, m, C)
+    norm = norm_of_rows(p_x, s_x, m_x, d_m, C)
+    along = zero_vector(C.block_frames)
+    if C.normalize:
+        for c in tl.range(0, d_m, C.block_columns, disable_licm=True):
+            b_d = load_tile(p_d + c, width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
+            b_x = load_tile(p_x0 + c, width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
+            along += tl.sum(b_d * b_x, axis=1)
+        along = tl.where(norm <= 1e-12, 0.0, along)
+    data, s_sample, s_frame, s_column, _ = view_of(to.features, m)
+    p_to = data + tl.cast(first + sample, tl.int64) * s_sample + (r + o_r).to(tl.int64) * s_frame
+    for c in tl.range(0, d_m, C.block_columns, disable_licm=True):
+        b_d = load_tile(p_d + c, width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
+        if C.normalize:
+            b_x = load_tile(p_x0 + c, width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
+            b_d = (b_d - along[:, None] * b_x) / norm[:, None]
+        b_d = tl.where(m_x[:, None], b_d, 0.0).to(a.work.dtype.element_ty)
+        mask = (o_r < rows)[:, None] & (c + o_c < d_m)[None, :]
+        tl.store(p_to[:, None] + (c + o_c).to(tl.int64)[None, :] * s_column, b_d, mask=mask)

@@ -1,0 +1,306 @@
+"""What all phases are made of: tiles of products, tanh, the dropout mask, lookups, and the grid barrier.
+
+Prefixes: i_ task indices, o_ offsets within a tile, m_ masks, p_ pointers, b_ loaded tiles. ``a`` is Arguments, ``C``
+the launch configuration (config.Constants). Only what Triton 3.6 has is used.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ---- products
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of float32. (To Triton 3.6 an attribute of ``C`` is a number only where it is passed on.)"""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def zero_vector(SIZE: tl.constexpr):
+    """The same in one dimension."""
+    return tl.zeros((SIZE,), tl.float32)
+
+
+@triton.jit
+def product(acc, p_a, s_am, s_ak, p_b, s_bk, s_bn, rows, columns, terms, TERMS: tl.constexpr, C: tl.constexpr):
+    """acc + A B for a tile of A [rows, terms] and B [terms, columns], at most as large as ``acc``; TERMS at a time."""
+    o_m, o_n, o_k = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1]), tl.arange(0, TERMS)
+    m_a, m_b = (o_m < rows)[:, None], (o_n < columns)[None, :]
+    p_a += o_m[:, None] * s_am + o_k[None, :] * s_ak
+    p_b += o_k[:, None] * s_bk + o_n[None, :] * s_bn
+    for k in range(0, terms, TERMS):
+        m_k = o_k < terms - k
+        b_a = tl.load(p_a, mask=m_a & m_k[None, :], other=0)
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_b, other=0)
+        acc = tl.dot(b_a, b_b, acc, input_precision=C.precision)
+        p_a += TERMS * s_ak
+        p_b += TERMS * s_bk
+    return acc
+
+
+@triton.jit
+def sum_rows(p, s_row, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums over the rows of a matrix [rows, columns] with unit stride along columns: [COLUMNS]."""
+    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    acc = zeros(ROWS, COLUMNS)
+    p += o_r[:, None] * s_row + o_c[None, :]
+    for r in range(0, rows, ROWS):
+        acc += tl.load(p, mask=(o_r < rows - r)[:, None] & (o_c < columns)[None, :], other=0).to(tl.float32)
+        p += ROWS * s_row
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def store_tile(p, s_row, tile, rows, columns):
+    """Rounds a tile to the pointer's type and stores what of it exists; unit stride along columns."""
+    o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+    mask = (o_r < rows)[:, None] & (o_c < columns)[None, :]
+    tl.store(p + o_r[:, None] * s_row + o_c[None, :], tile.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tile(p, s_row, s_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS], zeros beyond [rows, columns]."""
+    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    mask = (o_r < rows)[:, None] & (o_c < columns)[None, :]
+    return tl.load(p + o_r[:, None] * s_row + o_c[None, :] * s_column, mask=mask, other=0)
+
+
+@triton.jit
+def add_row(tile, p, columns):
+    """tile + a row vector of ``columns`` elements, the bias of a linear map."""
+    o_c = tl.arange(0, tile.shape[1])
+    return tile + tl.load(p + o_c, mask=o_c < columns, other=0).to(tl.float32)[None, :]
+
+
+# ---- functions
+
+
+@triton.jit
+def tanh(x, C: tl.constexpr):
+    """tanh of float32, NaN for NaN. For 16-bit types the processor's own, good to 2^-11; else to about 2 ulp.
+
+    Near zero x + x z P(z), z = x^2, with the coefficients of csrc/cpu/fit_tanh.py; elsewhere by exp.
+    """
+    if C.approximate_tanh:
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        magnitude = tl.abs(x)
+        z = x * x
+        p = -0.0057049864 * z + 0.0206390861
+        p = p * z - 0.0537397154
+        p = p * z + 0.133314416
+        p = p * z - 0.333332807
+        large = 1 - 2 / (tl.exp(2 * magnitude) + 1)
+        y = tl.where(magnitude >= 0.625, tl.where(x < 0, -large, large), x + x * z * p)
+    return y
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0), NaN for NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def where_positive(x, d):
+    """Through relu, given its argument or its value; a NaN in x passes, as in autograd."""
+    return tl.where(x <= 0, 0.0, d)
+
+
+# ---- the dropout mask of operator.md
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, p_seed):
+    """Philox4x32, seven rounds, on uint32 tensors; the key is the low and the high word of the seed."""
+    seed = tl.load(p_seed)
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Transposed, [COLUMNS, ROWS]: 0 or 1 / (1 - p) for C_m[row:, column:] of a sample; ``row`` divides by 8.
+
+    One Philox call decides eight rows of a column, and so eight neighbours here.
+    """
+    zero = tl.zeros((COLUMNS, ROWS // 8), tl.uint32)
+    c0 = zero + (column + tl.arange(0, COLUMNS)).to(tl.uint32)[:, None]
+    c1 = zero + (row // 8 + tl.arange(0, ROWS // 8)).to(tl.uint32)[None, :]
+    c2 = zero + tl.cast(sample, tl.uint32)
+    c3 = zero + tl.cast(t | m << 8, tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, a.seed)
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    draws = tl.reshape(tl.join(low, high), (COLUMNS, ROWS))
+    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
+
+
+@triton.jit
+def factors_of_output(a, samples, rows, columns, t, m):
+    """0 or 1 / (1 - p) for elements (rows, columns) of U_m of the samples; three index tensors that broadcast."""
+    zero = (samples + rows + columns) * 0
+    c0, c1, c2 = (zero + columns).to(tl.uint32), (zero + rows // 8).to(tl.uint32), (zero + samples).to(tl.uint32)
+    c3 = (zero + (t | m << 8 | 1 << 16)).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, a.seed)
+    place = rows % 8
+    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
+    draws = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
+    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
+
+
+# ---- lookups
+
+
+@triton.jit
+def chunk_of(a):
+    """Samples that pass through the workspace together."""
+    return a.shape.chunk_odd // 2
+
+
+@triton.jit
+def parts_of(a):
+    """Parts of the rows, whose sums are formed apart."""
+    return a.shape.parts_odd // 2
+
+
+@triton.jit
+def length_of(a, C: tl.constexpr):
+    """L."""
+    return a.shape.length_parts * C.length_step
+
+
+@triton.jit
+def frames(a, sample, C: tl.constexpr):
+    """Present frames of a sample, or of a tensor of samples. Lengths outside 0..L count as the nearer of both."""
+    length = length_of(a, C)
+    if C.lengths:
+        given = tl.load(a.lengths + tl.cast(sample, tl.int64) * a.lengths_step)
+        return tl.minimum(tl.maximum(given.to(tl.int64), 0), length).to(tl.int32)
+    else:
+        return length
+
+
+@triton.jit
+def entry(numbers, m):
+    """numbers[m] for m known at run time."""
+    value = numbers[0]
+    for n in tl.static_range(1, len(numbers)):
+        value = tl.where(m == n, numbers[n], value)
+    return value
+
+
+@triton.jit
+def offset_of(widths, m):
+    """Where modality m begins among all columns."""
+    offset = m * 0
+    for n in tl.static_range(len(widths) - 1):
+        offset += tl.where(m > n, widths[n], 0)
+    return offset
+
+
+@triton.jit
+def view_of(views, m):
+    """views[m] for m known at run time: pointer, the three strides, and whether it was given."""
+    data, sample, frame = views[0].data, views[0].sample, views[0].frame
+    column, given = views[0].column, views[0].given
+    for n in tl.static_range(1, len(views)):
+        data = tl.where(m == n, views[n].data, data)
+        sample, frame = tl.where(m == n, views[n].sample, sample), tl.where(m == n, views[n].frame, frame)
+        column, given = tl.where(m == n, views[n].column, column), tl.where(m == n, views[n].given, given)
+    return data, sample, frame, column, given
+
+
+@triton.jit
+def parameter(parameters, layer, m, FIRST: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr):
+    """The pointer that stands at FIRST + STEP m within the parameters of a layer; layer and m known at run time."""
+    LAYERS: tl.constexpr = C.layers
+    MODALITIES: tl.constexpr = C.modalities if STEP > 0 else 1
+    p = parameters[FIRST]
+    for n in tl.static_range(LAYERS):
+        for i in tl.static_range(MODALITIES):
+            p = tl.where((layer == n) & (m == i), parameters[n * C.layer_parameters + FIRST + i * STEP], p)
+    return p
+
+
+@triton.jit
+def gate_parameter(parameters, m, g, BIAS: tl.constexpr, C: tl.constexpr):
+    """W_g or b_g of gate g of modality m."""
+    STEP: tl.constexpr = 2 if C.released else 1
+    MODALITIES: tl.constexpr = C.modalities
+    GATES: tl.constexpr = C.gates
+    FIRST: tl.constexpr = C.layers * C.layer_parameters + BIAS
+    p = parameters[FIRST]
+    for i in tl.static_range(MODALITIES):
+        for n in tl.static_range(GATES):
+            p = tl.where((m == i) & (g == n), parameters[FIRST + (i * GATES + n) * STEP], p)
+    return p
+
+
+@triton.jit
+def layer_of(t, C: tl.constexpr):
+    """Which layer iteration t uses."""
+    return t if C.layers > 1 else t * 0
+
+
+@triton.jit
+def slot(a, i):
+    """The i-th activation [chunk, L, d] of the workspace."""
+    return a.work + tl.cast(a.shape.unit, tl.int64) * i
+
+
+@triton.jit
+def state(a, t, first, C: tl.constexpr):
+    """X^t of a chunk, [rows, d]: X^0 in the workspace, the others among the iterates. ``first`` is its first sample."""
+    place = (tl.cast(t - 1, tl.int64) * (a.batch_odd // 2) + first) * length_of(a, C) * a.shape.width
+    return tl.where(t == 0, slot(a, C.slot_initial), a.iterates + place)
+
+
+@triton.jit
+def modality_blocks(widths, BLOCK: tl.constexpr):
+    """Into how many blocks of columns the modalities are cut, each on its own."""
+    total = tl.cdiv(widths[0], BLOCK)
+    for n in tl.static_range(1, len(widths)):
+        total += tl.cdiv(widths[n], BLOCK)
+    return total
+
+
+@triton.jit
+def modality_block(widths, i, BLOCK: tl.constexpr):
+    """Of the i-th of them: its modality, where that begins among all columns, and where the block begins within it."""
+    m, offset = i * 0, i * 0
+    for n in tl.static_range(len(widths) - 1):
+        blocks = tl.cdiv(widths[n], BLOCK)
+        beyond = (m == n) & (i >= blocks)
+        offset = tl.where(beyond, offset + widths[n], offset)
+        i = tl.where(beyond, i - blocks, i)
+        m = tl.where(beyond, m + 1, m)
+    return m, offset, i * BLOCK
+
+
+# ---- the grid
+
+
+@triton.jit
+def grid_barrier(p_counter):
+    """Waits until all programs of a cooperative launch are here, and makes what they wrote visible.
+
+    The first program adds 2^31 - (n - 1), each other one 1: the highest bit flips when the last has come, and the lower
+    bits are then 0 again. So the counter never needs a reset, whatever the grid of the next launch.
+    """
+    tl.debug_barrier()
+    ahead = tl.num_programs(0) - 1
+    old = tl.atomic_add(p_counter, tl.where(tl.program_id(0) == 0, -2147483648 - ahead, 1), sem="acq_rel", scope="gpu")
+    while (old ^ tl.atomic_add(p_counter, 0, sem="acquire", scope="gpu")) >= 0:
+        pass
+    tl.debug_barrier()

@@ -1,0 +1,322 @@
+"""Gradients of the parameters, in two stages without atomics.
+
+First every task sums a tile of one gradient over one part of the rows, into its own place in ``wide``: [part, element],
+by layers, and the gates last (place_of). What an earlier chunk, or an iteration that shares the layer, has left there
+is added to. At the very end reduce adds the parts in their order. So every sum has one order, whatever the grid.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.gates import WAYS, first_way, state_of_gate, ways_of
+from grjca_kernels.triton.gates_backward import d_logits_of
+from grjca_kernels.triton.iteration import linear_parameter
+from grjca_kernels.triton.iteration_backward import d_update_of
+from grjca_kernels.triton.primitives import (
+    entry,
+    gate_parameter,
+    layer_of,
+    length_of,
+    modality_block,
+    modality_blocks,
+    offset_of,
+    parameter,
+    parts_of,
+    product,
+    slot,
+    state,
+    sum_rows,
+    zero_vector,
+    zeros,
+)
+
+# ---- where a gradient stands
+
+
+@triton.jit
+def linear_size(rows, columns, C: tl.constexpr):
+    """Elements of a linear map [rows, columns] with its bias, rounded so that the next one is aligned."""
+    return tl.cdiv(tl.cast(rows, tl.int64) * columns + (rows if C.released else 0), 16) * 16
+
+
+@triton.jit
+def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
+    """Where W of a layer begins: KIND 0 is W_k, 1 W_v, 2 W_h, 3 W_q; KIND 4 the gates of modality m, 5 the end."""
+    width, length = a.shape.width, length_of(a, C)
+    LAYERS: tl.constexpr = C.layers
+    MODALITIES: tl.constexpr = C.modalities
+    query = linear_size(width, width, C) if C.released else tl.zeros((), tl.int64)
+    values, outputs, values_before, outputs_before = query * 0, query * 0, query * 0, query * 0
+    gates_before = query * 0
+    for n in tl.static_range(MODALITIES):
+        d_m = a.shape.widths[n]
+        before = tl.where(m > n, 1, 0)
+        values += linear_size(d_m, d_m, C)
+        outputs += linear_size(d_m, width, C)
+        values_before += before * linear_size(d_m, d_m, C)
+        outputs_before += before * linear_size(d_m, width, C)
+        gates_before += before * C.gates * linear_size(WAYS, d_m, C)
+    keys = MODALITIES * linear_size(length, length, C)
+    of_layer = query + keys + values + outputs
+    if KIND == 0:
+        return layer * of_layer + query + m * linear_size(length, length, C)
+    elif KIND == 1:
+        return layer * of_layer + query + keys + values_before
+    elif KIND == 2:
+        return layer * of_layer + query + keys + values + outputs_before
+    elif KIND == 3:
+        return layer * of_layer
+    else:
+        return LAYERS * of_layer + gates_before
+
+
+@triton.jit
+def part_of(a, part):
+    """Pointer to the gradients of a part of the rows."""
+    return a.wide + a.shape.gate_values + tl.cast(part, tl.int64) * a.shape.gradients
+
+
+@triton.jit
+def accumulate(p, tile, s_row, rows, columns, fresh):
+    """Stores a tile, added to what stands there unless that is fresh."""
+    o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+    p += o_r[:, None] * s_row + o_c[None, :]
+    m_columns, stale_rows = (o_c < columns)[None, :], tl.where(fresh, 0, rows)
+    tile += tl.load(p, mask=(o_r < stale_rows)[:, None] & m_columns, other=0)
+    tl.store(p, tile, mask=(o_r < rows)[:, None] & m_columns)
+
+
+@triton.jit
+def accumulate_vector(p, vector, n, fresh):
+    """The same for a bias."""
+    o = tl.arange(0, vector.shape[0])
+    tl.store(p + o, vector + tl.load(p + o, mask=o < tl.where(fresh, 0, n), other=0), mask=o < n)
+
+
+@triton.jit
+def is_fresh(t, first, C: tl.constexpr):
+    """Whether this iteration of this chunk is the first to reach its layer."""
+    return (first == 0) & ((C.layers > 1) | (t == C.iterations - 1))
+
+
+@triton.jit
+def rows_of_part(part, parts, rows, BLOCK: tl.constexpr):
+    """First row of a part, and how many it has."""
+    size = tl.cdiv(tl.cdiv(rows, parts), BLOCK) * BLOCK
+    begin = tl.minimum(part * size, rows)
+    return begin, tl.minimum(size, rows - begin)
+
+
+# ---- W_h; W_q and W_v
+
+
+@triton.jit
+def linear_tiles(rows, columns, C: tl.constexpr):
+    """Into how many tiles a gradient is cut."""
+    return tl.cdiv(rows, C.block_m) * tl.cdiv(columns, C.block_n)
+
+
+@triton.jit
+def linear_tile(a, p_dy, s_dy, p_x, s_x, place, outputs, inputs, i, part, t, first, count, C: tl.constexpr):
+    """Tile i of d W = d y^T x over the rows of a part, and with the first column of tiles a part of d b."""
+    r, c = i // tl.cdiv(inputs, C.block_n) * C.block_m, i % tl.cdiv(inputs, C.block_n) * C.block_n
+    begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
+    p_dy += tl.cast(begin, tl.int64) * s_dy + r
+    p_x += tl.cast(begin, tl.int64) * s_x + c
+    acc = zeros(C.block_m, C.block_n)
+    acc = product(acc, p_dy, 1, s_dy, p_x, s_x, 1, outputs - r, inputs - c, rows, C.block_k, C)
+    p_to = part_of(a, part) + place
+    fresh = is_fresh(t, first, C)
+    accumulate(p_to + tl.cast(r, tl.int64) * inputs + c, acc, inputs, outputs - r, inputs - c, fresh)
+    if C.released:
+        if c == 0:
+            total = sum_rows(p_dy, s_dy, rows, outputs - r, C.block_k, C.block_m)
+            accumulate_vector(p_to + tl.cast(outputs, tl.int64) * inputs + r, total, outputs - r, fresh)
+
+
+@triton.jit
+def output_weights(a, t, first, count, C: tl.constexpr):
+    """d W_h,m = d_update_m^T H_m."""
+    width, modalities = a.shape.width, len(a.shape.widths)
+    tiles = modality_blocks(a.shape.widths, C.block_m) * tl.cdiv(width, C.block_n)
+    for i in tl.range(tl.program_id(0), parts_of(a) * tiles, tl.num_programs(0), disable_licm=True):
+        m, offset, r = modality_block(a.shape.widths, i % tiles // tl.cdiv(width, C.block_n), C.block_m)
+        tile = r // C.block_m * tl.cdiv(width, C.block_n) + i % tl.cdiv(width, C.block_n)
+        linear_tile(
+            a, d_update_of(a, t, C) + offset, width, slot(a, C.slot_hidden) + m * width, modalities * width,
+            place_of(a, layer_of(t, C), m, 2, C), entry(a.shape.widths, m), width, tile, i // tiles,
+            t, first, count, C,
+        )  # fmt: skip
+
+
+@triton.jit
+def input_weights(a, t, first, count, C: tl.constexpr):
+    """d W_q = d J^T X, d W_v,m = d V_m^T X_m, and d W_k."""
+    width, layer = a.shape.width, layer_of(t, C)
+    MODALITIES: tl.constexpr = C.modalities
+    of_query = linear_tiles(width, width, C) if C.released else 0
+    of_linear = of_query
+    for n in tl.static_range(MODALITIES):
+        of_linear += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
+    tiles = of_linear + MODALITIES * linear_tiles(length_of(a, C), length_of(a, C), C)
+    p_x = state(a, t, first, C)
+    for i in tl.range(tl.program_id(0), parts_of(a) * tiles, tl.num_programs(0), disable_licm=True):
+        if i % tiles < of_linear:
+            tile, m = i % tiles - of_query, i * 0
+            for n in tl.static_range(MODALITIES - 1):
+                beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
+                tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
+                m += tl.where(beyond, 1, 0)
+            size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, 1, C)
+            p_dy = slot(a, C.slot_d_value)
+            if C.released:
+                query = i % tiles < of_query
+                tile, size, offset = (
+                    tl.where(query, i % tiles, tile),
+                    tl.where(query, width, size),
+                    tl.where(query, 0, offset),
+                )
+                place = tl.where(query, place_of(a, layer, 0, 3, C), place)
+                p_dy = tl.where(query, slot(a, C.slot_d_joint), p_dy)
+            linear_tile(
+                a, p_dy + offset, width, p_x + offset, width, place, size, size, tile, i // tiles, t, first, count, C
+            )
+        else:
+            key_tile(a, t, first, count, i % tiles - of_linear, i // tiles, C)
+
+
+# ---- W_k
+
+
+@triton.jit
+def key_tile(a, t, first, count, i, part, C: tl.constexpr):
+    """A tile of d W_k,m = sum of d K_m^T X_m^T over the samples of a part; with the first column of tiles d b_k."""
+    length, width = length_of(a, C), a.shape.width
+    n_columns = tl.cdiv(length, C.block_n)
+    tiles = tl.cdiv(length, C.block_m) * n_columns
+    m, l, c = i // tiles, i % tiles // n_columns * C.block_m, i % n_columns * C.block_n
+    d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
+    begin, samples = rows_of_part(part, parts_of(a), count, 1)
+    p_dk, p_x = slot(a, C.slot_d_key) + offset, state(a, t, first, C) + offset
+    acc = zeros(C.block_m, C.block_n)
+    total = zero_vector(C.block_m)
+    for sample in tl.range(begin, begin + samples, disable_licm=True):
+        row = tl.cast(sample, tl.int64) * length
+        acc = product(
+            acc, p_dk + (row + l) * width, width, 1, p_x + (row + c) * width, 1, width, length - l, length - c, d_m,
+            C.block_k, C,
+        )  # fmt: skip
+        if C.released:
+            if c == 0:
+                total += sum_columns(p_dk + (row + l) * width, width, length - l, d_m, C)
+    p_to, fresh = part_of(a, part) + place_of(a, layer_of(t, C), m, 0, C), is_fresh(t, first, C)
+    accumulate(p_to + tl.cast(l, tl.int64) * length + c, acc, length, length - l, length - c, fresh)
+    if C.released:
+        if c == 0:
+            accumulate_vector(p_to + tl.cast(length, tl.int64) * length + l, total, length - l, fresh)
+
+
+@triton.jit
+def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
+    """Sums along the rows of a matrix [rows, columns]: [block_m]."""
+    o_r, o_c = tl.arange(0, C.block_m), tl.arange(0, C.block_k)
+    acc = zeros(C.block_m, C.block_k)
+    p += o_r[:, None] * s_row + o_c[None, :]
+    for c in tl.range(0, columns, C.block_k, disable_licm=True):
+        acc += tl.load(p, mask=(o_r < rows)[:, None] & (o_c < columns - c)[None, :], other=0).to(tl.float32)
+        p += C.block_k
+    return tl.sum(acc, axis=1)
+
+
+# ---- gates
+
+
+@triton.jit
+def gate_tasks(a, C: tl.constexpr):
+    """Tasks of gate_weights."""
+    return parts_of(a) * C.gates * modality_blocks(a.shape.widths, C.block_n)
+
+
+@triton.jit
+def gate_weights(a, first, count, i, C: tl.constexpr):
+    """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
+    blocks, width = modality_blocks(a.shape.widths, C.block_n), a.shape.width
+    m, offset, c = modality_block(a.shape.widths, i % blocks, C.block_n)
+    g, part, d_m = i // blocks % C.gates, i // blocks // C.gates, entry(a.shape.widths, m)
+    ways = ways_of(g, C)
+    begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
+    p_d = d_logits_of(a, tl.cast(begin, tl.int64), m, first_way(g), C)
+    p_x = state(a, state_of_gate(g, C), first, C) + tl.cast(begin, tl.int64) * width + offset + c
+    acc = zeros(WAYS, C.block_n)
+    acc = product(acc, p_d, 1, C.ways, p_x, width, 1, ways, d_m - c, rows, C.block_k, C)
+    p_to = part_of(a, part) + place_of(a, 0, m, 4, C) + g * linear_size(WAYS, d_m, C)
+    accumulate(p_to + c, acc, d_m, ways, d_m - c, first == 0)
+    if C.released:
+        if c == 0:
+            total = sum_rows(p_d, C.ways, rows, ways, C.block_k, WAYS)
+            accumulate_vector(p_to + tl.cast(ways, tl.int64) * d_m, total, ways, first == 0)
+
+
+# ---- the second stage
+
+
+@triton.jit
+def reduce(a, to, C: tl.constexpr):
+    """Adds the parts, rounds, and stores the gradients where the caller wants them."""
+    length, width = length_of(a, C), a.shape.width
+    for n in tl.range(C.layers, disable_licm=True):
+        if C.released:
+            p_weight, p_bias = (parameter(to.parameters, n, 0, 0, 0, C), parameter(to.parameters, n, 0, 1, 0, C))
+            reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, 3, C), width, width, 0, C)
+        for m in tl.range(C.modalities, disable_licm=True):
+            d_m = entry(a.shape.widths, m)
+            reduce_kind(a, to, n, m, 0, length, length, C)
+            reduce_kind(a, to, n, m, 1, d_m, d_m, C)
+            reduce_kind(a, to, n, m, 2, d_m, width, C)
+    if C.gates > 0:
+        for m in tl.range(C.modalities, disable_licm=True):
+            for g in tl.range(C.gates, disable_licm=True):
+                reduce_gate(a, to, m, g, C)
+
+
+@triton.jit
+def reduce_gate(a, to, m, g, C: tl.constexpr):
+    """Gate g of a modality."""
+    d_m = entry(a.shape.widths, m)
+    p_weight = gate_parameter(to.parameters, m, g, 0, C)
+    p_bias = gate_parameter(to.parameters, m, g, 1, C) if C.released else p_weight
+    place = place_of(a, 0, m, 4, C) + g * linear_size(WAYS, d_m, C)
+    reduce_linear(a, p_weight, p_bias, place, ways_of(g, C), d_m, m + g, C)
+
+
+@triton.jit
+def reduce_kind(a, to, n, m, KIND: tl.constexpr, outputs, inputs, C: tl.constexpr):
+    """W_k, W_v or W_h of a layer and modality."""
+    p_weight = linear_parameter(to, n, m, KIND, 0, C)
+    p_bias = linear_parameter(to, n, m, KIND, 1, C) if C.released else p_weight
+    reduce_linear(a, p_weight, p_bias, place_of(a, n, m, KIND, C), outputs, inputs, KIND + m, C)
+
+
+@triton.jit
+def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, C: tl.constexpr):
+    """W and b of one linear map."""
+    weights = tl.cast(outputs, tl.int64) * inputs
+    reduce_elements(a, p_weight, place, weights, turn)
+    if C.released:
+        reduce_elements(a, p_bias, place + weights, tl.cast(outputs, tl.int64), turn + 7)
+
+
+@triton.jit
+def reduce_elements(a, p_to, place, n, turn):
+    """``turn`` lets another program begin with each parameter, since most are smaller than the grid."""
+    BLOCK: tl.constexpr = 1024
+    o = tl.arange(0, BLOCK)
+    begin = (tl.program_id(0) + turn * 13) % tl.num_programs(0)
+    for i in tl.range(begin, tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
+        at = tl.cast(i, tl.int64) * BLOCK + o
+        acc = zero_vector(BLOCK)
+        for part in tl.range(parts_of(a), disable_licm=True):
+            acc += tl.load(part_of(a, part) + place + at, mask=at < n, other=0)
+        tl.store(p_to + at, acc.to(p_to.dtype.element_ty), mask=at < n)

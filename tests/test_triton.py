@@ -1,0 +1,478 @@
+"""The Triton kernels in Triton's interpreter, from outside: what they compute, read and write.
+
+There a tile is 16 x 16 x 16 and the grid one program. Time goes with the number of tiles, whatever they hold, so large
+problems get large tiles. test_triton_phases.py looks inside.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from pytest import fixture, importorskip, mark
+from torch import Tensor
+
+importorskip("triton")
+from cases import BY_NAME, SEED, Case, Inputs, Result, call, cotangents, describe, make, run
+from grjca_kernels import GatedRJCAFused, config, gated_rjca, shapes, triton
+from test_contract import LAYOUTS, assert_same, assert_same_results, backward
+from test_cpu import Guarded
+from tolerances import check_rule
+
+pytestmark = mark.skipif(not triton.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU")
+NAN, INF = float("nan"), float("inf")
+ALL = Case("all", 2, 4, (2, 3), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(4, 2))
+"""All options at once."""
+MOST = replace(ALL, name="most", gating="flat")
+"""The same in half the time."""
+PLAIN = Case("plain", 2, 3, (3, 2), 1, "dynamic")
+
+function = partial(gated_rjca, backend="triton")
+
+
+@fixture(autouse=True, scope="module")
+def fast():
+    from interpreter import speed_up
+
+    speed_up()
+
+
+@fixture
+def stored(monkeypatch):
+    """C is stored, however few the frames."""
+    monkeypatch.setattr(config, "STREAM_FRAMES", 0)
+
+
+@fixture(params=["streamed", "stored"])
+def dataflow(request):
+    if request.param == "stored":
+        request.getfixturevalue("stored")
+
+
+@fixture
+def set_tiles(monkeypatch):
+    """Tiles of other sizes."""
+    of_config = config.tiles
+
+    def set_to(m: int, n: int, k: int) -> None:
+        monkeypatch.setattr(config, "tiles", lambda *arguments: replace(of_config(*arguments), m=m, n=n, k=k))
+
+    return set_to
+
+
+@fixture
+def set_chunk(monkeypatch):
+    """So many samples pass through the workspace together."""
+    return lambda n: monkeypatch.setattr(config, "chunk_of", lambda *_: n)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, **options) -> None:
+    check_rule(run(function, case, make(case, dtype)), case, dtype, **options)
+
+
+# ---- against the reference
+
+
+@mark.parametrize("gating", shapes.GATINGS)
+@mark.parametrize("form", shapes.FORMS)
+def test_every_gating_and_form(form, gating, dataflow):
+    check(Case(f"{form}-{gating}", 2, 3, (3, 2), 2, gating, form))
+
+
+@mark.parametrize("case", [
+    BY_NAME["empty-lengths"],
+    BY_NAME["one-of-all"],
+    BY_NAME["width-one-second"],
+    Case("three-modalities", 2, 3, (1, 2, 4), 1, "flat", dropout=0.3, lengths=(2, 3)),
+    Case("four-modalities", 1, 2, (1, 3, 2, 1), 2, "dynamic", shared=True, normalize=True),
+    Case("four-modalities-paper", 1, 2, (2, 1, 1, 3), 1, "flat", "paper"),
+    Case("lengths", 3, 4, (2, 3), 1, "flat", lengths=(0, 4, 1)),
+    Case("lengths-paper", 2, 4, (2, 3), 2, "dynamic", "paper", lengths=(3, 0)),
+    Case("shared", 2, 3, (2, 3), 2, "none", dropout=0.6, shared=True),
+    Case("shared-paper", 1, 3, (2, 3), 3, "none", "paper", shared=True),
+    ALL,
+], ids=str)  # fmt: skip
+def test_options(case, dataflow):
+    check(case)
+
+
+@mark.parametrize("case", [
+    Case("released-dynamic-T8", 1, 2, (1, 2), 8, "dynamic"),
+    Case("released-flat-T8", 1, 1, (2, 1), 8, "flat"),
+    Case("paper-none-T5", 1, 2, (1, 2), 5, "none", "paper"),
+    Case("released-hierarchical-T4", 1, 2, (1, 2), 4, "hierarchical"),
+], ids=str)  # fmt: skip
+def test_many_iterations(case):
+    check(case)
+
+
+def test_the_most_ways():
+    case = Case("paper-hierarchical-T8", 1, 1, (1, 1), 8, "hierarchical", "paper")
+    check_rule(Result(call(function, case, make(case, torch.float32)), {}), case, torch.float32, gradients=False)
+
+
+@mark.parametrize("case", [
+    Case("a-tile", 1, 16, (16, 16), 1, "none"),
+    Case("more-than-a-tile", 1, 17, (17, 3), 1, "dynamic", dropout=0.4),
+    Case("rows-across-samples", 3, 11, (3, 2), 1, "flat", normalize=True),
+    Case("terms-of-several-tiles", 1, 2, (33, 1), 1, "none", "paper"),
+    Case("three-modalities-of-tiles", 1, 2, (15, 18, 16), 1, "none"),
+], ids=str)  # fmt: skip
+def test_tiles(case, dataflow):
+    check(case)
+
+
+@mark.parametrize("length", [config.STREAM_FRAMES, config.STREAM_FRAMES + 1])
+def test_where_the_dataflows_meet(length):
+    """The longest sequence that is streamed, and the shortest that is not."""
+    check(Case(f"frames-{length}", 2, length, (2, 3), 1, "none", dropout=0.5, lengths=(length, length - 1)))
+
+
+def test_more_frames_than_ever_are_streamed():
+    check(Case("long", 1, 70, (1, 2), 1, "none"))
+
+
+@mark.parametrize("m, n, k", [(32, 16, 32), (16, 32, 16), (64, 64, 32)])
+def test_tiles_of_other_sizes(m, n, k, set_tiles, dataflow):
+    set_tiles(m, n, k)
+    check(Case("tiles", 2, 19, (19, 34), 1, "none", dropout=0.4, lengths=(19, 17)))
+
+
+@mark.parametrize("case", [
+    Case("many-columns", 1, 33, (33, 140), 1, "dynamic", normalize=True, dropout=0.6),
+    Case("many-rows", 2, 131, (6, 17), 1, "none", lengths=(131, 90)),
+    Case("many-terms", 1, 5, (261, 2), 1, "none"),
+], ids=str)  # fmt: skip
+def test_large_problems(case, set_tiles):
+    set_tiles(128, 128, 128)
+    check(case)
+
+
+@mark.parametrize("case", [
+    Case("chunks", 3, 3, (2, 3), 1, "dynamic", normalize=True, dropout=0.3, lengths=(3, 0, 2)),
+    Case("chunks-shared-paper", 3, 2, (2, 3), 2, "none", "paper", shared=True),
+], ids=str)  # fmt: skip
+def test_chunks(case, set_chunk, dataflow):
+    """Of two samples and of one."""
+    set_chunk(2)
+    check(case)
+
+
+@mark.parametrize("case", [
+    Case("parts", 3, 17, (3, 2), 1, "dynamic"),
+    Case("parts-shared-paper", 3, 9, (3, 2), 2, "none", "paper", shared=True),
+], ids=str)  # fmt: skip
+def test_parts_of_the_rows(case, monkeypatch, set_chunk):
+    """Three parts, of which the last is smaller or empty, in chunks of two samples and one."""
+    monkeypatch.setattr(config, "parts_of", lambda *_: 3)
+    set_chunk(2)
+    check(case)
+
+
+# ---- dtypes
+
+
+@mark.parametrize("case", [
+    MOST,
+    Case("paper-flat", 1, 4, (3, 4), 2, "flat", "paper"),
+    Case("widths", 1, 5, (33, 2), 1, "none"),
+], ids=str)  # fmt: skip
+def test_values_of_float16(case, dataflow):
+    check(case, torch.float16, gradients=False)
+
+
+@mark.parametrize("case, frames", [
+    (Case("released-none-0.4", 8, 48, (40, 24), 2, "none", dropout=0.4), 0),
+    (Case("released-none", 8, 48, (40, 24), 1, "none"), 64),
+    (Case("paper-none", 8, 48, (40, 24), 2, "none", "paper", normalize=True), 64),
+], ids=str)  # fmt: skip
+def test_gradients_of_float16(case, frames, set_tiles, monkeypatch):
+    """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
+    set_tiles(64, 64, 64)
+    monkeypatch.setattr(config, "STREAM_FRAMES", frames)
+    check(case, torch.float16)
+
+
+@mark.parametrize("dtype, reason", [(torch.bfloat16, "bfloat16 products wrongly"), (torch.float64, "no float64")])
+def test_a_dtype_is_refused_with_its_reason(dtype, reason):
+    with pytest.raises(RuntimeError, match=rf"'triton' cannot run: .*{reason}.*Choose another, or backend='auto'"):
+        call(function, PLAIN, make(PLAIN, dtype))
+
+
+@mark.parametrize("name", ["plain", "normalize", "paper"])
+def test_large_features_of_float16(name, dataflow):
+    """Where PyTorch's float16 has a finite value, so have we."""
+    case = Case(name, 1, 5, (6, 3), 2, "dynamic", "paper" if name == "paper" else "released", name == "normalize")
+    inputs = make(case, torch.float16)
+    for x in inputs.features:
+        x.copy_((x.double() / x.double().abs().max() * 1e4).half())
+    ours, theirs = run(function, case, inputs), run(partial(gated_rjca, backend="reference"), case, inputs)
+    for value, expected in ((ours.values, theirs.values), (ours.gradients, theirs.gradients)):
+        for name, tensor in value.items():
+            assert not (tensor.isnan() & ~expected[name].isnan()).any(), name
+    for name, tensor in ours.values.items():
+        assert (tensor.isfinite() | ~theirs.values[name].isfinite()).all(), name
+
+
+# ---- memory
+
+
+@fixture
+def poisoned():
+    """New memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@mark.parametrize("case", [MOST, Case("tile", 1, 17, (17, 2), 1, "none", "paper", lengths=(9,))], ids=str)
+def test_uninitialised_memory_is_not_read(case, dataflow, request, monkeypatch, set_chunk):
+    monkeypatch.setattr(config, "parts_of", lambda *_: 2)
+    set_chunk(1)
+    inputs = make(case, torch.float32)
+    clean = run(function, case, inputs)
+    request.getfixturevalue("poisoned")
+    assert_same_results(run(function, case, inputs), clean)
+    for name, value in {**clean.values, **clean.gradients}.items():
+        assert value.isfinite().all(), name
+
+
+@mark.parametrize("case, dtype", [
+    (ALL, torch.float16), (Case("tile", 1, 17, (17, 2), 1, "flat", "paper"), torch.float32)
+], ids=str)  # fmt: skip
+def test_all_is_written_and_nothing_else(case, dtype, dataflow, monkeypatch, set_chunk):
+    from grjca_kernels.triton import launch
+
+    set_chunk(1)
+    gather, workspaces = launch.gather, []
+
+    def guard(x: Tensor) -> Tensor:
+        workspaces.append(torch.full((x.numel() + 2 * 4096,), NAN, dtype=x.dtype))
+        return workspaces[-1][4096:-4096]
+
+    def guarded(*arguments):
+        a = gather(*arguments)
+        return a._replace(work=guard(a.work), wide=guard(a.wide))
+
+    monkeypatch.setattr(launch, "gather", guarded)
+    inputs, widths, frames = make(case, dtype), case.widths, (case.batch, case.length)
+    problem = describe(case, inputs)
+    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
+    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
+    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
+    seed = torch.tensor(SEED) if problem.dropout else None
+    common = (problem, inputs.features, inputs.parameters, inputs.lengths, seed)
+    launch.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
+    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
+    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
+    launch.backward(
+        *common, iterates.inside, [torch.randn(y.inside.shape).to(dtype) for y in outputs], [], [None] * len(widths),
+        [d.inside for d in d_features], [d.inside for d in d_parameters],
+    )  # fmt: skip
+    assert len(workspaces) == 4
+    for around in workspaces:
+        assert around[:4096].isnan().all() and around[-4096:].isnan().all(), "the workspace is overrun"
+    for tensor in (*outputs, *gates, iterates, *d_features, *d_parameters):
+        tensor.check()
+
+
+# ---- strides
+
+
+@mark.parametrize("name", ["transposed", "part of a cat", "every second column", "batch last", "one number for all"])
+def test_strides(name):
+    """Of features, and of incoming gradients."""
+    inputs, layout = make(MOST, torch.float32), LAYOUTS[name]
+    strided = [layout(x) for x in inputs.features]
+    results = []
+    for features, bring in ((strided, layout), ([x.contiguous() for x in strided], lambda x: layout(x).contiguous())):
+        leaves = replace(inputs, features=[x.detach().requires_grad_() for x in features])  # keeps the strides
+        values = call(function, MOST, leaves)
+        incoming = [bring(gradient) for gradient in cotangents([*values.values()])]
+        gradients = torch.autograd.grad([*values.values()], leaves.features, incoming)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        results.append(Result(values, dict(zip("va", gradients, strict=True))))
+    assert_same_results(*results)
+
+
+def test_strides_of_parameters(dataflow):
+    inputs = make(MOST, torch.float32)
+    strided = inputs.map(lambda x: x if x.dim() == 3 else torch.stack([x, x + NAN], dim=-1)[..., 0])
+    assert not all(parameter.is_contiguous() for parameter in strided.parameters)
+    incoming, results = None, []
+    for given in (inputs, strided):
+        leaves = given.map(lambda x: x.detach().requires_grad_())
+        values = call(function, MOST, leaves)
+        incoming = incoming or cotangents([*values.values()])
+        results.append(backward(values, leaves, incoming))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_concatenation_is_the_outputs_side_by_side():
+    inputs = make(MOST, torch.float32).leaves()
+    arguments, options = (inputs.features, inputs.layers, inputs.gates), {**MOST.options, "lengths": inputs.lengths}
+    y, pair = function(*arguments, **options, concat=True), function(*arguments, **options)
+    assert torch.equal(y, torch.cat(pair, dim=-1))
+    gradient = torch.randn_like(y)
+    ours = torch.autograd.grad(y, inputs.features, gradient)
+    theirs = torch.autograd.grad(pair, inputs.features, gradient.split(MOST.widths, dim=-1))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# ---- lengths, NaN and Inf
+
+
+@mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_lengths_of_any_integers(dtype):
+    case = replace(PLAIN, lengths=(3, 1))
+    inputs = make(case, torch.float32)
+    expected = call(function, case, inputs)
+    assert_same(call(function, case, replace(inputs, lengths=inputs.lengths.to(dtype))), expected)
+
+
+@mark.parametrize("step", [0, 3])
+def test_lengths_of_any_stride(step):
+    case = replace(PLAIN, lengths=(2, 2) if step == 0 else (2, 3))
+    inputs = make(case, torch.float32)
+    around = torch.full((4,), 99)
+    around[::3] = inputs.lengths
+    lengths = around[:1].expand(2) if step == 0 else around[::3]
+    assert lengths.stride() == (step,)
+    assert_same_results(run(function, case, replace(inputs, lengths=lengths)), run(function, case, inputs))
+
+
+@mark.parametrize("case, garbage", [(MOST, NAN), (replace(MOST, form="paper", lengths=(0, 3)), INF)], ids=str)
+def test_what_stands_in_absent_rows_reaches_nothing(case, garbage, dataflow):
+    """In features and in incoming gradients."""
+    clean = make(case, torch.float32)
+    dirty = clean.map(torch.clone)
+    results = []
+    for inputs, fill in ((clean, 0.0), (dirty, garbage)):
+        values = call(function, case, (leaves := filled(case, inputs, fill).leaves()))
+        incoming = cotangents([*values.values()])
+        for gradient in incoming:
+            for b, n in enumerate(case.lengths):
+                gradient.select(-3, b)[..., n:, :] = fill
+        gradients = backward(values, leaves, incoming)
+        results.append([*values.values(), *gradients])
+    assert all(tensor.isfinite().all() for tensor in results[1])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def filled(case: Case, inputs: Inputs, number: float) -> Inputs:
+    """``number`` in all absent frames."""
+    for b, n in enumerate(case.lengths or ()):
+        for x in inputs.features:
+            x[b, n:] = number
+    return inputs
+
+
+@mark.parametrize("case, poison", [
+    (Case("released", 2, 4, (2, 3), 2, "flat", normalize=True, dropout=0.3), NAN),
+    (Case("paper", 2, 5, (3, 2), 1, "none", "paper"), NAN),
+    (Case("infinite", 2, 5, (3, 2), 1, "dynamic", "paper"), INF),
+], ids=str)  # fmt: skip
+def test_a_bad_number_stays_in_its_sample(case, poison, dataflow):
+    clean = make(case, torch.float32)
+    dirty = clean.map(torch.clone)
+    dirty.features[0][0, 2, 0] = poison
+    expected, result = run(function, case, clean), run(function, case, dirty)
+    theirs = run(partial(gated_rjca, backend="reference"), case, dirty)
+    of_features = [f"d features[{m}]" for m in range(len(case.widths))]
+    for name in (*result.values, *of_features):
+        value, clean_value, same_places = (
+            {**of.values, **of.gradients}[name].movedim(-3, 0) for of in (result, expected, theirs)
+        )
+        assert torch.equal(value[1], clean_value[1]), name
+        if poison != poison:  # and it does not vanish there
+            assert torch.equal(value.isnan(), same_places.isnan()), name
+
+
+# ---- repeatability; which gradients
+
+
+def test_the_same_bits_every_time(dataflow):
+    inputs = make(MOST, torch.float32)
+    assert_same_results(run(function, MOST, inputs), run(function, MOST, inputs))
+
+
+def test_backward_twice_and_inputs_are_not_written():
+    inputs = make(MOST, torch.float32)
+    leaves = inputs.leaves()
+    values = call(function, MOST, leaves)
+    incoming = cotangents([*values.values()])
+    torch.testing.assert_close(backward(values, leaves, incoming), backward(values, leaves, incoming), rtol=0, atol=0)
+    kept = make(MOST, torch.float32)
+    torch.testing.assert_close(leaves.features + leaves.parameters, kept.features + kept.parameters, rtol=0, atol=0)
+
+
+def test_any_subset_of_incoming_gradients():
+    inputs = make(MOST, torch.float32).leaves()
+    values = call(function, MOST, inputs)
+    incoming = dict(zip(values, cotangents([*values.values()]), strict=True))
+    tensors = inputs.features + inputs.parameters
+    for arriving in ("Y[0]", "X[1]", "G[1][0]"):
+        ours = torch.autograd.grad(
+            values[arriving], tensors, incoming[arriving], retain_graph=True, materialize_grads=True
+        )
+        zeros = [incoming[name] if name == arriving else torch.zeros_like(value) for name, value in values.items()]
+        torch.testing.assert_close(list(ours), backward(values, inputs, zeros), rtol=0, atol=0)
+
+
+def test_any_subset_of_gradients():
+    case = replace(MOST, iterations=1)
+    inputs = make(case, torch.float32)
+    everything = list(run(function, case, inputs).gradients.values())
+    count = len(inputs.features)
+    for wanted in ([0], [*range(count)], [*range(count, len(everything))], [count], [len(everything) - 1]):
+        index = iter(range(len(everything)))
+        leaves = inputs.map(lambda x, i=index, w=wanted: x.clone().requires_grad_(next(i) in w))
+        values = call(function, case, leaves)
+        reached = [pair for pair in zip(values.values(), cotangents([*values.values()]), strict=True)]
+        torch.autograd.backward(*zip(*(pair for pair in reached if pair[0].requires_grad), strict=True))
+        for i, tensor in enumerate(leaves.features + leaves.parameters):
+            assert (tensor.grad is not None) == (i in wanted), i
+            assert tensor.grad is None or torch.equal(tensor.grad, everything[i]), i
+
+
+# ---- as PyTorch sees it
+
+
+def test_compile_without_graph_breaks():
+    torch.compiler.reset()
+    module = GatedRJCAFused(3, 2, 3, iterations=1, normalize=True, backend="triton", dropout=0.0)
+    x, lengths = (torch.randn(2, 3, 3), torch.randn(2, 3, 2)), torch.tensor([3, 2])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    results = []
+    for called in (module, compiled):
+        module.zero_grad()
+        leaves = [tensor.clone().requires_grad_() for tensor in x]
+        outputs = called(*leaves, lengths)
+        torch.autograd.backward(outputs, cotangents(outputs))
+        gradients = [parameter.grad for parameter in module.parameters()]
+        results.append([*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves), *gradients])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_opcheck():
+    inputs = make(PLAIN, torch.float32)
+    options = (PLAIN.iterations, PLAIN.gating, PLAIN.form, 0.5, PLAIN.temperature, False, False, False, True, "triton")
+    arguments = (inputs.features, inputs.parameters, None, torch.tensor(SEED))
+    torch.library.opcheck(torch.ops.grjca.forward.default, (*arguments, *options))
+    results = torch.ops.grjca.forward(*arguments, *options)
+    needed = [i % 3 != 1 for i in range(len(inputs.features) + len(inputs.parameters))]
+    gradients = [None, *cotangents(results)[1:]]
+    torch.library.opcheck(
+        torch.ops.grjca.backward.default, (gradients, *arguments, results[len(inputs.features)], needed, *options)
+    )
+
+
+def test_the_mask_is_that_of_the_cpu_backend(dataflow):
+    """Both are within the rule of the same numbers, which another mask is far from."""
+    case = Case("dropout", 3, 9, (9, 4), 1, "none", dropout=0.6)
+    check(case)
+    check_rule(run(partial(gated_rjca, backend="cpu"), case, make(case, torch.float32)), case, torch.float32)
+    other = run(function, replace(case, name="other"), make(case, torch.float32), seed=SEED + 1)
+    with pytest.raises(AssertionError):
+        check_rule(other, case, torch.float32)
