@@ -1,11 +1,38 @@
 """Fused gated recursive joint cross-attention of audio-visual features. Its contract: ``operator.md``, beside this."""
 
+import torch as _torch
+
 from grjca_kernels import reference
+from grjca_kernels import verification as _verification
+from grjca_kernels.backends import TABLE as _TABLE
 from grjca_kernels.backends import backends
 from grjca_kernels.dropout import scaled_mask as dropout_mask
 from grjca_kernels.functional import gated_rjca
 from grjca_kernels.module import GatedRJCAFused
 from grjca_kernels.shapes import Layer, Linear
+from grjca_kernels.shapes import check_choice as _check_choice
 
 __version__ = "0.1.0"
-__all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "dropout_mask", "gated_rjca", "reference"]
+__all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "dropout_mask", "gated_rjca", "reference", "self_check"]
+
+
+def self_check(backend: str = "triton", device: _torch.device | str | int | None = None) -> bool:
+    """Check a backend's kernels on this machine: small problems, forward and backward, against float64.
+
+    This is what ``backend="auto"`` does once, dtype by dtype, on a type of GPU without a committed test record. Called
+    by hand it checks float32, bfloat16 and float16 now, whatever is remembered, and "auto" goes by the new result. On a
+    GPU it takes minutes, most of them for compiling.
+
+    Args:
+        backend: one that has kernels, a name in :func:`backends` other than "reference".
+        device: where to check; by default the current GPU, or the CPU if the backend computes there.
+
+    Returns:
+        Whether all passed. Prints for every tensor its error and what is allowed, and a verdict.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that cannot run here, with its reason.
+    """
+    _check_choice("backend", backend, [name for name, row in _TABLE.items() if name != "reference"])
+    return _verification.report(_TABLE[backend], device)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from grjca_kernels import cpu
+from grjca_kernels import cpu, triton, verification
 from grjca_kernels.shapes import check_choice
 
 ENVIRONMENT = "GRJCA_BACKEND"
@@ -18,40 +19,67 @@ ENVIRONMENT = "GRJCA_BACKEND"
 class Backend:
     """A row of the table.
 
-    ``why_not()`` is the reason it cannot run on this machine, or None; ``devices`` are the device types it computes on
-    (empty: any). ``forward`` and ``backward`` have the signatures of :mod:`grjca_kernels.cpu`; the reference has none,
-    because it is PyTorch code that autograd differentiates.
+    ``why_not()`` is the reason it cannot run on this machine, or None; ``refuses(device type, dtype)`` the reason it
+    does not compute such tensors. ``forward`` and ``backward`` have the signatures of :mod:`grjca_kernels.cpu`; the
+    reference has none, because it is PyTorch code that autograd differentiates. What is ``unproven`` is chosen by
+    "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes.
     """
 
     name: str
     why_not: Callable[[], str | None]
-    devices: tuple[str, ...]
+    refuses: Callable[[str, torch.dtype], str | None]
     forward: Callable[..., None] | None = None
     backward: Callable[..., None] | None = None
+    unproven: bool = False
 
-    def refusal(self, device: str) -> str | None:
-        """Why it cannot compute tensors of this device type, or None."""
-        reason = self.why_not()
-        if reason is None and self.devices and device not in self.devices:
-            return f"it computes on {' and '.join(self.devices)} tensors, and these are on {device}."
-        return reason
+    def refusal(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot compute tensors of this device type and dtype, or None."""
+        return self.why_not() or self.refuses(device, dtype)
+
+
+def _never(device: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _on(expected: str) -> Callable[[str, torch.dtype], str | None]:
+    def refuses(device: str, dtype: torch.dtype) -> str | None:
+        return None if device == expected else f"it computes on {expected} tensors, and these are on {device}."
+
+    return refuses
 
 
 TABLE = {
     row.name: row
     for row in (
-        Backend("cuda", lambda: "the CUDA C++ kernels are not part of this version.", ("cuda",)),
-        Backend("triton", lambda: "the Triton kernels are not part of this version.", ("cuda",)),
-        Backend("cpu", cpu.why_not, ("cpu",), cpu.forward, cpu.backward),
-        Backend("reference", lambda: None, ()),
+        Backend("cuda", lambda: "the CUDA C++ kernels are not part of this version.", _on("cuda")),
+        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, unproven=True),
+        Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward),
+        Backend("reference", lambda: None, _never),
     )
 }
 CHOICES = ("auto", *TABLE)
 
 
-def backends() -> dict[str, str | None]:
-    """Name -> why it cannot run on this machine, None if it can; in the order in which "auto" tries them."""
-    return {name: row.why_not() for name, row in TABLE.items()}
+def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Name -> why it cannot run on this machine, None if it can; in the order in which "auto" tries them.
+
+    With a ``device``, why "auto" passes it over for float32 tensors there; it takes the first that it does not. A GPU
+    may run the self-check for it.
+    """
+    if device is None:
+        return {name: row.why_not() for name, row in TABLE.items()}
+    place = torch.device(device)
+    return {name: _passed_over(row, place.type, place.index, torch.float32) for name, row in TABLE.items()}
+
+
+def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not take it, or None."""
+    reason = row.refusal(device, dtype)
+    if reason is None and row.unproven and not verification.passed(row, device, index, dtype):
+        if device == "cpu":
+            return "its interpreter is for tests, and slow; it is used where it is named."
+        return "the self-check did not pass it on this device; grjca_kernels.self_check() prints why."
+    return reason
 
 
 def choose(name: str | None, tensor: Tensor) -> str:
@@ -66,10 +94,19 @@ def choose(name: str | None, tensor: Tensor) -> str:
         check_choice(ENVIRONMENT, name, CHOICES)
     else:
         check_choice("backend", name, CHOICES)
-    device = tensor.device.type
     if name == "auto":
-        return next(row.name for row in TABLE.values() if row.refusal(device) is None)
-    reason = TABLE[name].refusal(device)
+        return _first_that_can(tensor.device.type, tensor.device.index, tensor.dtype)
+    reason = _refusal(name, tensor.device.type, tensor.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason} Choose another, or backend='auto'.")
     return name
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, instead of tracing how devices are looked up
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    return TABLE[name].refusal(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _first_that_can(device: str, index: int | None, dtype: torch.dtype) -> str:
+    return next(row.name for row in TABLE.values() if _passed_over(row, device, index, dtype) is None)

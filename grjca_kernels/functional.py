@@ -45,6 +45,7 @@ def gated_rjca(
         temperature: tau of the gates.
         normalize: divide every frame of every modality by its L2 norm first.
         lengths: [B] integers, 0 <= length <= L; frames beyond are absent: never read, and 0 in outputs and gradients.
+            On GPUs kernels do not wait to check the values: those outside count as the nearer of 0 and L.
         seed: of the dropout masks; drawn from PyTorch's generator if None.
         concat: one output [B, L, d] instead of one per modality.
         return_gates: append {"gates": per modality [B, L, ways]; a tuple of them, stage 1..T then last, if

@@ -1,8 +1,16 @@
-"""One thread for all tests: on small problems, threads that wait for each other are all the time there is."""
+"""One thread for all tests: on small problems, threads that wait for each other are all the time there is.
 
+Where there is no GPU, backend="triton" computes in Triton's interpreter.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks while it is imported, and the next line may do that
 
 from grjca.measure import threads
 

@@ -105,7 +105,7 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
         (["--model.iterations", "9"], "model.iterations: .*got 9"),
         (["--model.visual_features", "7"], r"visual\.npy.*7"),
         pytest.param(["--precision", "fp16"], "precision: .* got none", marks=without_gpu),
-        (["--backend", "triton"], "triton"),
+        (["--backend", "cuda"], "cuda"),
     ],
 )
 def test_refusals_of_settings_leave_no_folder(option, match, capsys, folder, tmp_path):

@@ -114,7 +114,7 @@ def test_wrong_eager(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPa
 
 def test_missing_native_code(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "its native code was not built; install a C++17 compiler, then this package again."
-    monkeypatch.setattr(module, "backends", lambda: {"triton": "no GPU.", "cpu": reason, "reference": None})
+    monkeypatch.setattr(module, "backends", lambda device=None: {"triton": "no GPU.", "cpu": reason, "reference": None})
     assert doctor(DoctorConfig(speed=False)) == 1
     printed = capsys.readouterr().out
     assert "triton cannot run: no GPU." in printed
@@ -124,7 +124,7 @@ def test_missing_native_code(capsys: pytest.CaptureFixture, monkeypatch: pytest.
 
 
 def test_a_missing_gpu_is_no_problem(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "backends", lambda: {"triton": "no GPU.", "reference": None})
+    monkeypatch.setattr(module, "backends", lambda device=None: {"triton": "no GPU.", "reference": None})
     assert doctor(DoctorConfig(speed=False)) == 0
 
 

@@ -154,7 +154,7 @@ def test_refuses(run: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         evaluate(EvaluateConfig(run, data=tmp_path / "nowhere"))
     with pytest.raises(UserError, match="cannot run"):
-        evaluate(EvaluateConfig(run, out=tmp_path, backend="triton"))
+        evaluate(EvaluateConfig(run, out=tmp_path, backend="cuda"))
     (run / runs.BEST).rename(tmp_path / "moved")
     try:
         with pytest.raises(UserError, match="no epoch is done"):

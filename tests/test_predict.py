@@ -187,7 +187,7 @@ def test_refuses_runs_that_do_not_fit(valence: Path, arousal: Path, data: Path, 
         tmp_path / "wider", data, target="arousal", model=type(MODEL)(**vars(MODEL) | {"audio_features": 9})
     )
     assert "the same widths of features" in refusal(valence, other=wider)
-    assert "cannot run" in refusal(valence, backend="triton")
+    assert "cannot run" in refusal(valence, backend="cuda")
     assert "expected the folder of a run" in refusal(tmp_path)
 
     _, model = runs.load_best(arousal)

@@ -87,7 +87,7 @@ def _check_device(device: str, speed: bool) -> list[str]:
         print(f"\nOn {device}, auto takes {environment.backend_used('auto', device)}.")
     except UserError as refused:
         wrong.append(f"auto, on {device}: {refused}")
-    names = [name for name, reason in backends().items() if reason is None and not environment.refusal(name, device)]
+    names = [name for name, reason in backends(device).items() if reason is None]
     apart = eager_apart(device)
     if not apart <= FLOAT64:
         wrong.append(f"eager, on {device}: {apart:.1e} from the reference in float64, {FLOAT64:.0e} is allowed.")

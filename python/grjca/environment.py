@@ -75,9 +75,9 @@ def backend_used(asked: str, device: str) -> str:
     if asked == "eager":
         return asked
     name = (os.environ.get(BACKEND_VARIABLE) or asked) if asked == "auto" else asked
-    reasons = {}
-    for candidate in backends() if name == "auto" else [name]:
-        reasons[candidate] = refusal(candidate, device)
-        if reasons[candidate] is None:
-            return candidate
-    raise UserError("; ".join(map(str, reasons.values())))
+    if name == "auto":
+        return next(candidate for candidate, reason in backends(device).items() if reason is None)
+    reason = refusal(name, device)
+    if reason is not None:
+        raise UserError(reason)
+    return name

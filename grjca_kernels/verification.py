@@ -1,0 +1,494 @@
+"""Whether kernels compute what the reference does, on the very machine: what "auto" asks before it uses unproven ones.
+
+A check runs forward and backward of two problems that reach both dataflows of the Triton kernels (C streamed, C
+stored), with every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
+error which derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
+operator.md, with values measured by the largest element, and gradients as vectors, all of one kind together. A second
+run must give the same bits.
+
+A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
+In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
+:func:`make` chooses numbers that leave next to none near 0.
+
+Verdicts are kept in this process and in a small file of the user's cache folder, for the device, the versions and the
+very sources that they were found with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grjca_kernels import derivation, shapes
+from grjca_kernels.shapes import Layer, Linear, Problem
+
+RECORDS: dict[str, str] = {}
+"""GPUs that need no check: the name that torch.cuda.get_device_name gives -> the file in benchmarks/results/ with its
+full test record. There is none yet."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FACTOR, FEW, DRAWS = 2, 4, 3
+SPREAD = 1.0  # of the arguments of tanh and softmax: neither constant nor linear
+SEED = 0x1234_5678_9ABC_DEF0 - 2**63  # of the dropout masks
+
+_log = logging.getLogger("grjca_kernels")
+
+
+Row = Any  # of the table in backends.py, a layer above this one
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too.
+
+    Without them, outputs are views of one tensor, as they are when the caller asks for the concatenation.
+    """
+
+    batch: int
+    length: int
+    widths: tuple[int, ...]
+    gating: str
+    extras: bool
+    iterations: int = 2
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            self.batch, self.length, self.widths, self.iterations, self.gating, "released", 0.3, 0.1, True, False
+        )
+
+
+def cases(device: torch.device) -> tuple[Case, ...]:
+    """A GPU is kept busy: tiles are cut off by the edge, and a large batch passes through the workspace in chunks."""
+    if device.type == "cpu":
+        return Case(1, 6, (5, 3), "hierarchical", True), Case(
+            1, 33, (4, 3), "flat", False, 1
+        )  # the interpreter is slow
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return Case(3 * programs, 20, (72, 40), "hierarchical", True), Case(programs, 70, (72, 40), "flat", False)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report."""
+
+    where: str
+    tensor: str
+    error: float
+    bound: float
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.bound  # false for NaN
+
+    def __str__(self) -> str:
+        return f"{self.where}, {self.tensor}: error {self.error:.2g}, {self.bound:.2g} is allowed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason``: why the kernels must not be used, or None; ``lasting`` unless another process may do better."""
+
+    reason: str | None
+    lasting: bool = True
+
+
+# ---- numbers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that goes into forward and backward; ``iterates`` [T, B, L, d] goes into the backward alone."""
+
+    features: list[Tensor]
+    parameters: list[Tensor]
+    iterates: Tensor
+    incoming: dict[str, list[Tensor]]  # gradients of Y, X and G
+    lengths: Tensor
+    seed: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with ``f`` applied to every floating-point tensor."""
+        return replace(
+            self,
+            features=[f(x) for x in self.features],
+            parameters=[f(x) for x in self.parameters],
+            iterates=f(self.iterates),
+            incoming={name: [f(x) for x in tensors] for name, tensors in self.incoming.items()},
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+        moved = self.map(lambda x: x.to(device, dtype))
+        return replace(moved, lengths=self.lengths.to(device), seed=self.seed.to(device))
+
+    def half_an_ulp_away(self, generator: torch.Generator) -> Inputs:
+        def move(x: Tensor) -> Tensor:
+            signs = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device) * 2 - 1
+            return (x.double() * (1 + signs * torch.finfo(x.dtype).eps / 2)).to(x.dtype)
+
+        return self.map(move)
+
+
+def make(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
+    """Numbers that ``dtype`` holds, as float64 on the CPU; absent frames hold NaN.
+
+    Random, but for means that decide relu. X is positive or negative by column. J is so too, and as K and V are
+    positive on average, V C has the sign of J; so half of H is 0. The bias of U outweighs the rest, and where it lets
+    something through, X is positive, so that no mix of the iterates is near 0.
+    """
+    problem, generator = case.problem, torch.Generator("cpu").manual_seed(seed)
+    length, width, frames, count = case.length, problem.width, (case.batch, case.length), len(case.widths)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+
+    def signs(size: int) -> Tensor:
+        return torch.arange(size, device="cpu") % 2 * 2.0 - 1
+
+    def linear(rows: int, columns: int, mean: Tensor | float, noise: float, inputs: float = 1) -> Linear:
+        """y around ``mean``, and apart by ``noise`` where inputs have the size ``inputs``."""
+        weight = normal(rows, columns) * noise / inputs / math.sqrt(columns)
+        return Linear(weight, normal(rows) * noise / 2 + mean)
+
+    def layer(t: int) -> Layer:
+        score = SPREAD * math.sqrt(width) / length
+        x = math.sqrt(count / width) if t == 0 else 1  # frames of X^0 have the norm 1
+        return Layer(
+            linear(width, width, signs(width), 0.3, x),
+            tuple(linear(length, length, score, 2 * score, x) for _ in case.widths),
+            tuple(linear(d_m, d_m, 2 / d_m, 1 / d_m, x) for d_m in case.widths),
+            tuple(linear(d_m, width, signs(d_m), 0.2) for d_m in case.widths),
+        )
+
+    layers = [layer(t) for t in range(problem.iterations)]
+    gates = tuple(
+        tuple(linear(ways, d_m, 0, SPREAD * problem.temperature) for ways in problem.gate_ways) for d_m in case.widths
+    )
+    lengths = torch.tensor([(length * 2 // 3, length, 0, length - 1)[b % 4] for b in range(case.batch)], device="cpu")
+    absent = torch.arange(length, device="cpu") >= lengths[:, None]
+    features = [(normal(*frames, d_m).abs() + 0.3) * signs(d_m) for d_m in case.widths]
+    incoming = {"Y": [normal(*frames, d_m) for d_m in case.widths]}
+    if case.extras:
+        incoming["X"] = [normal(problem.iterations, *frames, width)]
+        incoming["G"] = [normal(*frames, sum(problem.gate_ways)) for _ in case.widths]
+    inputs = Inputs(
+        features=[x.masked_fill(absent[..., None], math.nan) for x in features],
+        parameters=shapes.flatten(layers, gates),
+        iterates=normal(0),
+        incoming=incoming,
+        lengths=lengths,
+        seed=torch.tensor(SEED, device="cpu"),
+    ).map(lambda x: x.to(dtype).double())
+    return replace(inputs, iterates=derived_forward(problem, inputs)["X"].to(dtype).double())
+
+
+# ---- the two sides; results by name, gradients one vector for every kind
+
+
+def derived_forward(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    layers, gates = shapes.unflatten(problem, inputs.parameters)
+    y, x, g = derivation.forward(problem, inputs.features, layers, gates, inputs.lengths, inputs.seed)
+    named = {f"Y[{m}]": y_m for m, y_m in enumerate(y)} | {"X": torch.cat(x, dim=-1)}
+    return named | {f"G[{m}]": torch.cat(g_m, -1) if isinstance(g_m, tuple) else g_m for m, g_m in enumerate(g)}
+
+
+def derived_backward(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    layers, gates = shapes.unflatten(problem, inputs.parameters)
+    d_x, d_g = parts_of_modalities(problem, inputs)
+    if problem.gating == "hierarchical":
+        d_g = [None if d is None else d.split(problem.gate_ways, dim=-1) for d in d_g]
+    iterates = list(inputs.iterates.split(problem.widths, dim=-1))
+    features, parameters = derivation.backward(
+        problem, inputs.features, layers, gates, inputs.lengths, inputs.seed, iterates, inputs.incoming["Y"], d_x, d_g
+    )
+    return joined(problem, features, parameters)
+
+
+def run_forward(row: Row, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Tensors as ops.py allocates them, but for what they hold: what is left unwritten shows as NaN."""
+    problem, like = case.problem, inputs.features[0]
+    frames = (case.batch, case.length)
+
+    def new(*size: int) -> Tensor:
+        return like.new_full(size, math.nan)
+
+    outputs = [new(*frames, d_m) for d_m in case.widths]
+    if not case.extras:
+        outputs = list(new(*frames, problem.width).split(case.widths, dim=-1))
+    iterates = new(problem.iterations, *frames, problem.width)
+    gates = [new(*frames, sum(problem.gate_ways)) for _ in case.widths] if case.extras else []
+    row.forward(problem, inputs.features, inputs.parameters, inputs.lengths, inputs.seed, outputs, iterates, gates)
+    named = {f"Y[{m}]": y for m, y in enumerate(outputs)} | {"X": iterates}
+    return named | {f"G[{m}]": g for m, g in enumerate(gates)}
+
+
+def run_backward(row: Row, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    problem = case.problem
+    d_x, d_g = parts_of_modalities(problem, inputs)
+    features, parameters = (
+        [x.new_full(x.shape, math.nan) for x in tensors] for tensors in (inputs.features, inputs.parameters)
+    )
+    row.backward(
+        problem, inputs.features, inputs.parameters, inputs.lengths, inputs.seed, inputs.iterates,
+        inputs.incoming["Y"], d_x if case.extras else [], d_g if case.extras else [], features, parameters,
+    )  # fmt: skip
+    return joined(problem, features, parameters)
+
+
+def parts_of_modalities(problem: Problem, inputs: Inputs) -> tuple[list[Any], list[Any]]:
+    """Incoming gradients of the iterates and of the gate values; None where there are none."""
+    none = [None] * len(problem.widths)
+    d_x = inputs.incoming.get("X")
+    return list(d_x[0].split(problem.widths, dim=-1)) if d_x else none, list(inputs.incoming.get("G", none))
+
+
+def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """One vector of float64, on the CPU, for every kind of gradient."""
+    of_layer = ["d query"] * 2 + [f"d {kind}" for kind in ("key", "value", "output") for _ in problem.widths * 2]
+    kinds = ["d features"] * len(features) + of_layer * problem.iterations
+    kinds += ["d gates"] * (len(features) + len(parameters) - len(kinds))
+    vectors: dict[str, list[Tensor]] = {}
+    for kind, gradient in zip(kinds, (*features, *parameters), strict=True):
+        vectors.setdefault(kind, []).append(gradient.cpu().double().flatten())
+    return {kind: torch.cat(parts) for kind, parts in vectors.items()}
+
+
+# ---- the check
+
+
+def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
+    """Every tensor of one case: values, gradients, and whether a second run gives the same."""
+    problem, exact = case.problem, make(case, dtype, seed)
+    inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
+    draws = [inputs, *(inputs.half_an_ulp_away(generator) for _ in range(DRAWS - 1))]
+    where = f"L = {case.length}, {str(dtype).removeprefix('torch.')}"
+    for run, derived, norm in ((run_forward, derived_forward, math.inf), (run_backward, derived_backward, 2)):
+        truth, eager = derived(problem, exact), [derived(problem, draw) for draw in draws]
+        ours, again = run(row, case, inputs), run(row, case, inputs)
+        for name, value in ours.items():
+            worst = max(distance(draw[name], truth[name], norm) for draw in eager)
+            few = FEW * torch.finfo(dtype).eps * float(truth[name].norm(norm))
+            yield Finding(where, name, distance(value, truth[name], norm), FACTOR * worst + few)
+        changed = sum(not torch.equal(value, again[name]) for name, value in ours.items())
+        yield Finding(where, "changed when repeated", changed, 0)
+
+
+def distance(x: Tensor, truth: Tensor, norm: float) -> float:
+    return float((x.cpu().double() - truth).norm(norm))
+
+
+def check(
+    row: Row, device: torch.device, dtype: torch.dtype, tell: Callable[[Finding | str], None] = lambda line: None
+) -> Verdict:
+    """Check one dtype; ``tell`` is given every finding, and the traceback of an exception.
+
+    PyTorch keeps its modes (no_grad, inference, autocast, fake tensors, a default device, transforms, tracing) per
+    thread, so the check runs in a thread of its own, in which there are none.
+    """
+
+    def work() -> str | None:
+        reason = None
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for case in cases(device):
+                for finding in compare(row, case, device, dtype):
+                    tell(finding)
+                    reason = reason or (None if finding.passes else f"{finding}.")
+        return reason
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return Verdict(thread.submit(work).result())
+    except Exception as error:
+        tell(traceback.format_exc())
+        first, *_ = str(error).splitlines() or [""]
+        return Verdict(f"it raised {type(error).__name__}: {first[:200]}", lasting=False)
+
+
+# ---- what is remembered
+
+_verdicts: dict[str, Verdict] = {}
+_said: set[str] = set()
+_lock = threading.RLock()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The dtype, and whether PyTorch's settings let products of float32 use TF32: such kernels are other kernels."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
+    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 and dtype == torch.float32 else "")
+
+
+@functools.cache
+def key_of(backend: str, index: int, precision: str) -> str:
+    """All that a verdict depends on, as JSON."""
+    properties = torch.cuda.get_device_properties(index)
+    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+    key = {
+        "backend": backend,
+        "precision": precision,
+        "device": properties.name,
+        "capability": getattr(properties, "gcnArchName", None) or f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": None if driver is None else driver(),
+        "runtime": torch.version.hip or torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": next((found.version for found in metadata.distributions(name="triton")), None),
+        "grjca_kernels": sources(),
+    }
+    return json.dumps(key, indent=1)
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of this package: its version, its kernels, and this check."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".so", ".pyd"):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def file_of(key: str) -> Path:
+    """One file for every key, so that processes never write the same one with different content."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return folder / "grjca_kernels" / f"self-check-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def recall(key: str) -> Verdict | None:
+    """What this or an earlier process found; a file that cannot be read, or says something else, says nothing."""
+    if key not in _verdicts:
+        if json.loads(key)["device"] in RECORDS:
+            _verdicts[key] = Verdict(None)
+        else:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+                content = json.loads(file_of(key).read_text())
+                if isinstance(content, dict) and content.get("key") == json.loads(key) and "reason" in content:
+                    reason = content["reason"]
+                    if reason is None or isinstance(reason, str):
+                        _verdicts[key] = Verdict(reason)
+    return _verdicts.get(key)
+
+
+def remember(key: str, verdict: Verdict) -> None:
+    """In this process, and for the next ones unless they may do better. Without a place to write, in this one only."""
+    _verdicts[key] = verdict
+    if not verdict.lasting:
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        path, content = file_of(key), {"key": json.loads(key), "reason": verdict.reason}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_text(json.dumps(content, indent=1))
+            os.replace(part, path)  # whole, or not there
+
+
+# ---- what is asked
+
+
+def passed(row: Row, device: str, index: int | None, dtype: torch.dtype) -> bool:
+    """Whether "auto" may use ``row`` for tensors of this device and dtype. Checks it if nobody has.
+
+    On the CPU, which is where Triton's interpreter computes, it is not asked for: no. What is said is said once in a
+    process, by the logger "grjca_kernels".
+    """
+    if device == "cpu":
+        return False
+    index = torch.cuda.current_device() if index is None else index
+    key = key_of(row.name, index, precision(dtype))
+    verdict = _verdicts.get(key)
+    if verdict is None:
+        with _lock:
+            verdict = recall(key) or first_verdict(row, device, index, dtype, key)
+    if verdict is None:
+        return False
+    if verdict.reason is not None:
+        say(
+            f"backend='auto' does not use the {row.name} kernels for {precision(dtype)} on {name_of(key)}, because "
+            f"they failed their self-check: {verdict.reason} It takes the next backend; "
+            f"grjca_kernels.self_check({row.name!r}) prints all errors, and please report them."
+        )
+    return verdict.reason is None
+
+
+def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, key: str) -> Verdict | None:
+    """Check, unless a CUDA graph is being captured, in which nothing else may run."""
+    what = f"the {row.name} kernels have no test record for {precision(dtype)} on {name_of(key)}"
+    if torch.cuda.is_current_stream_capturing():
+        say(
+            f"{what}, and a CUDA graph is being captured, so backend='auto' takes the next backend; call "
+            "grjca_kernels.self_check(), or the model, before the capture."
+        )
+        return None
+    say(f"{what}; backend='auto' now checks them, once and for about a minute, and uses them only if they pass.")
+    verdict = check(row, torch.device(device, index), dtype)
+    remember(key, verdict)
+    return verdict
+
+
+def say(sentence: str) -> None:
+    if sentence not in _said:
+        _said.add(sentence)
+        _log.warning(sentence)
+
+
+def name_of(key: str) -> str:
+    return str(json.loads(key)["device"])
+
+
+def report(row: Row, device: torch.device | str | int | None) -> bool:
+    """Check ``row`` now, in every dtype that it computes, print what was found, and remember it for "auto"."""
+    device = find_device(row, device)
+    failures = []
+
+    def tell(line: Finding | str) -> None:
+        if isinstance(line, Finding):
+            verdict = "" if line.passes else "  FAILED"
+            line = f"{line.where:18} {line.tensor:22} error {line.error:8.2e}  allowed {line.bound:8.2e}{verdict}"
+        print(line, flush=True)
+
+    for dtype in DTYPES:
+        refusal = row.refusal(device.type, dtype)
+        if refusal is not None:
+            print(f"{str(dtype).removeprefix('torch.')}: not checked, {refusal}")
+            continue
+        verdict = check(row, device, dtype, tell)
+        if device.type == "cuda":
+            with _lock:
+                remember(key_of(row.name, device.index, precision(dtype)), verdict)
+        if verdict.reason is not None:
+            failures.append(verdict.reason)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    print(f"The {row.name} kernels {'failed' if failures else 'passed'} on {name}.", *failures)
+    return not failures
+
+
+def find_device(row: Row, given: torch.device | str | int | None) -> torch.device:
+    """The device to check on: by default a GPU, or the CPU if that is where ``row`` computes."""
+    candidates = [torch.device(kind) for kind in ("cuda", "cpu")] if given is None else [torch.device(given)]
+    reasons = [row.refusal(device.type, torch.float32) for device in candidates]
+    for device, reason in zip(candidates, reasons, strict=True):
+        if reason is None:
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            return device
+    raise RuntimeError(f"backend {row.name!r} cannot be checked: {reasons[0]}")
