@@ -1,7 +1,8 @@
 """Publish the benchmarks: ``python -m benchmarks.report``.
 
 It runs them, keeps the rows of this machine in ``results/``, and rewrites the tables of README.md between two markers.
-``--check`` only fails where those tables are not the ones of the rows.
+``--check`` only fails where those tables are not the ones of the rows. Rows of GPUs, which ``benchmarks.gpu`` keeps in
+``results/*.jsonl``, get tables too; there need not be any.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+
+from benchmarks import ledger
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,8 +89,10 @@ def store(rows: list[Row], folder: Path) -> Path:
 
 
 def tables(folder: Path) -> str:
-    """A table for every machine."""
-    return "\n\n".join(table(json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
+    """A table for every machine; first those of GPUs, if there are any."""
+    of_gpus = [gpu_table(ledger.current(ledger.read(path))) for path in sorted(folder.glob("*.jsonl"))]
+    of_processors = [table(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join([*of_gpus, *of_processors])
 
 
 def table(rows: list[Row]) -> str:
@@ -114,6 +119,40 @@ def table(rows: list[Row]) -> str:
             )
         )
     return "\n".join(lines)
+
+
+GPU_COLUMNS = {
+    "eager": "eager",
+    "eager-graph": "eager, graph",
+    "compiled": "torch.compile",
+    "fused": "fused",
+    "fused-graph": "fused, graph",
+}
+
+
+def gpu_table(rows: list[Row]) -> str:
+    """Times of every shape, pass and dtype on a GPU, then what became of the goals."""
+    timed = [row for row in rows if row.get("kind") == "time"]
+    if not timed:
+        raise ValueError("a file of results/*.jsonl holds no time: commit it when it does.")
+    first = timed[0]
+    lines = [
+        f"{first['device']}, driver {first['driver']}, torch {first['torch']}, Triton {first['triton']}, "
+        f"commit {first['commit']}: median in milliseconds on the device; torch.compile is max-autotune, with CUDA "
+        "graphs.",
+        "",
+        f"| shape | pass | dtype | {' | '.join(GPU_COLUMNS.values())} | against eager | graph against compile |",
+        "|---|---|---|" + "--:|" * (len(GPU_COLUMNS) + 2),
+    ]
+    places = ("shape", "batch", "pass", "dtype")
+    for place in dict.fromkeys(tuple(row[name] for name in places) for row in timed):
+        of_place = [row for row in timed if tuple(row[name] for name in places) == place]
+        ms = dict.fromkeys(GPU_COLUMNS) | {row["implementation"]: row["device_ms"] for row in of_place}
+        shape, batch, *others = place
+        cells = [f"{shape}, B = {batch}", *others, *(_number(ms[name]) for name in GPU_COLUMNS)]
+        cells += [_ratio(ms["eager"], ms["fused"]), _ratio(ms["compiled"], ms["fused-graph"])]
+        lines.append(_line(cells))
+    return "\n".join([*lines, "", *ledger.lines(ledger.verdicts(rows))])
 
 
 def replaced(text: str, table: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gate, report
+from benchmarks import gate, gpu, ledger, report
 from benchmarks.cases import IMPLEMENTATIONS, Problem
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
@@ -174,3 +174,180 @@ def test_report_check(published, capsys):
     readme.unlink()
     assert report.main(["--check"]) == 1
     assert "README.md" in capsys.readouterr().err
+
+
+def test_no_gpu_yet_is_a_state_that_the_check_accepts(published):
+    folder, measured = published
+    report.main([str(measured)])
+    assert not list((folder / "results").glob("*.jsonl"))
+    assert report.main(["--check"]) == 0
+
+
+# ---- GPUs; every figure here is invented
+
+GPU = {"device": "A GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "source": "s1"}
+
+
+def gpu_row(implementation, ms, shape="abaw", batch=12, what="forward", **others):
+    place = {"shape": shape, "batch": batch, "pass": what, "dtype": "bfloat16", "implementation": implementation}
+    row = f"{shape} B={batch} bfloat16 {implementation} {what}"
+    return {"row": row, "kind": "time", **place, "device_ms": ms, **GPU, **others}
+
+
+def test_verdicts():
+    memory = [gpu_row("eager", 0, kind="memory", bytes=600), gpu_row("fused", 0, kind="memory", bytes=101)]
+    rows = [
+        gpu_row("eager", 1.3),
+        gpu_row("fused", 0.2),
+        gpu_row("compiled", 0.2),
+        gpu_row("fused-graph", 0.16),
+        *memory,
+    ]
+    found = {row["goal"]: row for row in ledger.verdicts([*rows, *memory])}
+    assert len(found) == len(ledger.GOALS)
+    assert found["abaw B=12 forward: 6x faster than eager"]["verdict"] == "met"
+    assert found["abaw B=12 forward: 1.5x faster than compiled"]["verdict"] == "missed by 17 %"
+    assert found["abaw B=12 memory: 6x smaller than eager"]["verdict"] == "missed by 0.99 %"
+    assert found["clip B=64 forward: 5x faster than eager"]["verdict"] == "not measured"
+    assert {row["verdict"] for row in ledger.verdicts([])} == {"not measured"}
+
+
+def test_a_goal_has_rows_that_decide_it():
+    """Of the same names as the plan's."""
+    planned = {row for _, plan in gpu.stages().values() for row in plan}
+    for goal in ledger.GOALS:
+        for how in (goal.baseline, "fused", *["fused-graph"] * (goal.baseline == "compiled")):
+            place = f"{goal.shape} B={goal.batch}"
+            row = f"{place} memory {how}" if goal.what == "memory" else f"{place} bfloat16 {how} {goal.what}"
+            assert row in planned, goal
+
+
+def test_the_plan_names_what_there_is():
+    pytest.importorskip("triton")
+    from benchmarks import ceilings, gpu_parts
+
+    planned = {row for _, plan in gpu.stages().values() for row in plan}
+    assert {f"ceiling {name}" for name in ceilings.CEILINGS} <= planned
+    assert {f"abaw B=12 variant {name} training" for name in gpu_parts.VARIANTS} <= planned
+
+
+def test_a_stage_goes_on_where_it_stopped(tmp_path, capsys):
+    path, calls, broken = tmp_path / "results" / "gpu.jsonl", [], [True]
+
+    def fine():
+        calls.append("fine")
+        return {"device_ms": 1.0}
+
+    def fails():
+        calls.append("fails")
+        if broken[0]:
+            raise AssertionError("an error of 1, 0 is allowed")
+        return {"device_ms": 2.0}
+
+    def run(source):
+        plan = {"a": fine, "b": fails, "c": fine}
+        return gpu.run_stage("stage", plan, path, lambda: {"source": source}, lambda: {"clocks.sm": "1980"})
+
+    assert run("s1") == 1 and calls == ["fine", "fails", "fine"]
+    assert [row["row"] for row in ledger.read(path)] == ["a", "b", "c"]
+    assert ledger.read(path)[1]["error"].startswith("AssertionError") and "device_ms" not in ledger.read(path)[1]
+    broken[0] = False
+    assert run("s1") == 0 and calls[3:] == ["fails"], "only what failed is tried again"
+    assert {row["row"] for row in ledger.current(ledger.read(path))} == {"a", "b", "c"}
+    with path.open("a") as file:
+        file.write('{"row": "half')  # killed while it wrote
+    assert ledger.done(ledger.read(path), "s1") == {"a", "b", "c"}
+    path.write_text(path.read_text() + "\n")
+    assert run("s2") == 0 and calls[4:] == ["fine", "fails", "fine"], "other sources are measured anew"
+    assert len(ledger.current(ledger.read(path))) == 3
+    assert ledger.read(path)[0]["clocks"] == {"clocks.sm": "1980"}
+
+
+def test_a_source_that_changes_has_another_name(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    file = tmp_path / "benchmarks" / "gpu.py"
+    file.write_text("a")
+    before = ledger.source(tmp_path)
+    assert ledger.source(tmp_path) == before
+    file.write_text("b")
+    assert ledger.source(tmp_path) != before
+
+
+def test_a_dry_run(tmp_path, capsys):
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "none.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert out.index("abaw B=12 bfloat16 fused forward") < out.index("clip B=64") < out.index("variants")
+    assert "not measured" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_nothing_is_timed(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "gpu.jsonl")]) == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--only", "nothing"])
+
+
+def test_outcome_of_the_tests(tmp_path):
+    cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase>'
+    (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    assert gpu.outcome(tmp_path / "junit.xml") == {"kind": "tests", "passed": 1, "failed": ["b"], "skipped": 1}
+
+
+def test_report_of_a_gpu(published):
+    folder, measured = published
+    report.main([str(measured)])
+    stale = gpu_row("fused", 9.0, source="s0", commit="old")
+    for row in (stale, gpu_row("eager", 1.3), gpu_row("fused", 0.2), gpu_row("fused-graph", 0.1)):
+        ledger.append(folder / "results" / "a-gpu.jsonl", row)
+    assert report.main(["--check"]) == 1
+    assert report.main([str(measured)]) == 0 and report.main(["--check"]) == 0
+    text = (folder / "README.md").read_text()
+    assert "| abaw, B = 12 | forward | bfloat16 | 1.3 |  |  | 0.2 | 0.1 | 6.5x |  |" in text
+    assert "| abaw B=12 forward: 6x faster than eager | 6.50x | met |" in text
+    assert "commit abc" in text and "commit old" not in text
+
+
+@pytest.mark.parametrize("name", ["abaw", "clip", "light"])
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_every_step_has_a_name(name, form):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_parts
+    from grjca_kernels import config
+    from grjca_kernels.shapes import Problem as Described
+
+    shape = SHAPES[name]
+    widths = (shape.dim_visual, shape.dim_audio)
+    for batch in (1, 64):
+        problem = Described(
+            batch, shape.length, widths, shape.iterations, shape.gating, form, 0.0, 0.1, shape.normalize, False
+        )
+        device, common = config.Device("cuda", 90, 132, 227 * 1024), {"tf32": False, "lengths": False}
+        with gpu_parts.variant({"chunk": 5}):
+            forward = config.forward(problem, torch.bfloat16, device, **common, return_gates=False)
+            backward = config.backward(problem, torch.bfloat16, device, **common, weights=True, d_iterates=False)
+        assert forward.chunk == min(5, batch) and backward.chunk == min(5, batch)
+        assert len(gpu_parts.step_names(forward, False)) == forward.steps
+        assert len(gpu_parts.step_names(backward, True)) == backward.steps
+
+
+def test_ceilings_in_the_interpreter():
+    """That the small kernels run at all; their times here say nothing."""
+    pytest.importorskip("triton")
+    if not triton_is_interpreted():
+        pytest.skip("on a GPU they are measured")
+    from benchmarks import ceilings
+
+    def timer(call):
+        call()
+        return 1.0
+
+    assert ceilings.tanh_rate(timer, False, device="cpu", programs=1, repeats=1)["ms"] == 1
+    assert ceilings.barrier(timer, device="cpu", programs=1, count=2)["us"] == 0
+    assert ceilings.launch(timer, True, device="cpu", programs=1)["device us"] == 100
+
+
+def triton_is_interpreted():
+    from grjca_kernels.triton import interpreted
+
+    return interpreted()
