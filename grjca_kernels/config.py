@@ -7,7 +7,7 @@ they follow from counts, and from what the compiler reports of registers and sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,13 +33,13 @@ INTERPRETER = Device("interpreter", 0, 1, 1 << 30)
 class Tiles:
     """Sizes of tiles: powers of two, 16 at least, as ``tl.dot`` wants them.
 
-    m x n is the tile of a product, k its step along the sum; in the streamed attention m counts columns of J and n
-    columns of X_m.
+    m x n is the tile of a product, k its step along the sum; a tile of a streamed C has m columns (of J) and c rows.
     """
 
     m: int
     n: int
     k: int
+    c: int
     warps: int
     stages: int
     programs: int  # on one multiprocessor
@@ -67,7 +67,10 @@ class Constants:
     block_m: int
     block_n: int
     block_k: int
+    block_c: int
     block_l: int
+    block_key: int
+    block_time: int
     block_frames: int
     block_columns: int
     slot_joint: int
@@ -100,6 +103,7 @@ class Launch:
     chunk: int  # samples that pass through the workspace together
     steps: int  # phases, between which the grid waits
     work: int  # elements in the dtype of the features
+    bits: int  # bytes of the dropout masks
     gate_values: int  # elements of float32
     gradients: int  # elements of all parameters
     parts: int  # of the rows, whose gradients are summed apart
@@ -114,32 +118,67 @@ STREAM_FRAMES = 32
 """The longest sequence whose C is streamed. C is d / L times as large as an activation, while streaming computes it
 again for every block of frames: once up to this length, where a block holds them all."""
 
+
+def streams(problem: Problem) -> bool:
+    """Whether C is streamed, and not stored."""
+    return problem.length <= STREAM_FRAMES
+
+
 WAVES = 4
 """Tasks of the first phase for each program of the grid, from which on more samples at once only take more memory."""
 
+MIXED = 1024
+"""Elements of K that a warp makes in one task where C is streamed: sums are short, and small tasks only wait for loads."""
 
-def tiles(dtype: torch.dtype, precision: str, stream: bool, aligned: bool, device: Device) -> Tiles:
-    """Tile sizes: the largest with which no register of either kernel is spilled (tests/test_triton_compiled.py).
+INTERPRETED = Tiles(16, 16, 16, 16, 4, 1, 1)
+ODD = Tiles(32, 32, 32, 32, 4, 2, 1)
 
-    Four warps leave room for two programs on a multiprocessor, and small tiles waste less of L = 300 than large ones.
-    Unless ``aligned``, every element is loaded by an address of its own, which takes registers.
+TILES = {  # (family, products): forward, backward that stores C, backward that streams it
+    ("sm_80", "half"): (
+        Tiles(128, 128, 32, 64, 8, 4, 1), Tiles(64, 64, 64, 64, 8, 4, 1), Tiles(64, 64, 32, 32, 8, 3, 1)
+    ),
+    ("sm_80", "tf32"): (Tiles(128, 64, 32, 32, 8, 3, 1), *2 * [Tiles(64, 64, 32, 32, 8, 3, 1)]),
+    ("sm_90", "half"): (
+        Tiles(128, 128, 64, 64, 8, 4, 1), Tiles(128, 128, 64, 64, 8, 2, 1), Tiles(128, 128, 64, 64, 8, 3, 1)
+    ),
+    ("sm_90", "half, odd length"): (Tiles(128, 128, 64, 64, 8, 4, 1), *2 * [Tiles(128, 64, 64, 64, 8, 3, 1)]),
+    ("sm_90", "tf32"): 3 * (Tiles(128, 64, 32, 32, 8, 3, 1),),
+    ("sm_100", "half"): (
+        Tiles(128, 128, 64, 64, 8, 3, 1), Tiles(64, 64, 64, 64, 8, 3, 1), Tiles(128, 64, 64, 32, 8, 3, 1)
+    ),
+    ("sm_100", "tf32"): (Tiles(64, 64, 32, 32, 8, 3, 1), *2 * [Tiles(32, 32, 32, 32, 8, 1, 1)]),
+    ("small", "half"): (*2 * [Tiles(64, 64, 64, 64, 4, 3, 2)], Tiles(64, 32, 64, 32, 4, 3, 2)),
+    ("small", "tf32"): (*2 * [Tiles(64, 32, 32, 32, 4, 2, 2)], Tiles(32, 32, 32, 32, 8, 2, 1)),
+    ("hip", "half"): 3 * (Tiles(64, 64, 64, 64, 4, 2, 1),),
+    **{("hip", products): 3 * (Tiles(32, 32, 32, 32, 4, 1, 1),) for products in ("tf32", "single")},
+    **{
+        (family, "single"): 3 * (Tiles(64, 64, 16, 32, 8, 1, 1),) for family in ("sm_80", "sm_90", "sm_100", "small")
+    },
+}  # fmt: skip
+"""The largest with which neither kernel spills a register; tests/test_triton_compiled.py sees to that.
+
+Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does 64.
+For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the
+chips with 100 KiB of shared memory.
+"""
+
+
+def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, backward: bool) -> Tiles:
+    """Tile sizes.
+
+    Where rows do not begin at multiples of 16 bytes, every element is loaded by an address of its own, which takes
+    registers. With an odd L those are the rows of W_k alone.
     """
     if device.kind == "interpreter":
-        return Tiles(16, 16, 16, 4, 1, 1)
-    if not aligned:
-        return Tiles(32, 32, 32, 4, 1 if precision == "ieee" or device.kind == "hip" else 2, 1)
-    if device.kind == "hip":
-        return Tiles(64, 64, 64, 4, 2, 1) if dtype != torch.float32 else Tiles(32, 32, 32, 4, 1, 1)
-    blackwell = 100 <= device.capability < 120
-    if dtype != torch.float32:
-        if blackwell:
-            return Tiles(64, 64, 64, 8, 2, 1)
-        return Tiles(64, 64, 64, 4, 3, 2) if device.capability == 90 or not stream else Tiles(64, 32, 64, 4, 3, 2)
-    if precision == "ieee":
-        return Tiles(32, 32, 32, 4, 1, 2)
-    if blackwell:
-        return Tiles(32, 32, 32, 8, 1, 1)
-    return Tiles(64, 32, 32, 4, 2, 2) if device.capability == 90 or not stream else Tiles(32, 32, 32, 8, 2, 1)
+        return INTERPRETED
+    products = "half" if dtype != torch.float32 else "tf32" if tf32 else "single"
+    family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(device.capability, "small")
+    family = device.kind if device.kind == "hip" else family
+    odd_width, odd_length = any(d_m % 16 for d_m in problem.widths), problem.length % 4 > 0
+    found = TILES.get((family, products + ", odd length" * odd_length))
+    if odd_width or found is None:
+        return replace(ODD, stages=1) if products == "single" or family == "hip" else ODD
+    return found[1 + streams(problem) if backward else 0]
 
 
 def constants(
@@ -155,11 +194,10 @@ def constants(
     d_iterates: bool = False,
 ) -> tuple[Constants, Tiles]:
     """What is compiled for a problem."""
-    precision = "tf32" if dtype != torch.float32 or tf32 else "ieee"
-    stream = problem.length <= STREAM_FRAMES
+    stream = streams(problem)
     frames = max(16, _power_of_two(problem.length)) if stream else 0
-    aligned = problem.length % 4 == 0 and all(d_m % 16 == 0 for d_m in problem.widths)
-    tile = tiles(dtype, precision, stream, aligned, device)
+    tile = tiles(problem, dtype, tf32, device, backward)
+    rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, tile.n)
     modalities, released = len(problem.widths), problem.released
     overlay = not stream and not backward  # K and J are dead when H is written
     hidden = 0 if overlay else 4
@@ -180,16 +218,19 @@ def constants(
         dropout=problem.dropout > 0,
         lengths=lengths,
         return_gates=return_gates,
-        precision=precision,
+        precision="tf32" if dtype != torch.float32 or tf32 else "ieee",
         approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
         stream=stream,
         length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
         block_m=tile.m,
         block_n=tile.n,
         block_k=tile.k,
+        block_c=tile.c,
         block_l=frames if stream else tile.m,
-        block_frames=16,
-        block_columns=tile.n,
+        block_key=max(tile.n, MIXED * tile.warps // frames) if stream else tile.n,
+        block_time=frames if stream else tile.k,
+        block_frames=rows,
+        block_columns=columns,
         slot_joint=0,
         slot_key=1 if overlay else 2,
         slot_value=value,
@@ -227,6 +268,7 @@ def forward(
         chunk=chunk,
         steps=chunks * (problem.iterations * phases + 2),
         work=compiled.slots * unit(problem, chunk) + correlation,
+        bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=0,
         parts=0,
@@ -258,10 +300,19 @@ def backward(
         chunk=chunk,
         steps=chunks * (problem.iterations * compiled.backward_phases + 3) + weights,
         work=compiled.slots * unit(problem, chunk) + correlations,
+        bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=parameter_elements(problem) if weights else 0,
         parts=parts_of(problem, tile, programs, chunk) if weights else 0,
     )
+
+
+def mask_bytes(problem: Problem, compiled: Constants, chunk: int) -> int:
+    """Bytes of the dropout masks of one iteration: a bit for every element of U, and of C where that is stored."""
+    rows = -(-problem.length // 8)
+    if not compiled.stream:
+        rows += sum(-(-d_m // 8) for d_m in problem.widths)
+    return chunk * rows * problem.width if compiled.dropout else 0
 
 
 def gate_values(problem: Problem, chunk: int) -> int:

@@ -22,7 +22,8 @@ import grjca_kernels.triton
 from cases import SEED, Case, Inputs, cotangents, describe, make, run
 from grjca_kernels import config, dropout, gated_rjca, reference
 from grjca_kernels.triton.arguments import Arguments, Scalars
-from grjca_kernels.triton.primitives import factors_of_correlation, factors_of_output, tanh
+from grjca_kernels.triton.masks import factors_of_correlation, load_factors, store_bits
+from grjca_kernels.triton.primitives import tanh
 from test_contract import assert_same_results
 from tolerances import DRAWS, _moved, check_close, check_draws, check_rule, length
 
@@ -285,11 +286,14 @@ def correlation_factors_kernel(a, p_to, sample, t, m, row, column, ROWS: tl.cons
 
 
 @triton.jit
-def output_factors_kernel(a, p_to, sample, t, m, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    samples = sample + o_r // 16
-    factors = factors_of_output(a, samples[:, None], row + (o_r % 16)[:, None], (column + o_c)[None, :], t, m)
-    tl.store(p_to + o_r[:, None] * COLUMNS + o_c[None, :], factors)
+def bits_kernel(a, p_bits, p_to, sample, t, m, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of U_m, by way of the bytes: [2, ROWS, COLUMNS] for two samples."""
+    o_g, o_r, o_c = tl.arange(0, ROWS // 4)[:, None], tl.arange(0, 2 * ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    samples, groups = sample + o_g // (ROWS // 8), row // 8 + o_g % (ROWS // 8)
+    store_bits(p_bits + o_g * COLUMNS + o_c, a, column + o_c, groups, samples, t, m, 1, (o_g >= 0) & (o_c >= 0))
+    tl.debug_barrier()
+    factors = load_factors(p_bits + o_r // 8 * COLUMNS + o_c, a, row + o_r, (o_r >= 0) & (o_c >= 0))
+    tl.store(p_to + o_r * COLUMNS + o_c, factors)
 
 
 @mark.parametrize("p", [0.6, 0.00001, 0.99999])
@@ -306,9 +310,7 @@ def test_the_mask_bit_for_bit(seed, sample, t, m, row, column, p):
     expected = dropout.scaled_mask(torch.tensor(seed), p, site=dropout.SITE_CORRELATION, **of)
     assert torch.equal(factors.mT > 0, expected[sample, row:, column:] > 0)
     assert torch.allclose(factors[factors > 0], torch.tensor(1 / (1 - p)))
-    row += 5  # here it need not divide by 8
-    factors = torch.empty(32, 16)
-    output_factors_kernel[(1,)](a, factors, sample, t, m, row, column, 32, 16)
+    factors, bits = torch.empty(2, 32, 16), torch.empty(8 * 16, dtype=torch.uint8)
+    bits_kernel[(1,)](a, bits, factors, sample, t, m, row, column, 32, 16)
     expected = dropout.scaled_mask(torch.tensor(seed), p, site=dropout.SITE_OUTPUT, **of)
-    expected = expected[sample:, row : row + 16, column:].flatten(0, 1)
-    assert torch.equal(factors > 0, expected > 0)
+    assert torch.equal(factors > 0, expected[sample:, row:, column:] > 0)

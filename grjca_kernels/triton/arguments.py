@@ -55,6 +55,7 @@ class Arguments(NamedTuple):
     batch_odd: int
     work: Any  # activations, in the dtype of the features
     wide: Any  # float32: gate values, and the partial sums of the weights' gradients
+    bits: Any  # bytes of the dropout masks, or None
 
 
 class Outputs(NamedTuple):

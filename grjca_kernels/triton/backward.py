@@ -10,15 +10,25 @@ from grjca_kernels.triton.gates_backward import gates_backward
 from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, project
 from grjca_kernels.triton.iteration_backward import (
     attended_backward,
+    attended_tasks,
     correlation_backward,
     correlation_backward_stored,
     initial_backward,
     input_backward,
+    input_blocks,
     key_joint_backward,
     output_backward,
 )
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier
-from grjca_kernels.triton.weights_backward import gate_tasks, gate_weights, input_weights, output_weights, reduce
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier, modality_blocks, task_of, turns
+from grjca_kernels.triton.weights_backward import (
+    gate_tasks,
+    gate_weights,
+    input_weights,
+    input_weights_tasks,
+    output_weights,
+    output_weights_tasks,
+    reduce,
+)
 
 
 @triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
@@ -87,9 +97,7 @@ def phase_stored(a, t, phase, first, count, C: tl.constexpr):
 def phase_of_both(a, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
     """What does not care where C is: the output projection first, the inputs last."""
     if phase == LAST:
-        input_backward(a, t, first, count, C)
-        if C.weights:
-            input_weights(a, t, first, count, C)
+        inputs_and_weights(a, t, first, count, C)
     elif C.released:
         if phase == FIRST:
             output_backward(a, t, first, count, C)
@@ -101,19 +109,41 @@ def phase_of_both(a, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, c
 
 @triton.jit
 def attended_and_weights(a, t, first, count, C: tl.constexpr):
-    """What H_m W_h^T sends back, and to W_h while H is still there."""
-    attended_backward(a, t, count, C)
-    if C.weights:
-        output_weights(a, t, first, count, C)
+    """What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer."""
+    of_weights = output_weights_tasks(a, C) if C.weights else 0
+    tasks = of_weights + attended_tasks(a, count, C)
+    for turn in tl.range(0, turns(tasks), disable_licm=True):
+        i = task_of(turn)
+        if i >= of_weights:
+            if i < tasks:
+                attended_backward(a, t, count, i - of_weights, C)
+        elif C.weights:
+            output_weights(a, t, first, count, i, C)
+
+
+@triton.jit
+def inputs_and_weights(a, t, first, count, C: tl.constexpr):
+    """What the projections send back to X^t, and to their weights."""
+    of_inputs = input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
+    tasks = of_inputs + (input_weights_tasks(a, C) if C.weights else 0)
+    for turn in tl.range(0, turns(tasks), disable_licm=True):
+        i = task_of(turn)
+        if i < of_inputs:
+            input_backward(a, t, first, count, i, C)
+        elif C.weights:
+            if i < tasks:
+                input_weights(a, t, first, count, i - of_inputs, C)
 
 
 @triton.jit
 def finish(a, to, first, count, C: tl.constexpr):
-    """d x from d X^0, and the gates' weights."""
-    of_inputs = frame_blocks(a, count, C)
+    """The gates' weights, and d x from d X^0."""
     of_gates = gate_tasks(a, C) if C.weights else 0
-    for i in tl.range(tl.program_id(0), of_inputs + of_gates, tl.num_programs(0), disable_licm=True):
-        if i < of_inputs:
-            initial_backward(a, to, first, i, C)
+    tasks = of_gates + frame_blocks(a, count, C)
+    for turn in tl.range(0, turns(tasks), disable_licm=True):
+        i = task_of(turn)
+        if i >= of_gates:
+            if i < tasks:
+                initial_backward(a, to, first, i - of_gates, C)
         elif C.gates > 0:
-            gate_weights(a, first, count, i - of_inputs, C)
+            gate_weights(a, first, count, i, C)

@@ -123,7 +123,7 @@ def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
     if C.gating == "hierarchical":
         return relu(stage(a, first, row, m, i + 1, c, rows, C))
     elif C.gating == "dynamic":
-        return states(a, tl.where(i == 0, 0, C.iterations), first, row, m, c, rows, C)
+        return states(a, 0 if i == 0 else C.iterations, first, row, m, c, rows, C)
     else:
         return states(a, i, first, row, m, c, rows, C)
 
@@ -131,10 +131,15 @@ def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
 @triton.jit
 def mixture(a, first, row, m, c, rows, C: tl.constexpr):
     """sum_i G_i choice_i, whose relu is Y."""
-    last = tl.zeros((), tl.int32) + C.gates - 1
     acc = zeros(C.block_frames, C.block_columns)
-    for i in tl.range(0, ways_of(last, C), disable_licm=True):
-        acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)
+    if C.gating == "hierarchical":
+        last = tl.zeros((), tl.int32) + C.gates - 1
+        for i in tl.range(0, ways_of(last, C), disable_licm=True):
+            acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)
+    else:
+        LAST: tl.constexpr = C.ways
+        for i in tl.static_range(LAST):  # all loads at once
+            acc += value(a, row, m, i, rows, C) * choice(a, first, row, m, i, c, rows, C)
     return acc
 
 

@@ -13,17 +13,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grjca_kernels.triton.masks import (
+    correlation_bits,
+    draw,
+    drawing_tasks,
+    factors_of_correlation,
+    load_factors,
+    output_bits,
+)
 from grjca_kernels.triton.primitives import (
     add_row,
     entry,
-    factors_of_correlation,
-    factors_of_output,
     frames,
     layer_of,
     length_of,
     load_tile,
-    modality_block,
     modality_blocks,
+    modality_task,
     offset_of,
     parameter,
     product,
@@ -32,6 +38,8 @@ from grjca_kernels.triton.primitives import (
     state,
     store_tile,
     tanh,
+    task_of,
+    turns,
     view_of,
     zero_vector,
     zeros,
@@ -101,37 +109,47 @@ def norm_of_rows(p_x, s_column, m_x, d_m, C: tl.constexpr):
 
 @triton.jit
 def project(a, t, first, count, C: tl.constexpr):
-    """J = X W_q^T + b_q, V_m = X_m W_v^T + b_v, and K_m by mix_time: all that needs only X^t."""
+    """J = X W_q^T + b_q, K_m by mix_time, V_m = X_m W_v^T + b_v, and the dropout masks: all that needs only X^t.
+
+    In this order, as the sums of J are the longest and drawing takes least.
+    """
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
-    n_joint = tl.cdiv(a.shape.width, C.block_n) if C.released else 0
-    columns = n_joint + modality_blocks(a.shape.widths, C.block_n)
-    mixing = count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_n)
-    for i in tl.range(tl.program_id(0), n_rows * columns + mixing, tl.num_programs(0), disable_licm=True):
-        if i < n_rows * columns:
-            project_tile(a, t, first, count, i // columns * C.block_m, i % columns, n_joint, C)
-        else:
-            mix_time(a, t, first, i - n_rows * columns, C)
+    of_joint = n_rows * tl.cdiv(a.shape.width, C.block_n) if C.released else 0
+    of_key = key_tasks(a, count, C)
+    of_linear = of_joint + n_rows * modality_blocks(a.shape.widths, C.block_n)
+    tasks = of_linear + of_key + drawing_tasks(a, count, C)
+    for turn in tl.range(0, turns(tasks), disable_licm=True):
+        i = task_of(turn)
+        if (i >= of_joint) & (i < of_joint + of_key):
+            mix_time(a, t, first, count, i - of_joint, C)
+        elif i < of_linear + of_key:
+            project_tile(a, t, first, count, tl.where(i < of_joint, i, i - of_key), of_joint, C)
+        elif C.dropout:
+            if i < tasks:
+                draw(a, t, first, count, i - of_linear - of_key, C)
 
 
 @triton.jit
-def project_tile(a, t, first, count, r, i_column, n_joint, C: tl.constexpr):
-    """A tile of J or of V, from row r on."""
-    width, layer = a.shape.width, layer_of(t, C)
-    m, offset, c = modality_block(a.shape.widths, i_column - n_joint, C.block_n)
+def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
+    """A tile of J, or from task of_joint on, of V."""
+    width, layer, all_rows = a.shape.width, layer_of(t, C), count * length_of(a, C)
+    m, offset, c, i_row = modality_task(a.shape.widths, i - of_joint, tl.cdiv(all_rows, C.block_m), C.block_n)
     outputs = entry(a.shape.widths, m)
     p_weight = linear_parameter(a, layer, m, VALUE, 0, C)
     p_to = slot(a, C.slot_value)
     p_bias = p_weight
     if C.released:
         p_bias = linear_parameter(a, layer, m, VALUE, 1, C)
-        joint = i_column < n_joint
-        c = tl.where(joint, i_column * C.block_n, c)
+        joint, n_joint = i < of_joint, tl.cdiv(width, C.block_n)
+        i_row = tl.where(joint, i // n_joint, i_row)
+        c = tl.where(joint, i % n_joint * C.block_n, c)
         offset = tl.where(joint, 0, offset)
         outputs = tl.where(joint, width, outputs)
         p_weight = tl.where(joint, parameter(a.parameters, layer, 0, 0, 0, C), p_weight)
         p_bias = tl.where(joint, parameter(a.parameters, layer, 0, 1, 0, C), p_bias)
         p_to = tl.where(joint, slot(a, C.slot_joint), p_to)
-    rows, columns = count * length_of(a, C) - r, outputs - c
+    r = i_row * C.block_m
+    rows, columns = all_rows - r, outputs - c
     p_x = state(a, t, first, C) + tl.cast(r, tl.int64) * width + offset
     p_w = p_weight + tl.cast(c, tl.int64) * outputs
     acc = zeros(C.block_m, C.block_n)
@@ -142,18 +160,24 @@ def project_tile(a, t, first, count, r, i_column, n_joint, C: tl.constexpr):
 
 
 @triton.jit
-def mix_time(a, t, first, i, C: tl.constexpr):
+def key_tasks(a, count, C: tl.constexpr):
+    """Tasks of mix_time."""
+    return count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_key)
+
+
+@triton.jit
+def mix_time(a, t, first, count, i, C: tl.constexpr):
     """A tile of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
-    blocks = modality_blocks(a.shape.widths, C.block_n)
-    sample, l = i // blocks // tl.cdiv(length, C.block_l), i // blocks % tl.cdiv(length, C.block_l) * C.block_l
-    m, offset, c = modality_block(a.shape.widths, i % blocks, C.block_n)
+    n_l = tl.cdiv(length, C.block_l)
+    m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_key)
+    sample, l = place // n_l, place % n_l * C.block_l
     present, rows, columns = frames(a, first + sample, C), length - l, entry(a.shape.widths, m) - c
     o_l = tl.arange(0, C.block_l)
     p_x = state(a, t, first, C) + tl.cast(sample, tl.int64) * length * width + offset + c
     p_w = linear_parameter(a, layer, m, KEY, 0, C) + tl.cast(l, tl.int64) * length
-    acc = zeros(C.block_l, C.block_n)
-    acc = product(acc, p_w, length, 1, p_x, width, 1, rows, columns, present, C.block_k, C)
+    acc = zeros(C.block_l, C.block_key)
+    acc = product(acc, p_w, length, 1, p_x, width, 1, rows, columns, present, C.block_time, C)
     if C.released:
         p_bias = linear_parameter(a, layer, m, KEY, 1, C)
         acc += tl.load(p_bias + l + o_l, mask=o_l < rows, other=0).to(tl.float32)[:, None]
@@ -185,12 +209,13 @@ def attend(a, t, first, count, C: tl.constexpr):
             joint_of(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l
         )  # J^T [j, l]
         acc = zeros(C.block_m, C.block_l)
-        for c in range(0, d_m, C.block_n):
-            b_key = load_tile(p_key + c, width, 1, length, d_m - c, C.block_l, C.block_n)
-            b_value = load_tile(p_value + c, 1, width, d_m - c, length, C.block_n, C.block_l)
+        tl.assume(d_m > 0)
+        for c in range(0, d_m, C.block_c):
+            b_key = load_tile(p_key + c, width, 1, length, d_m - c, C.block_l, C.block_c)
+            b_value = load_tile(p_value + c, 1, width, d_m - c, length, C.block_c, C.block_l)
             b_c = tanh(tl.dot(b_joint, b_key, input_precision=C.precision), C)
             if C.dropout:
-                b_c *= factors_of_correlation(a, first + sample, t, m, c, j, C.block_n, C.block_m)
+                b_c *= factors_of_correlation(a, first + sample, t, m, c, j, C.block_c, C.block_m)
             acc = tl.dot(b_c.to(b_value.dtype), b_value, acc, input_precision=C.precision)
         p_to = slot(a, C.slot_hidden) + place * modalities + m * width + j
         store_tile(p_to, modalities * width, tl.trans(hidden(acc, C)), length, width - j)
@@ -209,10 +234,11 @@ def hidden(attended, C: tl.constexpr):
 def correlate(a, t, first, count, C: tl.constexpr):
     """C_m = drop(tanh(K_m J / sqrt(d))) into the workspace."""
     length, width = length_of(a, C), a.shape.width
-    n_j, n_c = tl.cdiv(width, C.block_n), modality_blocks(a.shape.widths, C.block_m)
-    for i in tl.range(tl.program_id(0), count * n_c * n_j, tl.num_programs(0), disable_licm=True):
-        sample, j = i // n_j // n_c, i % n_j * C.block_n
-        m, offset, c = modality_block(a.shape.widths, i // n_j % n_c, C.block_m)
+    n_j = tl.cdiv(width, C.block_n)
+    tasks = count * n_j * modality_blocks(a.shape.widths, C.block_m)
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        m, offset, c, of_modality = modality_task(a.shape.widths, i, count * n_j, C.block_m)
+        sample, j = of_modality // n_j, of_modality % n_j * C.block_n
         place, rows = tl.cast(sample, tl.int64) * length * width, entry(a.shape.widths, m) - c
         p_key = slot(a, C.slot_key) + place + offset + c
         p_joint = joint_of(a, t, first, C) + place + j
@@ -222,8 +248,16 @@ def correlate(a, t, first, count, C: tl.constexpr):
         )
         b_c = tanh(acc, C)
         if C.dropout:
-            b_c *= tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_n))
+            b_c *= correlation_factors(a, sample, m, c, j, rows, C)
         store_tile(correlation(a, sample, offset + c, C) + j, width, b_c, rows, width - j)
+
+
+@triton.jit
+def correlation_factors(a, sample, m, c, j, rows, C: tl.constexpr):
+    """0 or 1 / (1 - p) for a tile of C_m from row c and column j on."""
+    o_c, o_j = tl.arange(0, C.block_m)[:, None], tl.arange(0, C.block_n)[None, :]
+    p = correlation_bits(a, sample, m, c + o_c, C) + j + o_j
+    return load_factors(p, a, c + o_c, (o_c < rows) & (o_j < a.shape.width - j))
 
 
 @triton.jit
@@ -237,9 +271,10 @@ def attend_stored(a, count, C: tl.constexpr):
     """H_m = relu(tanh(V_m C_m)) from the stored C_m."""
     length, width = length_of(a, C), a.shape.width
     n_l, n_j, modalities = tl.cdiv(length, C.block_l), tl.cdiv(width, C.block_n), len(a.shape.widths)
-    for i in tl.range(tl.program_id(0), count * modalities * n_l * n_j, tl.num_programs(0), disable_licm=True):
-        l, j = i // n_j % n_l * C.block_l, i % n_j * C.block_n
-        m, sample = i // n_j // n_l % modalities, i // n_j // n_l // modalities
+    of_modality = count * n_l * n_j
+    for i in tl.range(tl.program_id(0), modalities * of_modality, tl.num_programs(0), disable_licm=True):
+        m, sample = i // of_modality, i % of_modality // n_j // n_l
+        l, j = i % of_modality // n_j % n_l * C.block_l, i % of_modality % n_j * C.block_n
         offset, row = offset_of(a.shape.widths, m), tl.cast(sample, tl.int64) * length + l
         p_value = slot(a, C.slot_value) + row * width + offset
         p_c = correlation(a, sample, offset, C) + j
@@ -268,31 +303,34 @@ def project_output(a, t, r, m, c, rows, columns, C: tl.constexpr):
 
 
 @triton.jit
-def output_factors(a, t, first, count, r, m, c, C: tl.constexpr):
+def output_factors(a, first, count, r, m, offset, c, C: tl.constexpr):
     """What multiplies a tile of U_m from row r and column c on: its dropout, and 0 or 1 by presence ([rows, 1])."""
     length = length_of(a, C)
     o_r, o_c = r + tl.arange(0, C.block_m), c + tl.arange(0, C.block_n)
-    samples, o_l = first + o_r // length, o_r % length
+    sample, o_l = o_r // length, o_r % length
     factors = zeros(C.block_m, C.block_n) + 1
     if C.dropout:
-        factors = factors_of_output(a, samples[:, None], o_l[:, None], o_c[None, :], t, m)
+        p = output_bits(a, sample[:, None], o_l[:, None], C) + (offset + o_c)[None, :]
+        mask = (sample < count)[:, None] & (o_c < entry(a.shape.widths, m))[None, :]
+        factors = load_factors(p, a, o_l[:, None], mask)
     present = o_l < length
     if C.lengths:
-        present = o_l < frames(a, tl.minimum(samples, first + count - 1), C)
+        present = o_l < frames(a, first + tl.minimum(sample, count - 1), C)
     return factors, present[:, None]
 
 
 @triton.jit
 def output(a, t, first, count, C: tl.constexpr):
     """X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent rows stay 0."""
-    width, n_c = a.shape.width, modality_blocks(a.shape.widths, C.block_n)
-    all_rows = count * length_of(a, C)
-    for i in tl.range(tl.program_id(0), tl.cdiv(all_rows, C.block_m) * n_c, tl.num_programs(0), disable_licm=True):
-        r = i // n_c * C.block_m
-        m, offset, c = modality_block(a.shape.widths, i % n_c, C.block_n)
+    width, all_rows = a.shape.width, count * length_of(a, C)
+    n_rows = tl.cdiv(all_rows, C.block_m)
+    tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        m, offset, c, i_row = modality_task(a.shape.widths, i, n_rows, C.block_n)
+        r = i_row * C.block_m
         rows, columns = all_rows - r, entry(a.shape.widths, m) - c
         update = project_output(a, t, r, m, c, rows, columns, C)
-        factors, present = output_factors(a, t, first, count, r, m, c, C)
+        factors, present = output_factors(a, first, count, r, m, offset, c, C)
         if C.released:
             update = relu(update) * factors
         place = tl.cast(r, tl.int64) * width + offset + c

@@ -14,6 +14,7 @@ from grjca_kernels.triton.iteration import (
     OUTPUT,
     VALUE,
     correlation,
+    correlation_factors,
     feature_rows,
     joint_of,
     linear_parameter,
@@ -21,16 +22,16 @@ from grjca_kernels.triton.iteration import (
     output_factors,
     project_output,
 )
+from grjca_kernels.triton.masks import factors_of_correlation
 from grjca_kernels.triton.primitives import (
     chunk_of,
     entry,
-    factors_of_correlation,
     frames,
     layer_of,
     length_of,
     load_tile,
-    modality_block,
     modality_blocks,
+    modality_task,
     offset_of,
     parameter,
     product,
@@ -62,15 +63,15 @@ def d_update_of(a, t, C: tl.constexpr):
 @triton.jit
 def output_backward(a, t, first, count, C: tl.constexpr):
     """d (H_m W_h^T + b_h) from d X^(t+1), through dropout and relu. Released form only."""
-    width, n_c = a.shape.width, modality_blocks(a.shape.widths, C.block_n)
-    all_rows = count * length_of(a, C)
-    tasks = tl.cdiv(all_rows, C.block_m) * n_c
+    width, all_rows = a.shape.width, count * length_of(a, C)
+    n_rows = tl.cdiv(all_rows, C.block_m)
+    tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)
     for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
-        r = i // n_c * C.block_m
-        m, offset, c = modality_block(a.shape.widths, i % n_c, C.block_n)
+        m, offset, c, i_row = modality_task(a.shape.widths, i, n_rows, C.block_n)
+        r = i_row * C.block_m
         rows, columns = all_rows - r, entry(a.shape.widths, m) - c
         update = project_output(a, t, r, m, c, rows, columns, C)
-        factors, present = output_factors(a, t, first, count, r, m, c, C)
+        factors, present = output_factors(a, first, count, r, m, offset, c, C)
         place = tl.cast(r, tl.int64) * width + offset + c
         d = load_tile(d_state(a, t + 1, C) + place, width, 1, rows, columns, C.block_m, C.block_n)
         d = tl.where(present, where_positive(update, d.to(tl.float32) * factors), 0.0)
@@ -78,25 +79,30 @@ def output_backward(a, t, first, count, C: tl.constexpr):
 
 
 @triton.jit
-def attended_backward(a, t, count, C: tl.constexpr):
-    """d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells."""
-    width, modalities = a.shape.width, len(a.shape.widths)
-    all_rows, n_j = count * length_of(a, C), tl.cdiv(a.shape.width, C.block_n)
-    tasks = tl.cdiv(all_rows, C.block_m) * modalities * n_j
-    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
-        r, m, j = i // n_j // modalities * C.block_m, i // n_j % modalities, i % n_j * C.block_n
-        rows, columns = all_rows - r, width - j
-        p_d = d_update_of(a, t, C) + tl.cast(r, tl.int64) * width + offset_of(a.shape.widths, m)
-        p_w = linear_parameter(a, layer_of(t, C), m, OUTPUT, 0, C) + j
-        acc = zeros(C.block_m, C.block_n)
-        acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, entry(a.shape.widths, m), C.block_k, C)
-        place = tl.cast(r, tl.int64) * modalities * width + m * width + j
-        p_h = slot(a, C.slot_hidden) + place
-        b_h = load_tile(p_h, modalities * width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
-        if C.released:
-            acc *= 1 - b_h * b_h
-        acc = where_positive(b_h, acc)
-        store_tile(slot(a, C.slot_d_attended) + place, modalities * width, acc, rows, columns)
+def attended_tasks(a, count, C: tl.constexpr):
+    """Tasks of attended_backward."""
+    return tl.cdiv(count * length_of(a, C), C.block_m) * len(a.shape.widths) * tl.cdiv(a.shape.width, C.block_n)
+
+
+@triton.jit
+def attended_backward(a, t, count, i, C: tl.constexpr):
+    """Task i: d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells."""
+    width, modalities, all_rows = a.shape.width, len(a.shape.widths), count * length_of(a, C)
+    n_j = tl.cdiv(width, C.block_n)
+    of_modality = tl.cdiv(all_rows, C.block_m) * n_j
+    m, r, j = i // of_modality, i % of_modality // n_j * C.block_m, i % of_modality % n_j * C.block_n
+    rows, columns = all_rows - r, width - j
+    p_d = d_update_of(a, t, C) + tl.cast(r, tl.int64) * width + offset_of(a.shape.widths, m)
+    p_w = linear_parameter(a, layer_of(t, C), m, OUTPUT, 0, C) + j
+    acc = zeros(C.block_m, C.block_n)
+    acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, entry(a.shape.widths, m), C.block_k, C)
+    place = tl.cast(r, tl.int64) * modalities * width + m * width + j
+    p_h = slot(a, C.slot_hidden) + place
+    b_h = load_tile(p_h, modalities * width, 1, rows, columns, C.block_m, C.block_n).to(tl.float32)
+    if C.released:
+        acc *= 1 - b_h * b_h
+    acc = where_positive(b_h, acc)
+    store_tile(slot(a, C.slot_d_attended) + place, modalities * width, acc, rows, columns)
 
 
 # ---- C, streamed: computed again, once by rows and once by columns
@@ -105,12 +111,12 @@ def attended_backward(a, t, count, C: tl.constexpr):
 @triton.jit
 def correlation_backward(a, t, first, count, C: tl.constexpr):
     """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
-    n_i, n_j = modality_blocks(a.shape.widths, C.block_m), tl.cdiv(a.shape.width, C.block_m)
-    for i in tl.range(tl.program_id(0), count * (n_i + n_j), tl.num_programs(0), disable_licm=True):
-        if i < count * n_i:
-            rows_backward(a, t, first, i // n_i, i % n_i, C)
+    of_rows, n_j = count * modality_blocks(a.shape.widths, C.block_m), tl.cdiv(a.shape.width, C.block_m)
+    for i in tl.range(tl.program_id(0), of_rows + count * n_j, tl.num_programs(0), disable_licm=True):
+        if i < of_rows:
+            rows_backward(a, t, first, count, i, C)
         else:
-            joint_backward(a, t, first, (i - count * n_i) // n_j, (i - count * n_i) % n_j * C.block_m, C)
+            joint_backward(a, t, first, (i - of_rows) // n_j, (i - of_rows) % n_j * C.block_m, C)
 
 
 @triton.jit
@@ -121,10 +127,10 @@ def slopes(b_c, b_dc, factors, C: tl.constexpr):
 
 
 @triton.jit
-def rows_backward(a, t, first, sample, i_block, C: tl.constexpr):
-    """Rows c of C_m, all columns: d V_m and d K_m, both [c, l] here; d X_m += W_k^T d K_m."""
+def rows_backward(a, t, first, count, i, C: tl.constexpr):
+    """Task i: rows c of C_m, all columns: d V_m and d K_m, both [c, l] here; d X_m += W_k^T d K_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
-    m, offset, c = modality_block(a.shape.widths, i_block, C.block_m)
+    m, offset, c, sample = modality_task(a.shape.widths, i, count, C.block_m)
     rows, place = entry(a.shape.widths, m) - c, tl.cast(sample, tl.int64) * length * width
     p_joint = joint_of(a, t, first, C) + place
     p_da = slot(a, C.slot_d_attended) + place * modalities + m * width
@@ -133,14 +139,14 @@ def rows_backward(a, t, first, sample, i_block, C: tl.constexpr):
     b_value = load_tile(slot(a, C.slot_value) + place, 1, width, rows, length, C.block_m, C.block_l)
     d_value = zeros(C.block_m, C.block_l)
     d_key = zeros(C.block_m, C.block_l)
-    for j in range(0, width, C.block_n):
-        b_joint = load_tile(p_joint + j, width, 1, length, width - j, C.block_l, C.block_n)
-        b_da = load_tile(p_da + j, modalities * width, 1, length, width - j, C.block_l, C.block_n)
+    for j in tl.range(0, width, C.block_c, num_stages=2):
+        b_joint = load_tile(p_joint + j, width, 1, length, width - j, C.block_l, C.block_c)
+        b_da = load_tile(p_da + j, modalities * width, 1, length, width - j, C.block_l, C.block_c)
         b_c = tanh(tl.dot(b_key, b_joint, input_precision=C.precision), C)
         b_dc = tl.dot(b_value, b_da, input_precision=C.precision)
         factors = 1.0
         if C.dropout:
-            factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_n))
+            factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_c))
         b_ds = slopes(b_c, b_dc, factors, C)
         if C.dropout:
             b_c *= factors
@@ -170,16 +176,16 @@ def joint_backward(a, t, first, sample, j, C: tl.constexpr):
         d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
         p_da = slot(a, C.slot_d_attended) + place * modalities + m * width + j
         b_da = load_tile(p_da, 1, modalities * width, width - j, length, C.block_m, C.block_l)
-        for c in tl.range(0, d_m, C.block_n, disable_licm=True):
+        for c in tl.range(0, d_m, C.block_c, num_stages=2, disable_licm=True):
             p_key = slot(a, C.slot_key) + place + offset + c
-            b_key = load_tile(p_key, width, 1, length, d_m - c, C.block_l, C.block_n)
+            b_key = load_tile(p_key, width, 1, length, d_m - c, C.block_l, C.block_c)
             p_value = slot(a, C.slot_value) + place + offset + c
-            b_value = load_tile(p_value, width, 1, length, d_m - c, C.block_l, C.block_n)
+            b_value = load_tile(p_value, width, 1, length, d_m - c, C.block_l, C.block_c)
             b_c = tanh(tl.dot(b_joint, b_key, input_precision=C.precision), C)
             b_dc = tl.dot(b_da, b_value, input_precision=C.precision)
             factors = 1.0
             if C.dropout:
-                factors = factors_of_correlation(a, first + sample, t, m, c, j, C.block_n, C.block_m)
+                factors = factors_of_correlation(a, first + sample, t, m, c, j, C.block_c, C.block_m)
             b_ds = slopes(b_c, b_dc, factors, C)
             d_joint = tl.dot(b_ds.to(b_key.dtype), tl.trans(b_key), d_joint, input_precision=C.precision)
     store_tile(slot(a, C.slot_d_joint) + place + j, width, tl.trans(d_joint), length, width - j)
@@ -197,26 +203,22 @@ def d_correlation(a, sample, row, C: tl.constexpr):
 @triton.jit
 def correlation_backward_stored(a, t, first, count, C: tl.constexpr):
     """d V_m = d_attended C_m^T, and d (K J)."""
-    length, blocks = length_of(a, C), modality_blocks(a.shape.widths, C.block_n)
-    of_value = count * tl.cdiv(length, C.block_l) * blocks
-    n_j, n_c = tl.cdiv(a.shape.width, C.block_n), modality_blocks(a.shape.widths, C.block_m)
-    tasks = of_value + count * n_c * n_j
-    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+    of_value = count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_n)
+    of_score = count * tl.cdiv(a.shape.width, C.block_n) * modality_blocks(a.shape.widths, C.block_m)
+    for i in tl.range(tl.program_id(0), of_value + of_score, tl.num_programs(0), disable_licm=True):
         if i < of_value:
-            value_backward(a, i // blocks, i % blocks, C)
+            value_backward(a, count, i, C)
         else:
-            score_backward(
-                a, t, first, (i - of_value) // n_j // n_c, (i - of_value) // n_j % n_c,
-                (i - of_value) % n_j * C.block_n, C,
-            )  # fmt: skip
+            score_backward(a, count, i - of_value, C)
 
 
 @triton.jit
-def value_backward(a, i_rows, i_columns, C: tl.constexpr):
+def value_backward(a, count, i, C: tl.constexpr):
     """A tile of d V_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
-    sample, l = i_rows // tl.cdiv(length, C.block_l), i_rows % tl.cdiv(length, C.block_l) * C.block_l
-    m, offset, c = modality_block(a.shape.widths, i_columns, C.block_n)
+    n_l = tl.cdiv(length, C.block_l)
+    m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_n)
+    sample, l = place // n_l, place % n_l * C.block_l
     row, columns = tl.cast(sample, tl.int64) * length + l, entry(a.shape.widths, m) - c
     p_da = slot(a, C.slot_d_attended) + row * modalities * width + m * width
     p_c = correlation(a, sample, offset + c, C)
@@ -226,10 +228,12 @@ def value_backward(a, i_rows, i_columns, C: tl.constexpr):
 
 
 @triton.jit
-def score_backward(a, t, first, sample, i_block, j, C: tl.constexpr):
+def score_backward(a, count, i, C: tl.constexpr):
     """A tile of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
-    m, offset, c = modality_block(a.shape.widths, i_block, C.block_m)
+    n_j = tl.cdiv(width, C.block_n)
+    m, offset, c, of_modality = modality_task(a.shape.widths, i, count * n_j, C.block_m)
+    sample, j = of_modality // n_j, of_modality % n_j * C.block_n
     place, rows = tl.cast(sample, tl.int64) * length * width, entry(a.shape.widths, m) - c
     p_value = slot(a, C.slot_value) + place + offset + c
     p_da = slot(a, C.slot_d_attended) + place * modalities + m * width + j
@@ -239,7 +243,7 @@ def score_backward(a, t, first, sample, i_block, j, C: tl.constexpr):
     b_c = load_tile(p_c, width, 1, rows, width - j, C.block_m, C.block_n).to(tl.float32)
     factors = 1.0
     if C.dropout:
-        factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_n))
+        factors = correlation_factors(a, sample, m, c, j, rows, C)
         b_c *= 1 / a.scalars.kept  # it was stored with dropout; where that made it 0, so it does the gradient
     p_ds = d_correlation(a, sample, offset + c, C) + j
     store_tile(p_ds, width, slopes(b_c, acc, factors, C), rows, width - j)
@@ -273,21 +277,23 @@ def key_joint_backward(a, t, first, count, C: tl.constexpr):
 
 
 @triton.jit
-def input_backward(a, t, first, count, C: tl.constexpr):
-    """d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; where C is streamed, the last has been added before.
+def input_blocks(a, count, C: tl.constexpr):
+    """Blocks of rows of input_backward: they end with a sample only where W_k needs it."""
+    length = length_of(a, C)
+    return tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
 
-    Blocks of rows end with a sample only where W_k needs it.
-    """
-    length, blocks = length_of(a, C), modality_blocks(a.shape.widths, C.block_n)
-    n_rows = tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
-    for i in tl.range(tl.program_id(0), n_rows * blocks, tl.num_programs(0), disable_licm=True):
-        m, offset, c = modality_block(a.shape.widths, i % blocks, C.block_n)
-        if C.stream:
-            r = i // blocks * C.block_m
-            input_tile(a, t, first, r * 0, r * 0, r, count * length - r, m, offset, c, C)
-        else:
-            sample, l = i // blocks // tl.cdiv(length, C.block_m), i // blocks % tl.cdiv(length, C.block_m) * C.block_m
-            input_tile(a, t, first, sample, l, sample * length + l, length - l, m, offset, c, C)
+
+@triton.jit
+def input_backward(a, t, first, count, i, C: tl.constexpr):
+    """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; where C is streamed, the last is already there."""
+    length, n_rows = length_of(a, C), input_blocks(a, count, C)
+    m, offset, c, block = modality_task(a.shape.widths, i, n_rows, C.block_n)
+    if C.stream:
+        r = block * C.block_m
+        input_tile(a, t, first, r * 0, r * 0, r, count * length - r, m, offset, c, C)
+    else:
+        sample, l = block // tl.cdiv(length, C.block_m), block % tl.cdiv(length, C.block_m) * C.block_m
+        input_tile(a, t, first, sample, l, sample * length + l, length - l, m, offset, c, C)
 
 
 @triton.jit

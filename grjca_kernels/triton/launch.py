@@ -203,6 +203,7 @@ def gather(
         batch_odd=2 * problem.batch + 1,
         work=iterates.new_empty(launch.work),
         wide=iterates.new_empty(launch.wide, dtype=torch.float32),
+        bits=iterates.new_empty(launch.bits, dtype=torch.uint8) if launch.bits else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What all phases are made of: tiles of products, tanh, the dropout mask, lookups, and the grid barrier.
+"""What all phases are made of: tiles of products, tanh, lookups, who does what, and the grid barrier.
 
 Prefixes: i_ task indices, o_ offsets within a tile, m_ masks, p_ pointers, b_ loaded tiles. ``a`` is Arguments, ``C``
 the launch configuration (config.Constants). Only what Triton 3.6 has is used.
@@ -109,54 +109,6 @@ def relu(x):
 def where_positive(x, d):
     """Through relu, given its argument or its value; a NaN in x passes, as in autograd."""
     return tl.where(x <= 0, 0.0, d)
-
-
-# ---- the dropout mask of operator.md
-
-
-@triton.jit
-def philox(c0, c1, c2, c3, p_seed):
-    """Philox4x32, seven rounds, on uint32 tensors; the key is the low and the high word of the seed."""
-    seed = tl.load(p_seed)
-    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    for _ in tl.static_range(7):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Transposed, [COLUMNS, ROWS]: 0 or 1 / (1 - p) for C_m[row:, column:] of a sample; ``row`` divides by 8.
-
-    One Philox call decides eight rows of a column, and so eight neighbours here.
-    """
-    zero = tl.zeros((COLUMNS, ROWS // 8), tl.uint32)
-    c0 = zero + (column + tl.arange(0, COLUMNS)).to(tl.uint32)[:, None]
-    c1 = zero + (row // 8 + tl.arange(0, ROWS // 8)).to(tl.uint32)[None, :]
-    c2 = zero + tl.cast(sample, tl.uint32)
-    c3 = zero + tl.cast(t | m << 8, tl.uint32)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, a.seed)
-    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    draws = tl.reshape(tl.join(low, high), (COLUMNS, ROWS))
-    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
-
-
-@triton.jit
-def factors_of_output(a, samples, rows, columns, t, m):
-    """0 or 1 / (1 - p) for elements (rows, columns) of U_m of the samples; three index tensors that broadcast."""
-    zero = (samples + rows + columns) * 0
-    c0, c1, c2 = (zero + columns).to(tl.uint32), (zero + rows // 8).to(tl.uint32), (zero + samples).to(tl.uint32)
-    c3 = (zero + (t | m << 8 | 1 << 16)).to(tl.uint32)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, a.seed)
-    place = rows % 8
-    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
-    draws = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
-    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
 
 
 # ---- lookups
@@ -276,16 +228,36 @@ def modality_blocks(widths, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def modality_block(widths, i, BLOCK: tl.constexpr):
-    """Of the i-th of them: its modality, where that begins among all columns, and where the block begins within it."""
+def modality_task(widths, i, groups, BLOCK: tl.constexpr):
+    """Task i of groups x blocks of columns, a modality after the other and the blocks of a group side by side.
+
+    Its modality, where that begins among all columns, where the block begins within it, and its group.
+    """
     m, offset = i * 0, i * 0
     for n in tl.static_range(len(widths) - 1):
-        blocks = tl.cdiv(widths[n], BLOCK)
-        beyond = (m == n) & (i >= blocks)
+        tasks = groups * tl.cdiv(widths[n], BLOCK)
+        beyond = (m == n) & (i >= tasks)
         offset = tl.where(beyond, offset + widths[n], offset)
-        i = tl.where(beyond, i - blocks, i)
+        i = tl.where(beyond, i - tasks, i)
         m = tl.where(beyond, m + 1, m)
-    return m, offset, i * BLOCK
+    blocks = tl.cdiv(entry(widths, m), BLOCK)
+    return m, offset, i % blocks * BLOCK, i // blocks
+
+
+# ---- who does what
+
+
+@triton.jit
+def turns(tasks):
+    """How often the programs take turns until all tasks are given out."""
+    return tl.cdiv(tasks, tl.num_programs(0))
+
+
+@triton.jit
+def task_of(turn):
+    """The task of this program, to and fro: so those who had the first and longest get the last and shortest."""
+    i, n = tl.program_id(0), tl.num_programs(0)
+    return turn * n + tl.where(turn % 2 == 0, i, n - 1 - i)
 
 
 # ---- the grid

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grjca_kernels import config
 from grjca_kernels.triton.gates import WAYS, first_way, state_of_gate, ways_of
 from grjca_kernels.triton.gates_backward import d_logits_of
 from grjca_kernels.triton.iteration import linear_parameter
@@ -19,8 +20,8 @@ from grjca_kernels.triton.primitives import (
     gate_parameter,
     layer_of,
     length_of,
-    modality_block,
     modality_blocks,
+    modality_task,
     offset_of,
     parameter,
     parts_of,
@@ -31,6 +32,10 @@ from grjca_kernels.triton.primitives import (
     zero_vector,
     zeros,
 )
+
+MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
+REDUCED: tl.constexpr = tl.constexpr(1024)
+"""Elements that a program reduces at once."""
 
 # ---- where a gradient stands
 
@@ -137,54 +142,68 @@ def linear_tile(a, p_dy, s_dy, p_x, s_x, place, outputs, inputs, i, part, t, fir
 
 
 @triton.jit
-def output_weights(a, t, first, count, C: tl.constexpr):
-    """d W_h,m = d_update_m^T H_m."""
-    width, modalities = a.shape.width, len(a.shape.widths)
-    tiles = modality_blocks(a.shape.widths, C.block_m) * tl.cdiv(width, C.block_n)
-    for i in tl.range(tl.program_id(0), parts_of(a) * tiles, tl.num_programs(0), disable_licm=True):
-        m, offset, r = modality_block(a.shape.widths, i % tiles // tl.cdiv(width, C.block_n), C.block_m)
-        tile = r // C.block_m * tl.cdiv(width, C.block_n) + i % tl.cdiv(width, C.block_n)
-        linear_tile(
-            a, d_update_of(a, t, C) + offset, width, slot(a, C.slot_hidden) + m * width, modalities * width,
-            place_of(a, layer_of(t, C), m, 2, C), entry(a.shape.widths, m), width, tile, i // tiles,
-            t, first, count, C,
-        )  # fmt: skip
+def output_weights_tasks(a, C: tl.constexpr):
+    """Tasks of output_weights."""
+    return parts_of(a) * modality_blocks(a.shape.widths, C.block_m) * tl.cdiv(a.shape.width, C.block_n)
 
 
 @triton.jit
-def input_weights(a, t, first, count, C: tl.constexpr):
-    """d W_q = d J^T X, d W_v,m = d V_m^T X_m, and d W_k."""
+def output_weights(a, t, first, count, i, C: tl.constexpr):
+    """Task i: a part of a tile of d W_h,m = d_update_m^T H_m."""
+    width, modalities = a.shape.width, len(a.shape.widths)
+    n_columns = tl.cdiv(width, C.block_n)
+    m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a) * n_columns, C.block_m)
+    tile = r // C.block_m * n_columns + place % n_columns
+    linear_tile(
+        a, d_update_of(a, t, C) + offset, width, slot(a, C.slot_hidden) + m * width, modalities * width,
+        place_of(a, layer_of(t, C), m, 2, C), entry(a.shape.widths, m), width, tile, place // n_columns,
+        t, first, count, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_weights_tiles(a, C: tl.constexpr):
+    """Tiles of d W_q and of every d W_v."""
+    tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.released else a.shape.width * 0
+    for n in tl.static_range(len(a.shape.widths)):
+        tiles += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
+    return tiles
+
+
+@triton.jit
+def input_weights_tasks(a, C: tl.constexpr):
+    """Tasks of input_weights."""
+    length = length_of(a, C)
+    return parts_of(a) * (linear_weights_tiles(a, C) + len(a.shape.widths) * linear_tiles(length, length, C))
+
+
+@triton.jit
+def input_weights(a, t, first, count, i, C: tl.constexpr):
+    """Task i: a part of a tile of d W_q = d J^T X, d W_v,m = d V_m^T X_m, or d W_k."""
     width, layer = a.shape.width, layer_of(t, C)
     MODALITIES: tl.constexpr = C.modalities
     of_query = linear_tiles(width, width, C) if C.released else 0
-    of_linear = of_query
-    for n in tl.static_range(MODALITIES):
-        of_linear += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
-    tiles = of_linear + MODALITIES * linear_tiles(length_of(a, C), length_of(a, C), C)
+    of_linear, parts = linear_weights_tiles(a, C), parts_of(a)
     p_x = state(a, t, first, C)
-    for i in tl.range(tl.program_id(0), parts_of(a) * tiles, tl.num_programs(0), disable_licm=True):
-        if i % tiles < of_linear:
-            tile, m = i % tiles - of_query, i * 0
-            for n in tl.static_range(MODALITIES - 1):
-                beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
-                tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
-                m += tl.where(beyond, 1, 0)
-            size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, 1, C)
-            p_dy = slot(a, C.slot_d_value)
-            if C.released:
-                query = i % tiles < of_query
-                tile, size, offset = (
-                    tl.where(query, i % tiles, tile),
-                    tl.where(query, width, size),
-                    tl.where(query, 0, offset),
-                )
-                place = tl.where(query, place_of(a, layer, 0, 3, C), place)
-                p_dy = tl.where(query, slot(a, C.slot_d_joint), p_dy)
-            linear_tile(
-                a, p_dy + offset, width, p_x + offset, width, place, size, size, tile, i // tiles, t, first, count, C
-            )
-        else:
-            key_tile(a, t, first, count, i % tiles - of_linear, i // tiles, C)
+    if i < parts * of_linear:
+        tile, m = i // parts - of_query, i * 0
+        for n in tl.static_range(MODALITIES - 1):
+            beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
+            tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
+            m += tl.where(beyond, 1, 0)
+        size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, 1, C)
+        p_dy = slot(a, C.slot_d_value)
+        if C.released:
+            query = i < parts * of_query
+            tile = tl.where(query, i // parts, tile)
+            size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
+            place = tl.where(query, place_of(a, layer, 0, 3, C), place)
+            p_dy = tl.where(query, slot(a, C.slot_d_joint), p_dy)
+        linear_tile(
+            a, p_dy + offset, width, p_x + offset, width, place, size, size, tile, i % parts, t, first, count, C
+        )
+    else:
+        key_tile(a, t, first, count, i // parts - of_linear, i % parts, C)
 
 
 # ---- W_k
@@ -242,9 +261,9 @@ def gate_tasks(a, C: tl.constexpr):
 @triton.jit
 def gate_weights(a, first, count, i, C: tl.constexpr):
     """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
-    blocks, width = modality_blocks(a.shape.widths, C.block_n), a.shape.width
-    m, offset, c = modality_block(a.shape.widths, i % blocks, C.block_n)
-    g, part, d_m = i // blocks % C.gates, i // blocks // C.gates, entry(a.shape.widths, m)
+    width, parts = a.shape.width, parts_of(a)
+    m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_n)
+    g, part, d_m = place // parts, place % parts, entry(a.shape.widths, m)
     ways = ways_of(g, C)
     begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
     p_d = d_logits_of(a, tl.cast(begin, tl.int64), m, first_way(g), C)
@@ -311,12 +330,11 @@ def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, C: tl.const
 @triton.jit
 def reduce_elements(a, p_to, place, n, turn):
     """``turn`` lets another program begin with each parameter, since most are smaller than the grid."""
-    BLOCK: tl.constexpr = 1024
-    o = tl.arange(0, BLOCK)
+    o = tl.arange(0, REDUCED)
     begin = (tl.program_id(0) + turn * 13) % tl.num_programs(0)
-    for i in tl.range(begin, tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
-        at = tl.cast(i, tl.int64) * BLOCK + o
-        acc = zero_vector(BLOCK)
-        for part in tl.range(parts_of(a), disable_licm=True):
-            acc += tl.load(part_of(a, part) + place + at, mask=at < n, other=0)
+    for i in tl.range(begin, tl.cdiv(n, REDUCED), tl.num_programs(0), disable_licm=True):
+        at = tl.cast(i, tl.int64) * REDUCED + o
+        acc = zero_vector(REDUCED)
+        for part in tl.static_range(MOST_PARTS):  # all loads at once
+            acc += tl.load(part_of(a, part) + place + at, mask=at < tl.where(parts_of(a) > part, n, 0), other=0)
         tl.store(p_to + at, acc.to(p_to.dtype.element_ty), mask=at < n)

@@ -1,0 +1,153 @@
+"""The dropout masks of operator.md.
+
+That of U, and of a C that is stored, is drawn once per iteration into the workspace: a byte for eight rows of a column,
+bit by bit whether they are kept, and so one Philox call for each byte. First come those of U, [sample, L / 8, d] with
+the modalities side by side, then those of C, [sample, modality, d_m / 8, d]. A C that is streamed is drawn on the way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grjca_kernels.triton.primitives import chunk_of, entry, length_of, modality_blocks, modality_task
+
+GROUPS: tl.constexpr = tl.constexpr(8)
+COLUMNS: tl.constexpr = tl.constexpr(128)
+"""Bytes that a task draws."""
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, p_seed):
+    """Philox4x32, seven rounds, on uint32 tensors; the key is the low and the high word of the seed."""
+    seed = tl.load(p_seed)
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Transposed, [WIDTH, ROWS]: 0 or 1 / (1 - p) for C_m[row:, column:] of a sample; ``row`` divides by 8.
+
+    One Philox call decides eight rows of a column, and so eight neighbours here.
+    """
+    zero = tl.zeros((WIDTH, ROWS // 8), tl.uint32)
+    c0 = zero + (column + tl.arange(0, WIDTH)).to(tl.uint32)[:, None]
+    c1 = zero + (row // 8 + tl.arange(0, ROWS // 8)).to(tl.uint32)[None, :]
+    c2 = zero + tl.cast(sample, tl.uint32)
+    c3 = zero + tl.cast(t | m << 8, tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, a.seed)
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    draws = tl.reshape(tl.join(low, high), (WIDTH, ROWS))
+    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
+
+
+@triton.jit
+def kept_bits(word, threshold):
+    """Of the two draws in a word: bit 0 and bit 1, set where they keep."""
+    return ((word & 0xFFFF) >= threshold).to(tl.uint32) | ((word >> 16) >= threshold).to(tl.uint32) << 1
+
+
+@triton.jit
+def store_bits(p, a, columns, groups, samples, t, m, SITE: tl.constexpr, mask):
+    """A byte for eight rows of a column, bit by bit whether they are kept; ``groups`` counts the rows by eight.
+
+    Index tensors that broadcast to the shape of ``p``.
+    """
+    zero = (samples + groups + columns) * 0
+    c0, c1, c2 = (zero + columns).to(tl.uint32), (zero + groups).to(tl.uint32), (zero + samples).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, (zero + (t | m << 8 | SITE << 16)).to(tl.uint32), a.seed)
+    least = tl.cast(a.scalars.threshold, tl.uint32)
+    bits = kept_bits(w0, least) | kept_bits(w1, least) << 2 | kept_bits(w2, least) << 4 | kept_bits(w3, least) << 6
+    tl.store(p, bits.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def load_factors(p, a, rows, mask):
+    """0 or 1 / (1 - p) by the bytes of store_bits; ``rows`` says which bit."""
+    bits = tl.load(p, mask=mask, other=0).to(tl.int32)
+    return tl.where((bits >> rows % 8) & 1 != 0, a.scalars.kept, 0.0)
+
+
+# ---- where they stand
+
+
+@triton.jit
+def output_bits(a, sample, row, C: tl.constexpr):
+    """Pointer to the bits of U of a sample, at a row of [L, d]."""
+    groups = tl.cdiv(length_of(a, C), 8)
+    return a.bits + (tl.cast(sample, tl.int64) * groups + row // 8) * a.shape.width
+
+
+@triton.jit
+def correlation_bits(a, sample, m, row, C: tl.constexpr):
+    """The same of C_m, at a row of [d_m, d]."""
+    before, groups = m * 0, m * 0
+    for n in tl.static_range(len(a.shape.widths)):
+        groups += tl.cdiv(a.shape.widths[n], 8)
+        before += tl.where(m > n, tl.cdiv(a.shape.widths[n], 8), 0)
+    first = tl.cast(chunk_of(a), tl.int64) * tl.cdiv(length_of(a, C), 8)
+    return a.bits + (first + tl.cast(sample, tl.int64) * groups + before + row // 8) * a.shape.width
+
+
+# ---- drawing
+
+
+@triton.jit
+def output_blocks(a, count, C: tl.constexpr):
+    """Into how many blocks the groups of all samples' frames are cut."""
+    return tl.cdiv(count * tl.cdiv(length_of(a, C), 8), GROUPS)
+
+
+@triton.jit
+def drawing_tasks(a, count, C: tl.constexpr):
+    """Tasks of draw; none without dropout."""
+    tasks = count * 0
+    if C.dropout:
+        tasks += output_blocks(a, count, C) * modality_blocks(a.shape.widths, COLUMNS)
+        if not C.stream:
+            tasks += count * tl.cdiv(a.shape.width, COLUMNS) * modality_blocks(a.shape.widths, 8 * GROUPS)
+    return tasks
+
+
+@triton.jit
+def draw(a, t, first, count, i, C: tl.constexpr):
+    """Task i of iteration t."""
+    of_outputs = output_blocks(a, count, C) * modality_blocks(a.shape.widths, COLUMNS)
+    if i < of_outputs:
+        draw_output(a, t, first, count, i, C)
+    elif not C.stream:
+        draw_correlation(a, t, first, count, i - of_outputs, C)
+
+
+@triton.jit
+def draw_output(a, t, first, count, i, C: tl.constexpr):
+    """For U: groups of all samples one after another."""
+    m, offset, c, block = modality_task(a.shape.widths, i, output_blocks(a, count, C), COLUMNS)
+    of_sample = tl.cdiv(length_of(a, C), 8)
+    group = (block * GROUPS + tl.arange(0, GROUPS))[:, None]
+    column = (c + tl.arange(0, COLUMNS))[None, :]
+    mask = (group < count * of_sample) & (column < entry(a.shape.widths, m))
+    p = output_bits(a, group // of_sample, group % of_sample * 8, C) + offset + column
+    store_bits(p, a, column, group % of_sample, first + group // of_sample, t, m, 1, mask)
+
+
+@triton.jit
+def draw_correlation(a, t, first, count, i, C: tl.constexpr):
+    """For C: rows of a modality and columns of all."""
+    width = a.shape.width
+    blocks = tl.cdiv(width, COLUMNS)
+    m, _, row, place = modality_task(a.shape.widths, i, count * blocks, 8 * GROUPS)
+    sample = place // blocks
+    group = (row // 8 + tl.arange(0, GROUPS))[:, None]
+    column = (place % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = (group * 8 < entry(a.shape.widths, m)) & (column < width)
+    p = correlation_bits(a, sample, m, group * 8, C) + column
+    store_bits(p, a, column, group, first + sample, t, m, 0, mask)
