@@ -33,13 +33,15 @@ INTERPRETER = Device("interpreter", 0, 1, 1 << 30)
 class Tiles:
     """Sizes of tiles: powers of two, 16 at least, as ``tl.dot`` wants them.
 
-    m x n is the tile of a product, k its step along the sum; a tile of a streamed C has m columns (of J) and c rows.
+    m x n is the tile of a product, k its step along the sum; a tile of a streamed C has m columns (of J) and c rows;
+    that of a gradient of weights is w x w.
     """
 
     m: int
     n: int
     k: int
     c: int
+    w: int
     warps: int
     stages: int
     programs: int  # on one multiprocessor
@@ -68,6 +70,7 @@ class Constants:
     block_n: int
     block_k: int
     block_c: int
+    block_w: int
     block_l: int
     block_key: int
     block_time: int
@@ -84,8 +87,8 @@ class Constants:
     slot_d_joint: int
     slot_d_key: int
     slot_d_state: int
-    slot_d_logits: int
     slots: int
+    correlations: int
     most_registers: int
     layer_parameters: int
     backward_phases: int
@@ -106,7 +109,7 @@ class Launch:
     bits: int  # bytes of the dropout masks
     gate_values: int  # elements of float32
     gradients: int  # elements of all parameters
-    parts: int  # of the rows, whose gradients are summed apart
+    parts: int  # of the rows, over which gradients of weights are summed apart; 0: each is one sum
 
     @property
     def wide(self) -> int:
@@ -128,31 +131,31 @@ WAVES = 4
 """Tasks of the first phase for each program of the grid, from which on more samples at once only take more memory."""
 
 MIXED = 1024
-"""Elements of K that a warp makes in one task where C is streamed: sums are short, and small tasks only wait for loads."""
+"""Elements of K that a warp makes in one task where C is streamed: sums are short there, and small tasks would wait."""
 
-INTERPRETED = Tiles(16, 16, 16, 16, 4, 1, 1)
-ODD = Tiles(32, 32, 32, 32, 4, 2, 1)
+INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1, 1)
+ODD = Tiles(32, 32, 32, 32, 32, 4, 2, 1)
 
 TILES = {  # (family, products): forward, backward that stores C, backward that streams it
     ("sm_80", "half"): (
-        Tiles(128, 128, 32, 64, 8, 4, 1), Tiles(64, 64, 64, 64, 8, 4, 1), Tiles(64, 64, 32, 32, 8, 3, 1)
+        Tiles(128, 128, 32, 64, 64, 8, 4, 1), Tiles(64, 64, 64, 64, 64, 8, 4, 1), Tiles(64, 64, 32, 32, 64, 8, 3, 1)
     ),
-    ("sm_80", "tf32"): (Tiles(128, 64, 32, 32, 8, 3, 1), *2 * [Tiles(64, 64, 32, 32, 8, 3, 1)]),
+    ("sm_80", "tf32"): (Tiles(128, 64, 32, 32, 64, 8, 3, 1), *2 * [Tiles(64, 64, 32, 32, 64, 8, 3, 1)]),
     ("sm_90", "half"): (
-        Tiles(128, 128, 64, 64, 8, 4, 1), Tiles(128, 128, 64, 64, 8, 2, 1), Tiles(128, 128, 64, 64, 8, 3, 1)
+        Tiles(128, 128, 64, 64, 64, 8, 4, 1), Tiles(128, 128, 64, 64, 64, 8, 2, 1), Tiles(128, 128, 64, 64, 64, 8, 3, 1)
     ),
-    ("sm_90", "half, odd length"): (Tiles(128, 128, 64, 64, 8, 4, 1), *2 * [Tiles(128, 64, 64, 64, 8, 3, 1)]),
-    ("sm_90", "tf32"): 3 * (Tiles(128, 64, 32, 32, 8, 3, 1),),
+    ("sm_90", "half, odd length"): (Tiles(128, 128, 64, 64, 64, 8, 4, 1), *2 * [Tiles(128, 64, 64, 64, 64, 8, 3, 1)]),
+    ("sm_90", "tf32"): 3 * (Tiles(128, 64, 32, 32, 64, 8, 3, 1),),
     ("sm_100", "half"): (
-        Tiles(128, 128, 64, 64, 8, 3, 1), Tiles(64, 64, 64, 64, 8, 3, 1), Tiles(128, 64, 64, 32, 8, 3, 1)
+        Tiles(128, 128, 64, 64, 64, 8, 3, 1), Tiles(64, 64, 64, 64, 64, 8, 3, 1), Tiles(128, 64, 64, 32, 64, 8, 3, 1)
     ),
-    ("sm_100", "tf32"): (Tiles(64, 64, 32, 32, 8, 3, 1), *2 * [Tiles(32, 32, 32, 32, 8, 1, 1)]),
-    ("small", "half"): (*2 * [Tiles(64, 64, 64, 64, 4, 3, 2)], Tiles(64, 32, 64, 32, 4, 3, 2)),
-    ("small", "tf32"): (*2 * [Tiles(64, 32, 32, 32, 4, 2, 2)], Tiles(32, 32, 32, 32, 8, 2, 1)),
-    ("hip", "half"): 3 * (Tiles(64, 64, 64, 64, 4, 2, 1),),
-    **{("hip", products): 3 * (Tiles(32, 32, 32, 32, 4, 1, 1),) for products in ("tf32", "single")},
+    ("sm_100", "tf32"): (Tiles(64, 64, 32, 32, 64, 8, 3, 1), *2 * [Tiles(32, 32, 32, 32, 32, 8, 1, 1)]),
+    ("small", "half"): (*2 * [Tiles(64, 64, 64, 64, 64, 4, 3, 2)], Tiles(64, 32, 64, 32, 32, 4, 3, 2)),
+    ("small", "tf32"): (*2 * [Tiles(64, 32, 32, 32, 32, 4, 2, 2)], Tiles(32, 32, 32, 32, 32, 8, 2, 1)),
+    ("hip", "half"): 3 * (Tiles(64, 64, 64, 64, 64, 4, 2, 1),),
+    **{("hip", products): 3 * (Tiles(32, 32, 32, 32, 32, 4, 1, 1),) for products in ("tf32", "single")},
     **{
-        (family, "single"): 3 * (Tiles(64, 64, 16, 32, 8, 1, 1),) for family in ("sm_80", "sm_90", "sm_100", "small")
+        (family, "single"): 3 * (Tiles(64, 64, 16, 32, 64, 8, 1, 1),) for family in ("sm_80", "sm_90", "sm_100", "small")
     },
 }  # fmt: skip
 """The largest with which neither kernel spills a register; tests/test_triton_compiled.py sees to that.
@@ -203,8 +206,6 @@ def constants(
     hidden = 0 if overlay else 4
     value = max(2, modalities) if overlay else 1
     d_attended, d_update = 4 + modalities, 4 + 2 * modalities
-    d_logits = d_update + 1 + problem.iterations + 1
-    of_logits = -(-modalities * sum(problem.gate_ways) // problem.width)
     forward_slots = value + 2 if overlay else 4 + modalities
     return Constants(
         iterations=problem.iterations,
@@ -226,6 +227,7 @@ def constants(
         block_n=tile.n,
         block_k=tile.k,
         block_c=tile.c,
+        block_w=tile.w,
         block_l=frames if stream else tile.m,
         block_key=max(tile.n, MIXED * tile.warps // frames) if stream else tile.n,
         block_time=frames if stream else tile.k,
@@ -242,8 +244,8 @@ def constants(
         slot_d_joint=hidden,
         slot_d_key=hidden + 1,
         slot_d_state=d_update + 1,
-        slot_d_logits=d_logits,
-        slots=d_logits + of_logits if backward else forward_slots,
+        slots=d_update + 3 if backward else forward_slots,
+        correlations=0 if stream else 1 + backward,
         most_registers=255 if device.kind == "cuda" else 0,
         layer_parameters=(2 if released else 1) * (3 * modalities + released),
         backward_phases=(5 if stream else 7) + released,
@@ -260,14 +262,13 @@ def forward(
     programs = device.multiprocessors * tile.programs
     chunk = chunk_of(problem, tile, programs)
     chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
-    correlation = 0 if compiled.stream else chunk * problem.width**2
     return Launch(
         constants=compiled,
         tiles=tile,
         programs=programs,
         chunk=chunk,
         steps=chunks * (problem.iterations * phases + 2),
-        work=compiled.slots * unit(problem, chunk) + correlation,
+        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2,
         bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=0,
@@ -292,18 +293,19 @@ def backward(
     programs = device.multiprocessors * tile.programs
     chunk = chunk_of(problem, tile, programs)
     chunks = -(-problem.batch // chunk)
-    correlations = 0 if compiled.stream else 2 * chunk * problem.width**2
+    parts = parts_of(problem, tile, programs, chunk) if weights else 0
+    rows, ways = chunk * problem.length, len(problem.widths) * sum(problem.gate_ways)
     return Launch(
         constants=compiled,
         tiles=tile,
         programs=programs,
         chunk=chunk,
-        steps=chunks * (problem.iterations * compiled.backward_phases + 3) + weights,
-        work=compiled.slots * unit(problem, chunk) + correlations,
+        steps=chunks * (problem.iterations * compiled.backward_phases + 3) + (parts > 0),
+        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2 + rows * ways,
         bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=parameter_elements(problem) if weights else 0,
-        parts=parts_of(problem, tile, programs, chunk) if weights else 0,
+        parts=parts,
     )
 
 
@@ -338,14 +340,16 @@ MOST_PARTS, FEWEST_ROWS = 8, 256
 
 
 def parts_of(problem: Problem, tile: Tiles, programs: int, chunk: int) -> int:
-    """So many that the weights of one iteration keep the grid busy."""
+    """So many that the weights of one iteration keep the grid busy; none if all samples and iterations make one sum."""
 
     def tiles_of(rows: int, columns: int) -> int:
-        return -(-rows // tile.m) * -(-columns // tile.n)
+        return -(-rows // tile.w) * -(-columns // tile.w)
 
     length, width = problem.length, problem.width
     weights = tiles_of(width, width) + sum(tiles_of(d, d) + tiles_of(length, length) for d in problem.widths)
-    return max(1, min(MOST_PARTS, -(-programs // weights), chunk * length // FEWEST_ROWS))
+    parts = max(1, min(MOST_PARTS, round(programs / weights), chunk * length // FEWEST_ROWS))
+    one_sum = chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
+    return 0 if parts == 1 and one_sum else parts
 
 
 def unit(problem: Problem, chunk: int) -> int:

@@ -74,11 +74,11 @@ def phases(case: Case, stream: bool, backward: bool) -> list[tuple[str, int]]:
         one = ["project", *(["attend"] if stream else ["correlate", "attend_stored"]), "output"]
         middle = [(name, t) for t in range(case.iterations) for name in one]
         return [("initial", 0), *middle, ("gate", 0)]
-    one = ["project", *(["attend"] if stream else ["correlate", "attend_stored"])]
+    one = ["recompute", *(["attend"] if stream else ["correlate", "attend_stored"])]
     one += ["output_backward"] * (case.form == "released") + ["attended_backward"]
     one += ["correlation_backward"] if stream else ["correlation_backward_stored", "key_joint_backward"]
     middle = [(name, t) for t in reversed(range(case.iterations)) for name in (*one, "input_backward")]
-    return [("initial", 0), ("gates_backward", 0), *middle, ("finish", 0), ("reduce", 0)]
+    return [("initial", 0), ("gates_backward", 0), *middle, ("initial_backward", 0), ("reduce", 0)]
 
 
 @lru_cache
@@ -103,6 +103,7 @@ def alone(case: Case, dataflow: str):
         patch.setattr(launch, "run", run_alone)
         patch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
         patch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
+        patch.setattr(config, "parts_of", lambda *_: 2)
         result = run(function, case, make(case, torch.float32))
     return result, *steps
 
@@ -113,6 +114,7 @@ def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     """The same bits: what is launched where the driver refuses a grid that waits for itself."""
     monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
     monkeypatch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
+    monkeypatch.setattr(config, "parts_of", lambda *_: 2)
     assert_same_results(alone(case, dataflow)[0], run(function, case, make(case, torch.float32)))
 
 
@@ -195,6 +197,7 @@ def truth_and_draws(case: Case):
 
 LEAVES = {
     "project": ("joint", "value", "key"),
+    "recompute": ("joint", "value", "key"),
     "correlate": ("correlation",),
     "attend": ("hidden",),
     "attend_stored": ("hidden",),
@@ -215,12 +218,14 @@ def left_by(step: Step, case: Case) -> list[tuple[str, Tensor, int]]:
     if step.phase == "output":
         return [("state", step.iterates[step.t].flatten(0, 1), step.t + 1)]
     if step.phase == "gates_backward":
-        return [("d_gated", step.slot("d_state", width, t), t) for t in range(last + 1)]
+        return [("d_gated", step.slot("d_state", width, last % 2), last)]
     if step.phase == "input_backward":
-        return [("d_state", step.slot("d_state", width, step.t), step.t)]
+        return [("d_state", step.slot("d_state", width, step.t % 2), step.t)]
+    of_gates = [("d_gated", step.slot("d_state", width, step.t % 2), step.t)] if step.phase == "recompute" else []
     names = [name for name in LEAVES[step.phase] if name != "joint" or case.form == "released"]
     wide = ("hidden", "d_attended")
-    return [(name, step.slot(name, width * len(case.widths) if name in wide else width), step.t) for name in names]
+    slots = [(name, step.slot(name, width * len(case.widths) if name in wide else width), step.t) for name in names]
+    return of_gates + slots
 
 
 STEPS = {
@@ -237,7 +242,7 @@ def test_phase(case, dataflow, backward, i):
     """What a step leaves in the workspace; of the last ones, what the caller is given. Blame the first to fail."""
     result, *steps = alone(case, dataflow)
     step = steps[backward][i]
-    if step.phase in ("gate", "finish", "reduce"):
+    if step.phase in ("gate", "initial_backward", "reduce"):
         return check_rule(result, case, torch.float32, gradients=step.phase != "gate")
     truth, draws = truth_and_draws(case)
     for name, ours, t in left_by(step, case):

@@ -19,7 +19,7 @@ class Shape(NamedTuple):
     """L is ``length_parts`` times ``config.length_step``: Triton sees then by how much rows of W_k are aligned.
 
     Triton compiles anew for a number that is 1 or divides by 16. So numbers that follow from B stand here doubled, plus
-    1: always odd.
+    1: always odd, and never 1.
     """
 
     length_parts: int
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     unit: int  # elements of one activation [chunk, L, d] in the workspace
     gate_values: int  # elements of ``wide`` before the gradients
     gradients: int  # elements of all parameters
-    parts_odd: int  # of the rows, whose sums are formed apart
+    parts_odd: int  # of the rows, whose sums are formed apart; one more than there are, so 1 means none
 
 
 class Scalars(NamedTuple):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates import frame_blocks
-from grjca_kernels.triton.gates_backward import gates_backward
+from grjca_kernels.triton.gates_backward import gates_backward, states_backward
 from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, project
 from grjca_kernels.triton.iteration_backward import (
     attended_backward,
@@ -36,7 +35,7 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
     """Steps first_step <= step < last_step, with a barrier between two of them.
 
     For every chunk of samples: X^0; the gates; for every iteration, from the last, what it computed and then its
-    gradients; d x. After all chunks, once, the reduction.
+    gradients; d x. After all chunks, once, the reduction, if there is one.
     """
     PHASES: tl.constexpr = C.backward_phases
     STEPS: tl.constexpr = C.iterations * PHASES + 3
@@ -52,35 +51,35 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
         elif step % STEPS == 1:
             gates_backward(a, to, first, count, C)
         elif step % STEPS == STEPS - 1:
-            finish(a, to, first, count, C)
+            initial_backward(a, to, first, count, C)
         elif C.stream:
-            phase_streamed(a, t, phase, first, count, C)
+            phase_streamed(a, to, t, phase, first, count, C)
         else:
-            phase_stored(a, t, phase, first, count, C)
+            phase_stored(a, to, t, phase, first, count, C)
         if step + 1 < last_step:
             grid_barrier(p_counter)
 
 
 @triton.jit
-def phase_streamed(a, t, phase, first, count, C: tl.constexpr):
+def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
     """Of iteration t, C streamed."""
     SHIFT: tl.constexpr = 0 if C.released else 1  # the paper form has no phase for the output's relu and dropout
     if phase == 0:
-        project(a, t, first, count, C)
+        recompute(a, to, t, first, count, C)
     elif phase == 1:
         attend(a, t, first, count, C)
     elif phase == 4 - SHIFT:
         correlation_backward(a, t, first, count, C)
     else:
-        phase_of_both(a, t, phase, 2, 5 - SHIFT, first, count, C)
+        phase_of_both(a, to, t, phase, 2, 5 - SHIFT, first, count, C)
 
 
 @triton.jit
-def phase_stored(a, t, phase, first, count, C: tl.constexpr):
+def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
     """Of iteration t, C stored."""
     SHIFT: tl.constexpr = 0 if C.released else 1
     if phase == 0:
-        project(a, t, first, count, C)
+        recompute(a, to, t, first, count, C)
     elif phase == 1:
         correlate(a, t, first, count, C)
     elif phase == 2:
@@ -90,25 +89,25 @@ def phase_stored(a, t, phase, first, count, C: tl.constexpr):
     elif phase == 6 - SHIFT:
         key_joint_backward(a, t, first, count, C)
     else:
-        phase_of_both(a, t, phase, 3, 7 - SHIFT, first, count, C)
+        phase_of_both(a, to, t, phase, 3, 7 - SHIFT, first, count, C)
 
 
 @triton.jit
-def phase_of_both(a, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
+def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
     """What does not care where C is: the output projection first, the inputs last."""
     if phase == LAST:
-        inputs_and_weights(a, t, first, count, C)
+        inputs_and_weights(a, to, t, first, count, C)
     elif C.released:
         if phase == FIRST:
             output_backward(a, t, first, count, C)
         else:
-            attended_and_weights(a, t, first, count, C)
+            attended_and_weights(a, to, t, first, count, C)
     else:
-        attended_and_weights(a, t, first, count, C)
+        attended_and_weights(a, to, t, first, count, C)
 
 
 @triton.jit
-def attended_and_weights(a, t, first, count, C: tl.constexpr):
+def attended_and_weights(a, to, t, first, count, C: tl.constexpr):
     """What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer."""
     of_weights = output_weights_tasks(a, C) if C.weights else 0
     tasks = of_weights + attended_tasks(a, count, C)
@@ -118,32 +117,30 @@ def attended_and_weights(a, t, first, count, C: tl.constexpr):
             if i < tasks:
                 attended_backward(a, t, count, i - of_weights, C)
         elif C.weights:
-            output_weights(a, t, first, count, i, C)
+            output_weights(a, to, t, first, count, i, C)
 
 
 @triton.jit
-def inputs_and_weights(a, t, first, count, C: tl.constexpr):
-    """What the projections send back to X^t, and to their weights."""
-    of_inputs = input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
-    tasks = of_inputs + (input_weights_tasks(a, C) if C.weights else 0)
+def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
+    """What the projections send back to their weights, whose sums are longer, and to X^t."""
+    of_weights = input_weights_tasks(a, C) if C.weights else 0
+    tasks = of_weights + input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
     for turn in tl.range(0, turns(tasks), disable_licm=True):
         i = task_of(turn)
-        if i < of_inputs:
-            input_backward(a, t, first, count, i, C)
+        if i >= of_weights:
+            if i < tasks:
+                input_backward(a, t, first, count, i - of_weights, C)
         elif C.weights:
-            if i < tasks:
-                input_weights(a, t, first, count, i - of_inputs, C)
+            input_weights(a, to, t, first, count, i, C)
 
 
 @triton.jit
-def finish(a, to, first, count, C: tl.constexpr):
-    """The gates' weights, and d x from d X^0."""
-    of_gates = gate_tasks(a, C) if C.weights else 0
-    tasks = of_gates + frame_blocks(a, count, C)
-    for turn in tl.range(0, turns(tasks), disable_licm=True):
-        i = task_of(turn)
-        if i >= of_gates:
-            if i < tasks:
-                initial_backward(a, to, first, i - of_gates, C)
-        elif C.gates > 0:
-            gate_weights(a, first, count, i, C)
+def recompute(a, to, t, first, count, C: tl.constexpr):
+    """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
+    if C.weights and C.gates > 0:
+        if t == C.iterations - 1:
+            begin = tl.num_programs(0) - 1 - tl.program_id(0)
+            for i in tl.range(begin, gate_tasks(a, C), tl.num_programs(0), disable_licm=True):
+                gate_weights(a, to, first, count, i, C)
+    project(a, t, first, count, C)
+    states_backward(a, to, t, first, count, C)

@@ -45,8 +45,9 @@ from grjca_kernels.triton.primitives import (
 @triton.jit
 def d_logits_of(a, row, m, way, C: tl.constexpr):
     """Pointer to the gradient of the logit of a row and way."""
-    rows = chunk_of(a) * length_of(a, C)
-    return slot(a, C.slot_d_logits) + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
+    rows, width = chunk_of(a) * length_of(a, C), a.shape.width
+    place = slot(a, C.slots) + C.correlations * tl.cast(chunk_of(a), tl.int64) * width * width
+    return place + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
 
 
 @triton.jit
@@ -62,21 +63,28 @@ def incoming(views, step, sample, r, m, c, present, d_m, ROWS: tl.constexpr, COL
 
 @triton.jit
 def gates_backward(a, to, first, count, C: tl.constexpr):
-    """d X^t of every t, but for what the iterations add."""
+    """The gate values anew, the gradients of their logits, and with them d X^T."""
     length = length_of(a, C)
-    o_r = tl.arange(0, C.block_frames)
+    o_r, last = tl.arange(0, C.block_frames), tl.zeros((), tl.int32) + C.iterations
     for i in tl.range(tl.program_id(0), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
-        row, rows = tl.cast(sample, tl.int64) * length + r, length - r
-        present = (r + o_r < frames(a, first + sample, C))[:, None]
         if C.gates > 0:
+            row, rows = tl.cast(sample, tl.int64) * length + r, length - r
+            present = (r + o_r < frames(a, first + sample, C))[:, None]
             gate_values(a, first, row, m, rows, C)
             for g in tl.range(C.gates, disable_licm=True):
                 logits_backward(a, to, first, sample, r, row, m, g, rows, present, C)
             tl.debug_barrier()  # other threads of this program read them
-        for t in tl.range(0, C.iterations + 1, disable_licm=True):
-            for c in tl.range(0, entry(a.shape.widths, m), C.block_columns, disable_licm=True):
-                state_backward(a, to, first, sample, r, row, m, t, c, rows, present, C)
+        state_backward(a, to, first, sample, r, m, last, C)
+
+
+@triton.jit
+def states_backward(a, to, t, first, count, C: tl.constexpr):
+    """d X^t, but for what the iterations add. The last programs begin, as the first have more to do beside this."""
+    begin = tl.num_programs(0) - 1 - tl.program_id(0)
+    for i in tl.range(begin, frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
+        sample, r, m = frame_block(a, i, C)
+        state_backward(a, to, first, sample, r, m, t, C)
 
 
 @triton.jit
@@ -131,7 +139,17 @@ def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.con
 
 
 @triton.jit
-def state_backward(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.constexpr):
+def state_backward(a, to, first, sample, r, m, t, C: tl.constexpr):
+    """A block of frames of d X_m^t."""
+    length = length_of(a, C)
+    row, rows = tl.cast(sample, tl.int64) * length + r, length - r
+    present = (r + tl.arange(0, C.block_frames) < frames(a, first + sample, C))[:, None]
+    for c in tl.range(0, entry(a.shape.widths, m), C.block_columns, disable_licm=True):
+        state_tile(a, to, first, sample, r, row, m, t, c, rows, present, C)
+
+
+@triton.jit
+def state_tile(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.constexpr):
     """A tile of d X_m^t."""
     width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
     d_y = d_mixture(a, to, first, sample, r, row, m, c, rows, present, C)

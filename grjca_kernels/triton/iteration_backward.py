@@ -1,6 +1,6 @@
 """The phases of one iteration in reverse; a name d_x is the gradient of the loss by x.
 
-The gradient of X^t is kept in the workspace for every t (``d_state``), beside the activations that iteration.py
+The gradients of X^t and X^(t+1) stand in the workspace (``d_state``), beside the activations that iteration.py
 recomputes. d K_m stands there as K_m does, transposed and with the division by sqrt(d) still to be undone in it.
 """
 
@@ -48,7 +48,7 @@ from grjca_kernels.triton.primitives import (
 @triton.jit
 def d_state(a, t, C: tl.constexpr):
     """Pointer to d X^t of the chunk, [rows, d]."""
-    return slot(a, C.slot_d_state + t)
+    return slot(a, C.slot_d_state + t % 2)
 
 
 @triton.jit
@@ -329,8 +329,16 @@ def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
 
 
 @triton.jit
-def initial_backward(a, to, first, i, C: tl.constexpr):
-    """Task i: d x from d X^0; normalising takes out the part along x, except where 1e-12 was the larger."""
+def initial_backward(a, to, first, count, C: tl.constexpr):
+    """d x from d X^0."""
+    tasks = count * len(a.shape.widths) * tl.cdiv(length_of(a, C), C.block_frames)
+    for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        initial_block(a, to, first, i, C)
+
+
+@triton.jit
+def initial_block(a, to, first, i, C: tl.constexpr):
+    """A block of frames; normalising takes out the part along x, except where 1e-12 was the larger."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     blocks = tl.cdiv(length, C.block_frames)
     o_r, o_c = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns)

@@ -186,7 +186,7 @@ def gather(
             unit=config.unit(problem, launch.chunk),
             gate_values=launch.gate_values,
             gradients=launch.gradients,
-            parts_odd=2 * launch.parts + 1,
+            parts_odd=2 * (launch.parts + 1) + 1,
         ),
         scalars=Scalars(
             key_scale=1 / math.sqrt(problem.width),

@@ -123,7 +123,13 @@ def chunk_of(a):
 @triton.jit
 def parts_of(a):
     """Parts of the rows, whose sums are formed apart."""
-    return a.shape.parts_odd // 2
+    return tl.maximum(a.shape.parts_odd // 2 - 1, 1)
+
+
+@triton.jit
+def at_once(a):
+    """Whether the sum over one part is the whole gradient of a parameter."""
+    return a.shape.parts_odd // 2 == 1
 
 
 @triton.jit

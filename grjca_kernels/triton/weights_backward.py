@@ -1,8 +1,10 @@
-"""Gradients of the parameters, in two stages without atomics.
+"""Gradients of the parameters, without atomics.
 
-First every task sums a tile of one gradient over one part of the rows, into its own place in ``wide``: [part, element],
-by layers, and the gates last (place_of). What an earlier chunk, or an iteration that shares the layer, has left there
-is added to. At the very end reduce adds the parts in their order. So every sum has one order, whatever the grid.
+A task sums a tile of one gradient over one part of the rows. Where there is but one part, and all samples pass at once,
+that is the gradient, and it is stored where the caller wants it. Otherwise there are two stages: sums of parts stand
+in ``wide``, [part, element], by layers and the gates last (place_of); what an earlier chunk, or an iteration that shares
+the layer, has left there is added to; and at the very end reduce adds the parts in their order. So every sum has one
+order, whatever the grid.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import triton.language as tl
 from grjca_kernels import config
 from grjca_kernels.triton.gates import WAYS, first_way, state_of_gate, ways_of
 from grjca_kernels.triton.gates_backward import d_logits_of
-from grjca_kernels.triton.iteration import linear_parameter
+from grjca_kernels.triton.iteration import KEY, OUTPUT, VALUE, linear_parameter
 from grjca_kernels.triton.iteration_backward import d_update_of
 from grjca_kernels.triton.primitives import (
+    at_once,
     entry,
     gate_parameter,
     layer_of,
@@ -28,11 +31,14 @@ from grjca_kernels.triton.primitives import (
     product,
     slot,
     state,
+    store_tile,
     sum_rows,
     zero_vector,
     zeros,
 )
 
+QUERY: tl.constexpr = tl.constexpr(3)
+GATES: tl.constexpr = tl.constexpr(4)
 MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
 REDUCED: tl.constexpr = tl.constexpr(1024)
 """Elements that a program reduces at once."""
@@ -48,7 +54,7 @@ def linear_size(rows, columns, C: tl.constexpr):
 
 @triton.jit
 def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
-    """Where W of a layer begins: KIND 0 is W_k, 1 W_v, 2 W_h, 3 W_q; KIND 4 the gates of modality m, 5 the end."""
+    """Where W of a layer begins, or the gates of modality m."""
     width, length = a.shape.width, length_of(a, C)
     LAYERS: tl.constexpr = C.layers
     MODALITIES: tl.constexpr = C.modalities
@@ -65,13 +71,13 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
         gates_before += before * C.gates * linear_size(WAYS, d_m, C)
     keys = MODALITIES * linear_size(length, length, C)
     of_layer = query + keys + values + outputs
-    if KIND == 0:
+    if KIND == KEY:
         return layer * of_layer + query + m * linear_size(length, length, C)
-    elif KIND == 1:
+    elif KIND == VALUE:
         return layer * of_layer + query + keys + values_before
-    elif KIND == 2:
+    elif KIND == OUTPUT:
         return layer * of_layer + query + keys + values + outputs_before
-    elif KIND == 3:
+    elif KIND == QUERY:
         return layer * of_layer
     else:
         return LAYERS * of_layer + gates_before
@@ -84,20 +90,30 @@ def part_of(a, part):
 
 
 @triton.jit
-def accumulate(p, tile, s_row, rows, columns, fresh):
-    """Stores a tile, added to what stands there unless that is fresh."""
-    o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
-    p += o_r[:, None] * s_row + o_c[None, :]
-    m_columns, stale_rows = (o_c < columns)[None, :], tl.where(fresh, 0, rows)
-    tile += tl.load(p, mask=(o_r < stale_rows)[:, None] & m_columns, other=0)
-    tl.store(p, tile, mask=(o_r < rows)[:, None] & m_columns)
+def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh):
+    """Stores a tile that begins at element ``at`` of a gradient: there, or among the sums of its part.
+
+    Sums are added to what stands there, unless that is fresh.
+    """
+    if at_once(a):
+        store_tile(p_gradient + at, s_row, tile, rows, columns)
+    else:
+        o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+        p = part_of(a, part) + place + at + o_r[:, None] * s_row + o_c[None, :]
+        m_columns, stale_rows = (o_c < columns)[None, :], tl.where(fresh, 0, rows)
+        tile += tl.load(p, mask=(o_r < stale_rows)[:, None] & m_columns, other=0)
+        tl.store(p, tile, mask=(o_r < rows)[:, None] & m_columns)
 
 
 @triton.jit
-def accumulate_vector(p, vector, n, fresh):
+def keep_vector(a, p_gradient, place, part, at, vector, n, fresh):
     """The same for a bias."""
     o = tl.arange(0, vector.shape[0])
-    tl.store(p + o, vector + tl.load(p + o, mask=o < tl.where(fresh, 0, n), other=0), mask=o < n)
+    if at_once(a):
+        tl.store(p_gradient + at + o, vector.to(p_gradient.dtype.element_ty), mask=o < n)
+    else:
+        p = part_of(a, part) + place + at + o
+        tl.store(p, vector + tl.load(p, mask=o < tl.where(fresh, 0, n), other=0), mask=o < n)
 
 
 @triton.jit
@@ -120,44 +136,47 @@ def rows_of_part(part, parts, rows, BLOCK: tl.constexpr):
 @triton.jit
 def linear_tiles(rows, columns, C: tl.constexpr):
     """Into how many tiles a gradient is cut."""
-    return tl.cdiv(rows, C.block_m) * tl.cdiv(columns, C.block_n)
+    return tl.cdiv(rows, C.block_w) * tl.cdiv(columns, C.block_w)
 
 
 @triton.jit
-def linear_tile(a, p_dy, s_dy, p_x, s_x, place, outputs, inputs, i, part, t, first, count, C: tl.constexpr):
+def linear_tile(
+    a, p_weight, p_bias, place, p_dy, s_dy, p_x, s_x, outputs, inputs, i, part, t, first, count, C: tl.constexpr
+):
     """Tile i of d W = d y^T x over the rows of a part, and with the first column of tiles a part of d b."""
-    r, c = i // tl.cdiv(inputs, C.block_n) * C.block_m, i % tl.cdiv(inputs, C.block_n) * C.block_n
+    r, c = i // tl.cdiv(inputs, C.block_w) * C.block_w, i % tl.cdiv(inputs, C.block_w) * C.block_w
     begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
     p_dy += tl.cast(begin, tl.int64) * s_dy + r
     p_x += tl.cast(begin, tl.int64) * s_x + c
-    acc = zeros(C.block_m, C.block_n)
+    acc = zeros(C.block_w, C.block_w)
     acc = product(acc, p_dy, 1, s_dy, p_x, s_x, 1, outputs - r, inputs - c, rows, C.block_k, C)
-    p_to = part_of(a, part) + place
-    fresh = is_fresh(t, first, C)
-    accumulate(p_to + tl.cast(r, tl.int64) * inputs + c, acc, inputs, outputs - r, inputs - c, fresh)
+    fresh, at = is_fresh(t, first, C), tl.cast(r, tl.int64) * inputs + c
+    keep(a, p_weight, place, part, at, acc, inputs, outputs - r, inputs - c, fresh)
     if C.released:
         if c == 0:
-            total = sum_rows(p_dy, s_dy, rows, outputs - r, C.block_k, C.block_m)
-            accumulate_vector(p_to + tl.cast(outputs, tl.int64) * inputs + r, total, outputs - r, fresh)
+            total = sum_rows(p_dy, s_dy, rows, outputs - r, C.block_k, C.block_w)
+            keep_vector(a, p_bias, place + tl.cast(outputs, tl.int64) * inputs, part, r, total, outputs - r, fresh)
 
 
 @triton.jit
 def output_weights_tasks(a, C: tl.constexpr):
     """Tasks of output_weights."""
-    return parts_of(a) * modality_blocks(a.shape.widths, C.block_m) * tl.cdiv(a.shape.width, C.block_n)
+    return parts_of(a) * modality_blocks(a.shape.widths, C.block_w) * tl.cdiv(a.shape.width, C.block_w)
 
 
 @triton.jit
-def output_weights(a, t, first, count, i, C: tl.constexpr):
+def output_weights(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_h,m = d_update_m^T H_m."""
-    width, modalities = a.shape.width, len(a.shape.widths)
-    n_columns = tl.cdiv(width, C.block_n)
-    m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a) * n_columns, C.block_m)
-    tile = r // C.block_m * n_columns + place % n_columns
+    width, modalities, layer = a.shape.width, len(a.shape.widths), layer_of(t, C)
+    n_columns = tl.cdiv(width, C.block_w)
+    m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a) * n_columns, C.block_w)
+    tile = r // C.block_w * n_columns + place % n_columns
+    p_weight = linear_parameter(to, layer, m, OUTPUT, 0, C)
+    p_bias = linear_parameter(to, layer, m, OUTPUT, 1, C) if C.released else p_weight
     linear_tile(
-        a, d_update_of(a, t, C) + offset, width, slot(a, C.slot_hidden) + m * width, modalities * width,
-        place_of(a, layer_of(t, C), m, 2, C), entry(a.shape.widths, m), width, tile, place // n_columns,
-        t, first, count, C,
+        a, p_weight, p_bias, place_of(a, layer, m, OUTPUT, C), d_update_of(a, t, C) + offset, width,
+        slot(a, C.slot_hidden) + m * width, modalities * width, entry(a.shape.widths, m), width, tile,
+        place // n_columns, t, first, count, C,
     )  # fmt: skip
 
 
@@ -178,7 +197,7 @@ def input_weights_tasks(a, C: tl.constexpr):
 
 
 @triton.jit
-def input_weights(a, t, first, count, i, C: tl.constexpr):
+def input_weights(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_q = d J^T X, d W_v,m = d V_m^T X_m, or d W_k."""
     width, layer = a.shape.width, layer_of(t, C)
     MODALITIES: tl.constexpr = C.modalities
@@ -191,36 +210,41 @@ def input_weights(a, t, first, count, i, C: tl.constexpr):
             beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
             tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
             m += tl.where(beyond, 1, 0)
-        size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, 1, C)
-        p_dy = slot(a, C.slot_d_value)
+        size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, VALUE, C)
+        p_weight, p_dy = linear_parameter(to, layer, m, VALUE, 0, C), slot(a, C.slot_d_value)
+        p_bias = p_weight
         if C.released:
             query = i < parts * of_query
             tile = tl.where(query, i // parts, tile)
             size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
-            place = tl.where(query, place_of(a, layer, 0, 3, C), place)
+            place = tl.where(query, place_of(a, layer, 0, QUERY, C), place)
             p_dy = tl.where(query, slot(a, C.slot_d_joint), p_dy)
+            p_weight = tl.where(query, parameter(to.parameters, layer, 0, 0, 0, C), p_weight)
+            p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
+            p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
         linear_tile(
-            a, p_dy + offset, width, p_x + offset, width, place, size, size, tile, i % parts, t, first, count, C
-        )
+            a, p_weight, p_bias, place, p_dy + offset, width, p_x + offset, width, size, size, tile, i % parts,
+            t, first, count, C,
+        )  # fmt: skip
     else:
-        key_tile(a, t, first, count, i // parts - of_linear, i % parts, C)
+        key_tile(a, to, t, first, count, i // parts - of_linear, i % parts, C)
 
 
 # ---- W_k
 
 
 @triton.jit
-def key_tile(a, t, first, count, i, part, C: tl.constexpr):
+def key_tile(a, to, t, first, count, i, part, C: tl.constexpr):
     """A tile of d W_k,m = sum of d K_m^T X_m^T over the samples of a part; with the first column of tiles d b_k."""
-    length, width = length_of(a, C), a.shape.width
-    n_columns = tl.cdiv(length, C.block_n)
-    tiles = tl.cdiv(length, C.block_m) * n_columns
-    m, l, c = i // tiles, i % tiles // n_columns * C.block_m, i % n_columns * C.block_n
+    length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
+    n_columns = tl.cdiv(length, C.block_w)
+    tiles = n_columns * n_columns
+    m, l, c = i // tiles, i % tiles // n_columns * C.block_w, i % n_columns * C.block_w
     d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
     begin, samples = rows_of_part(part, parts_of(a), count, 1)
     p_dk, p_x = slot(a, C.slot_d_key) + offset, state(a, t, first, C) + offset
-    acc = zeros(C.block_m, C.block_n)
-    total = zero_vector(C.block_m)
+    acc = zeros(C.block_w, C.block_w)
+    total = zero_vector(C.block_w)
     for sample in tl.range(begin, begin + samples, disable_licm=True):
         row = tl.cast(sample, tl.int64) * length
         acc = product(
@@ -230,18 +254,20 @@ def key_tile(a, t, first, count, i, part, C: tl.constexpr):
         if C.released:
             if c == 0:
                 total += sum_columns(p_dk + (row + l) * width, width, length - l, d_m, C)
-    p_to, fresh = part_of(a, part) + place_of(a, layer_of(t, C), m, 0, C), is_fresh(t, first, C)
-    accumulate(p_to + tl.cast(l, tl.int64) * length + c, acc, length, length - l, length - c, fresh)
+    place, fresh = place_of(a, layer, m, KEY, C), is_fresh(t, first, C)
+    p_weight, at = linear_parameter(to, layer, m, KEY, 0, C), tl.cast(l, tl.int64) * length + c
+    keep(a, p_weight, place, part, at, acc, length, length - l, length - c, fresh)
     if C.released:
         if c == 0:
-            accumulate_vector(p_to + tl.cast(length, tl.int64) * length + l, total, length - l, fresh)
+            p_bias = linear_parameter(to, layer, m, KEY, 1, C)
+            keep_vector(a, p_bias, place + tl.cast(length, tl.int64) * length, part, l, total, length - l, fresh)
 
 
 @triton.jit
 def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
-    """Sums along the rows of a matrix [rows, columns]: [block_m]."""
-    o_r, o_c = tl.arange(0, C.block_m), tl.arange(0, C.block_k)
-    acc = zeros(C.block_m, C.block_k)
+    """Sums along the rows of a matrix [rows, columns]: [block_w]."""
+    o_r, o_c = tl.arange(0, C.block_w), tl.arange(0, C.block_k)
+    acc = zeros(C.block_w, C.block_k)
     p += o_r[:, None] * s_row + o_c[None, :]
     for c in tl.range(0, columns, C.block_k, disable_licm=True):
         acc += tl.load(p, mask=(o_r < rows)[:, None] & (o_c < columns - c)[None, :], other=0).to(tl.float32)
@@ -255,27 +281,30 @@ def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
 @triton.jit
 def gate_tasks(a, C: tl.constexpr):
     """Tasks of gate_weights."""
-    return parts_of(a) * C.gates * modality_blocks(a.shape.widths, C.block_n)
+    return parts_of(a) * C.gates * modality_blocks(a.shape.widths, C.block_w)
 
 
 @triton.jit
-def gate_weights(a, first, count, i, C: tl.constexpr):
+def gate_weights(a, to, first, count, i, C: tl.constexpr):
     """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
     width, parts = a.shape.width, parts_of(a)
-    m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_n)
+    m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_w)
     g, part, d_m = place // parts, place % parts, entry(a.shape.widths, m)
     ways = ways_of(g, C)
-    begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
+    begin, rows = rows_of_part(part, parts, count * length_of(a, C), C.block_k)
     p_d = d_logits_of(a, tl.cast(begin, tl.int64), m, first_way(g), C)
     p_x = state(a, state_of_gate(g, C), first, C) + tl.cast(begin, tl.int64) * width + offset + c
-    acc = zeros(WAYS, C.block_n)
+    acc = zeros(WAYS, C.block_w)
     acc = product(acc, p_d, 1, C.ways, p_x, width, 1, ways, d_m - c, rows, C.block_k, C)
-    p_to = part_of(a, part) + place_of(a, 0, m, 4, C) + g * linear_size(WAYS, d_m, C)
-    accumulate(p_to + c, acc, d_m, ways, d_m - c, first == 0)
+    place = place_of(a, 0, m, GATES, C) + g * linear_size(WAYS, d_m, C)
+    keep(a, gate_parameter(to.parameters, m, g, 0, C), place, part, c, acc, d_m, ways, d_m - c, first == 0)
     if C.released:
         if c == 0:
-            total = sum_rows(p_d, C.ways, rows, ways, C.block_k, WAYS)
-            accumulate_vector(p_to + tl.cast(ways, tl.int64) * d_m, total, ways, first == 0)
+            total, p_bias = (
+                sum_rows(p_d, C.ways, rows, ways, C.block_k, WAYS),
+                gate_parameter(to.parameters, m, g, 1, C),
+            )
+            keep_vector(a, p_bias, place + tl.cast(ways, tl.int64) * d_m, part, 0, total, ways, first == 0)
 
 
 # ---- the second stage
@@ -288,12 +317,12 @@ def reduce(a, to, C: tl.constexpr):
     for n in tl.range(C.layers, disable_licm=True):
         if C.released:
             p_weight, p_bias = (parameter(to.parameters, n, 0, 0, 0, C), parameter(to.parameters, n, 0, 1, 0, C))
-            reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, 3, C), width, width, 0, C)
+            reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, QUERY, C), width, width, 0, C)
         for m in tl.range(C.modalities, disable_licm=True):
             d_m = entry(a.shape.widths, m)
-            reduce_kind(a, to, n, m, 0, length, length, C)
-            reduce_kind(a, to, n, m, 1, d_m, d_m, C)
-            reduce_kind(a, to, n, m, 2, d_m, width, C)
+            reduce_kind(a, to, n, m, KEY, length, length, C)
+            reduce_kind(a, to, n, m, VALUE, d_m, d_m, C)
+            reduce_kind(a, to, n, m, OUTPUT, d_m, width, C)
     if C.gates > 0:
         for m in tl.range(C.modalities, disable_licm=True):
             for g in tl.range(C.gates, disable_licm=True):
@@ -306,7 +335,7 @@ def reduce_gate(a, to, m, g, C: tl.constexpr):
     d_m = entry(a.shape.widths, m)
     p_weight = gate_parameter(to.parameters, m, g, 0, C)
     p_bias = gate_parameter(to.parameters, m, g, 1, C) if C.released else p_weight
-    place = place_of(a, 0, m, 4, C) + g * linear_size(WAYS, d_m, C)
+    place = place_of(a, 0, m, GATES, C) + g * linear_size(WAYS, d_m, C)
     reduce_linear(a, p_weight, p_bias, place, ways_of(g, C), d_m, m + g, C)
 
 
