@@ -34,6 +34,20 @@ NO_GPU = "benchmarks.gpu: PyTorch sees no GPU here, and nothing is timed without
 PASSES = {"forward": False, "training": True}
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
 
+VARIANTS: dict[str, dict[str, int]] = {
+    "64 x 64 x 64, two programs of 4 warps": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 3, "programs": 2},
+    "128 x 64 x 64": {"m": 128, "n": 64, "k": 64},
+    "64 x 128 x 64": {"m": 64, "n": 128, "k": 64},
+    "64 x 64 x 64": {"m": 64, "n": 64, "k": 64},
+    "128 x 128 x 32": {"m": 128, "n": 128, "k": 32},
+    "2 stages": {"stages": 2},
+    "3 stages": {"stages": 3},
+    "weights by 128 x 128": {"w": 128},
+    "all samples at once": {"chunk": 1 << 20},
+    "few samples at once": {"chunk": 4},
+}
+"""Against the configuration as it is: fields of config.Tiles, and the samples of a chunk."""
+
 
 # ---- stages: name -> rows
 
@@ -107,10 +121,7 @@ def _variants() -> Plan:
 
         return tried(name, batch, of_variant, PASSES[what])
 
-    names = ("64 x 64 x 32", "64 x 128 x 32", "128 x 64 x 32", "64 x 64 x 64, 8 warps", "32 x 64 x 64")
-    names += ("2 stages", "4 stages", "one program on a multiprocessor", "two programs on a multiprocessor")
-    names += ("all samples at once", "few samples at once")
-    cells = [("abaw", 12, of, what) for what in PASSES for of in names]
+    cells = [("abaw", 12, of, what) for what in PASSES for of in VARIANTS]
     return {"{} B={} variant {} {}".format(*of): functools.partial(row, *of) for of in cells}
 
 

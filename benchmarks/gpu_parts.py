@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import gpu_block
+from benchmarks.gpu import VARIANTS
 from benchmarks.gpu_block import ALL_SHAPES, Clock, Subject, described, measure, plain
 from grjca_kernels import GatedRJCAFused, config
 from grjca_kernels.triton import launch
@@ -51,10 +52,11 @@ def step_names(of: config.Launch, backward: bool) -> list[str]:
         phases = ["project", *attend, "output"]
         chunk = ["initial", *(f"{phase} {t + 1}" for t in turns for phase in phases), "gate"]
         return chunk * (of.steps // len(chunk))
-    phases = ["project", *attend, *["output backward"] * constants.released, "attended backward"]
+    phases = ["recompute", *attend, *["output backward"] * constants.released, "attended backward"]
     phases += ["correlation backward"] + ["key and joint backward"] * (not constants.stream) + ["input backward"]
-    chunk = ["initial", "gates backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases), "finish"]
-    return chunk * (of.steps // len(chunk)) + ["reduce"] * constants.weights
+    chunk = ["initial", "gates backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases)]
+    chunk += ["initial backward"]
+    return chunk * (of.steps // len(chunk)) + ["reduce"] * (of.parts > 0)
 
 
 def phases(name: str, batch: int) -> dict[str, Any]:
@@ -79,21 +81,6 @@ def phases(name: str, batch: int) -> dict[str, Any]:
 
 
 # ---- other configurations
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "64 x 64 x 32": {"m": 64, "n": 64, "k": 32},
-    "64 x 128 x 32": {"m": 64, "n": 128, "k": 32},
-    "128 x 64 x 32": {"m": 128, "n": 64, "k": 32},
-    "64 x 64 x 64, 8 warps": {"m": 64, "n": 64, "k": 64, "warps": 8},
-    "32 x 64 x 64": {"m": 32, "n": 64, "k": 64},
-    "2 stages": {"stages": 2},
-    "4 stages": {"stages": 4},
-    "one program on a multiprocessor": {"programs": 1},
-    "two programs on a multiprocessor": {"programs": 2},
-    "all samples at once": {"chunk": 1 << 20},
-    "few samples at once": {"chunk": 4},
-}
-"""Against the configuration as it is: fields of config.Tiles, and the samples of a chunk."""
 
 
 @contextmanager

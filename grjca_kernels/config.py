@@ -100,6 +100,7 @@ class Constants:
 class Launch:
     """One launch: what is compiled, the grid, and how large the workspaces are."""
 
+    device: Device
     constants: Constants
     tiles: Tiles
     programs: int
@@ -263,6 +264,7 @@ def forward(
     chunk = chunk_of(problem, tile, programs)
     chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
     return Launch(
+        device=device,
         constants=compiled,
         tiles=tile,
         programs=programs,
@@ -296,6 +298,7 @@ def backward(
     parts = parts_of(problem, tile, programs, chunk) if weights else 0
     rows, ways = chunk * problem.length, len(problem.widths) * sum(problem.gate_ways)
     return Launch(
+        device=device,
         constants=compiled,
         tiles=tile,
         programs=programs,

@@ -6,6 +6,7 @@ tensors allocated here. A new backend therefore registers nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -247,6 +248,10 @@ class GatedRJCAGradient(torch.autograd.Function):
             "gated_rjca: the kernels have no second derivative. For double backward use backend='reference', "
             "which PyTorch differentiates any number of times."
         )
+
+
+for _function in (GatedRJCA, GatedRJCAGradient):  # or apply() would work the signature out at every call
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined, union-attr]
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:

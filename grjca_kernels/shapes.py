@@ -5,10 +5,11 @@ Letters are those of ``operator.md``: B batch, L sequence length, M modalities o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class Problem:
         return gate_ways(self.gating, self.iterations)
 
 
+@functools.cache
 def gate_ways(gating: str, iterations: int) -> tuple[int, ...]:
     """Number of ways of each gate of one modality, in the order of :data:`Gates`."""
     return {
@@ -140,7 +142,49 @@ def check_size(name: str, value: object) -> None:
 # ---- tensors
 
 
+MOST_REMEMBERED = 512
+_legal: dict[Any, Problem] = {}
+
+
 def check(
+    features: Sequence[Tensor],
+    layers: Sequence[Layer],
+    gates: Gates,
+    *,
+    seed: Tensor | int | None = None,
+    **options: Any,
+) -> Problem:
+    """Check one call and describe it. One that is like an earlier and legal one is only compared with that.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if torch.compiler.is_compiling():
+        return _check(features, layers, gates, seed=seed, **options)
+    call = features, layers, gates, seed if isinstance(seed, Tensor) else type(seed)
+    try:
+        key = _likeness(call), *((name, _likeness(value)) for name, value in options.items())
+        problem = _legal.get(key)
+    except TypeError:  # a size that is a symbol cannot be looked up
+        return _check(features, layers, gates, seed=seed, **options)
+    if problem is None:
+        problem = _check(features, layers, gates, seed=seed, **options)
+        if len(_legal) >= MOST_REMEMBERED:
+            _legal.clear()
+        _legal[key] = problem
+    return problem
+
+
+def _likeness(value: Any) -> Any:
+    """All of an argument that its check looks at; equal for no two of which only one is legal."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.layout
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_likeness, value)
+    return type(value), value
+
+
+def _check(
     features: Sequence[Tensor],
     layers: Sequence[Layer],
     gates: Gates,
@@ -154,11 +198,6 @@ def check(
     lengths: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> Problem:
-    """Check one call and describe it.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
-    """
     check_structure(features, layers, gates)
     check_flag("normalize", normalize)
     total = len(layers) if iterations is None else iterations

@@ -398,7 +398,7 @@ def test_memory(name, monkeypatch):
     def noting(original: Any) -> Any:
         def noted(*arguments: Any, **options: Any) -> Any:
             launch = original(*arguments, **options)
-            workspaces.append(2 * launch.work + 4 * launch.wide)
+            workspaces.append(2 * launch.work + launch.bits + 4 * launch.wide)
             return launch
 
         return noted

@@ -50,6 +50,15 @@ def edit_layer(arguments: dict, group: str, change, t: int = 1, m: int = 1) -> N
         arguments["layers"][t] = layer._replace(**{group: tuple(linears)})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def a_legal_call_came_before():
+    """What is like it is not checked again, so every refusal below is of a call that only seems to be."""
+    for form in shapes.FORMS:
+        arguments = legal(Case("legal", 2, 4, (5, 3), 2, "flat", form, lengths=(4, 2)))
+        for lengths in (None, arguments.pop("lengths")):
+            grjca_kernels.gated_rjca(**arguments, lengths=lengths)
+
+
 # ---- features
 
 FEATURES = [
@@ -405,3 +414,29 @@ def test_flags_are_bools(name):
 @mark.parametrize("name", ["normalize", "share_weights"])
 def test_flags_of_the_module_are_bools(name):
     refused(TypeError, name, lambda: GatedRJCAFused(3, 2, 4, **{name: 1}), "1")
+
+
+# ---- what is remembered
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(shapes, "_legal", {})
+    monkeypatch.setattr(shapes, "MOST_REMEMBERED", 3)
+    arguments = legal()
+    for batch in range(1, 9):
+        features = [x[:1].expand(batch, -1, -1) for x in arguments["features"]]
+        assert shapes.check(features, arguments["layers"], arguments["gates"], dropout=0.5).batch == batch
+        assert 1 <= len(shapes._legal) <= 3
+    before = dict(shapes._legal)
+    shapes.check(features, arguments["layers"], arguments["gates"], dropout=0.5)
+    assert shapes._legal == before
+
+
+@mark.parametrize("value", [True, 1.0, "1"], ids=repr)
+def test_equal_is_not_alike(value):
+    """1 == True == 1.0, and only one of them counts iterations."""
+    arguments = legal(Case("one", 2, 4, (5, 3), 1, "flat"))
+    tensors = [arguments[name] for name in ("features", "layers", "gates")]
+    assert shapes.check(*tensors, iterations=1).iterations == 1
+    refused(TypeError, "iterations", lambda: shapes.check(*tensors, iterations=value))
+    refused(TypeError, "seed", lambda: shapes.check(*tensors, iterations=1, seed=value))

@@ -130,7 +130,8 @@ def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.con
                 for s in tl.range(0, ways, disable_licm=True):
                     d_values = add_way(d_values, s, d, choice(a, first, row, m, s, c, rows, C))
         else:
-            for s in tl.range(0, ways, disable_licm=True):
+            LAST: tl.constexpr = C.ways
+            for s in tl.static_range(LAST):  # all loads at once
                 d_values = add_way(d_values, s, d, choice(a, first, row, m, s, c, rows, C))
     p_values = values_of(a, row, m, first_way(g), C)
     b_g = load_tile(p_values, C.ways, 1, rows, ways, C.block_frames, WAYS)

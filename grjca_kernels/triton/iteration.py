@@ -136,8 +136,7 @@ def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
     m, offset, c, i_row = modality_task(a.shape.widths, i - of_joint, tl.cdiv(all_rows, C.block_m), C.block_n)
     outputs = entry(a.shape.widths, m)
     p_weight = linear_parameter(a, layer, m, VALUE, 0, C)
-    p_to = slot(a, C.slot_value)
-    p_bias = p_weight
+    i_slot, p_bias = C.slot_value, p_weight
     if C.released:
         p_bias = linear_parameter(a, layer, m, VALUE, 1, C)
         joint, n_joint = i < of_joint, tl.cdiv(width, C.block_n)
@@ -147,7 +146,7 @@ def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
         outputs = tl.where(joint, width, outputs)
         p_weight = tl.where(joint, parameter(a.parameters, layer, 0, 0, 0, C), p_weight)
         p_bias = tl.where(joint, parameter(a.parameters, layer, 0, 1, 0, C), p_bias)
-        p_to = tl.where(joint, slot(a, C.slot_joint), p_to)
+        i_slot = tl.where(joint, C.slot_joint, C.slot_value)
     r = i_row * C.block_m
     rows, columns = all_rows - r, outputs - c
     p_x = state(a, t, first, C) + tl.cast(r, tl.int64) * width + offset
@@ -156,7 +155,7 @@ def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
     acc = product(acc, p_x, width, 1, p_w, 1, outputs, rows, columns, outputs, C.block_k, C)
     if C.released:
         acc = add_row(acc, p_bias + c, columns)
-    store_tile(p_to + tl.cast(r, tl.int64) * width + offset + c, width, acc, rows, columns)
+    store_tile(slot(a, i_slot) + tl.cast(r, tl.int64) * width + offset + c, width, acc, rows, columns)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from grjca_kernels import config, dropout
@@ -139,7 +140,7 @@ _apart: set[torch.device] = set()
 
 def options(launch: config.Launch, together: bool = True) -> dict[str, Any]:
     """What Triton is told beside the arguments. Fusing multiplications and additions is its default up to 3.9 only."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "num_warps": launch.tiles.warps,
         "num_stages": launch.tiles.stages,
         "enable_fp_fusion": True,
@@ -147,8 +148,14 @@ def options(launch: config.Launch, together: bool = True) -> dict[str, Any]:
     }
     if launch.constants.most_registers:
         chosen["maxnreg"] = launch.constants.most_registers
+        if NEW_PTXAS and launch.device.capability >= 90:
+            chosen["ptx_options"] = "--register-usage-level=0"
     return chosen
 
+
+NEW_PTXAS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+"""From 3.9 on Triton compiles for Hopper and later with a ptxas of CUDA 13, which by default spends registers on what it
+could compute again, and then spills some. With the one of CUDA 12.8 it is the other way round."""
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 

@@ -221,7 +221,8 @@ def slot(a, i):
 def state(a, t, first, C: tl.constexpr):
     """X^t of a chunk, [rows, d]: X^0 in the workspace, the others among the iterates. ``first`` is its first sample."""
     place = (tl.cast(t - 1, tl.int64) * (a.batch_odd // 2) + first) * length_of(a, C) * a.shape.width
-    return tl.where(t == 0, slot(a, C.slot_initial), a.iterates + place)
+    place = tl.where(t == 0, tl.cast(a.shape.unit, tl.int64) * C.slot_initial, place)
+    return tl.where(t == 0, a.work, a.iterates) + place  # two choices: Triton 3.6 fails on one of both for AMD
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels import config
 from grjca_kernels.triton.gates import WAYS, first_way, state_of_gate, ways_of
 from grjca_kernels.triton.gates_backward import d_logits_of
 from grjca_kernels.triton.iteration import KEY, OUTPUT, VALUE, linear_parameter
@@ -39,7 +38,6 @@ from grjca_kernels.triton.primitives import (
 
 QUERY: tl.constexpr = tl.constexpr(3)
 GATES: tl.constexpr = tl.constexpr(4)
-MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
 REDUCED: tl.constexpr = tl.constexpr(1024)
 """Elements that a program reduces at once."""
 
@@ -211,19 +209,19 @@ def input_weights(a, to, t, first, count, i, C: tl.constexpr):
             tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
             m += tl.where(beyond, 1, 0)
         size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, VALUE, C)
-        p_weight, p_dy = linear_parameter(to, layer, m, VALUE, 0, C), slot(a, C.slot_d_value)
+        p_weight, i_slot = linear_parameter(to, layer, m, VALUE, 0, C), C.slot_d_value
         p_bias = p_weight
         if C.released:
             query = i < parts * of_query
             tile = tl.where(query, i // parts, tile)
             size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
             place = tl.where(query, place_of(a, layer, 0, QUERY, C), place)
-            p_dy = tl.where(query, slot(a, C.slot_d_joint), p_dy)
+            i_slot = tl.where(query, C.slot_d_joint, C.slot_d_value)
             p_weight = tl.where(query, parameter(to.parameters, layer, 0, 0, 0, C), p_weight)
             p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
             p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
         linear_tile(
-            a, p_weight, p_bias, place, p_dy + offset, width, p_x + offset, width, size, size, tile, i % parts,
+            a, p_weight, p_bias, place, slot(a, i_slot) + offset, width, p_x + offset, width, size, size, tile, i % parts,
             t, first, count, C,
         )  # fmt: skip
     else:
@@ -364,6 +362,6 @@ def reduce_elements(a, p_to, place, n, turn):
     for i in tl.range(begin, tl.cdiv(n, REDUCED), tl.num_programs(0), disable_licm=True):
         at = tl.cast(i, tl.int64) * REDUCED + o
         acc = zero_vector(REDUCED)
-        for part in tl.static_range(MOST_PARTS):  # all loads at once
-            acc += tl.load(part_of(a, part) + place + at, mask=at < tl.where(parts_of(a) > part, n, 0), other=0)
+        for part in tl.range(parts_of(a), disable_licm=True):
+            acc += tl.load(part_of(a, part) + place + at, mask=at < n, other=0)
         tl.store(p_to + at, acc.to(p_to.dtype.element_ty), mask=at < n)
