@@ -161,9 +161,9 @@ TILES = {  # (family, products): forward, backward that stores C, backward that 
 }  # fmt: skip
 """The largest with which neither kernel spills a register; tests/test_triton_compiled.py sees to that.
 
-Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does 64.
-For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the
-chips with 100 KiB of shared memory.
+Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
+64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
+with 100 KiB of shared memory.
 """
 
 

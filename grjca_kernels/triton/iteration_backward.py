@@ -285,7 +285,7 @@ def input_blocks(a, count, C: tl.constexpr):
 
 @triton.jit
 def input_backward(a, t, first, count, i, C: tl.constexpr):
-    """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; where C is streamed, the last is already there."""
+    """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; with a streamed C the last is there."""
     length, n_rows = length_of(a, C), input_blocks(a, count, C)
     m, offset, c, block = modality_task(a.shape.widths, i, n_rows, C.block_n)
     if C.stream:

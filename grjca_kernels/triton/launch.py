@@ -154,8 +154,8 @@ def options(launch: config.Launch, together: bool = True) -> dict[str, Any]:
 
 
 NEW_PTXAS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-"""From 3.9 on Triton compiles for Hopper and later with a ptxas of CUDA 13, which by default spends registers on what it
-could compute again, and then spills some. With the one of CUDA 12.8 it is the other way round."""
+"""From 3.9 on Triton compiles for Hopper and later with a ptxas of CUDA 13, which by default spends registers on what
+it could compute again, and then spills some. With the one of CUDA 12.8 it is the other way round."""
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 

@@ -2,9 +2,9 @@
 
 A task sums a tile of one gradient over one part of the rows. Where there is but one part, and all samples pass at once,
 that is the gradient, and it is stored where the caller wants it. Otherwise there are two stages: sums of parts stand
-in ``wide``, [part, element], by layers and the gates last (place_of); what an earlier chunk, or an iteration that shares
-the layer, has left there is added to; and at the very end reduce adds the parts in their order. So every sum has one
-order, whatever the grid.
+in ``wide``, [part, element], by layers and the gates last (place_of); what an earlier chunk, or an iteration that
+shares the layer, has left there is added to; and at the very end reduce adds the parts in their order. So every sum
+has one order, whatever the grid.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ def input_weights(a, to, t, first, count, i, C: tl.constexpr):
             p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
             p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
         linear_tile(
-            a, p_weight, p_bias, place, slot(a, i_slot) + offset, width, p_x + offset, width, size, size, tile, i % parts,
-            t, first, count, C,
+            a, p_weight, p_bias, place, slot(a, i_slot) + offset, width, p_x + offset, width, size, size, tile,
+            i % parts, t, first, count, C,
         )  # fmt: skip
     else:
         key_tile(a, to, t, first, count, i // parts - of_linear, i % parts, C)
