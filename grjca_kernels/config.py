@@ -64,6 +64,7 @@ class Constants:
     return_gates: bool
     precision: str  # of the products: "tf32" means tensor cores, whatever the dtype
     approximate_tanh: bool
+    called: bool
     stream: bool
     length_step: int
     block_m: int
@@ -117,6 +118,9 @@ class Launch:
         """Elements of float32 in all."""
         return self.gate_values + self.parts * self.gradients
 
+
+TENSOR_MEMORY = (10, 11)
+"""Major capabilities whose products Triton puts into tensor memory, which it cannot do in a function that is called."""
 
 STREAM_FRAMES = 32
 """The longest sequence whose C is streamed. C is d / L times as large as an activation, while streaming computes it
@@ -222,6 +226,7 @@ def constants(
         return_gates=return_gates,
         precision="tf32" if dtype != torch.float32 or tf32 else "ieee",
         approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
+        called=device.kind == "cuda" and device.capability // 10 not in TENSOR_MEMORY,
         stream=stream,
         length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
         block_m=tile.m,

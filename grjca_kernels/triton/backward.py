@@ -18,7 +18,7 @@ from grjca_kernels.triton.iteration_backward import (
     key_joint_backward,
     output_backward,
 )
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier, modality_blocks, task_of, turns
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier, modality_blocks, run, task_of, turns
 from grjca_kernels.triton.weights_backward import (
     gate_tasks,
     gate_weights,
@@ -45,13 +45,13 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
         t, phase = C.iterations - 1 - (step % STEPS - 2) // PHASES, (step % STEPS - 2) % PHASES
         if first >= batch:
             if C.weights:
-                reduce(a, to, C)
+                run(reduce, a, to, t, first, count, C)
         elif step % STEPS == 0:
-            initial(a, first, count, C)
+            run(initial, a, to, t, first, count, C)
         elif step % STEPS == 1:
-            gates_backward(a, to, first, count, C)
+            run(gates_backward, a, to, t, first, count, C)
         elif step % STEPS == STEPS - 1:
-            initial_backward(a, to, first, count, C)
+            run(initial_backward, a, to, t, first, count, C)
         elif C.stream:
             phase_streamed(a, to, t, phase, first, count, C)
         else:
@@ -67,9 +67,9 @@ def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
     if phase == 0:
         recompute(a, to, t, first, count, C)
     elif phase == 1:
-        attend(a, t, first, count, C)
+        run(attend, a, to, t, first, count, C)
     elif phase == 4 - SHIFT:
-        correlation_backward(a, t, first, count, C)
+        run(correlation_backward, a, to, t, first, count, C)
     else:
         phase_of_both(a, to, t, phase, 2, 5 - SHIFT, first, count, C)
 
@@ -81,13 +81,13 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
     if phase == 0:
         recompute(a, to, t, first, count, C)
     elif phase == 1:
-        correlate(a, t, first, count, C)
+        run(correlate, a, to, t, first, count, C)
     elif phase == 2:
-        attend_stored(a, count, C)
+        run(attend_stored, a, to, t, first, count, C)
     elif phase == 5 - SHIFT:
-        correlation_backward_stored(a, t, first, count, C)
+        run(correlation_backward_stored, a, to, t, first, count, C)
     elif phase == 6 - SHIFT:
-        key_joint_backward(a, t, first, count, C)
+        run(key_joint_backward, a, to, t, first, count, C)
     else:
         phase_of_both(a, to, t, phase, 3, 7 - SHIFT, first, count, C)
 
@@ -96,14 +96,14 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
 def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
     """What does not care where C is: the output projection first, the inputs last."""
     if phase == LAST:
-        inputs_and_weights(a, to, t, first, count, C)
+        run(inputs_and_weights, a, to, t, first, count, C)
     elif C.released:
         if phase == FIRST:
-            output_backward(a, t, first, count, C)
+            run(output_backward, a, to, t, first, count, C)
         else:
-            attended_and_weights(a, to, t, first, count, C)
+            run(attended_and_weights, a, to, t, first, count, C)
     else:
-        attended_and_weights(a, to, t, first, count, C)
+        run(attended_and_weights, a, to, t, first, count, C)
 
 
 @triton.jit
@@ -139,8 +139,14 @@ def recompute(a, to, t, first, count, C: tl.constexpr):
     """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
     if C.weights and C.gates > 0:
         if t == C.iterations - 1:
-            begin = tl.num_programs(0) - 1 - tl.program_id(0)
-            for i in tl.range(begin, gate_tasks(a, C), tl.num_programs(0), disable_licm=True):
-                gate_weights(a, to, first, count, i, C)
-    project(a, t, first, count, C)
-    states_backward(a, to, t, first, count, C)
+            run(weights_of_gates, a, to, t, first, count, C)
+    run(project, a, to, t, first, count, C)
+    run(states_backward, a, to, t, first, count, C)
+
+
+@triton.jit
+def weights_of_gates(a, to, t, first, count, C: tl.constexpr):
+    """The last programs begin, as the first have more to do beside this."""
+    begin = tl.num_programs(0) - 1 - tl.program_id(0)
+    for i in tl.range(begin, gate_tasks(a, C), tl.num_programs(0), disable_licm=True):
+        gate_weights(a, to, first, count, i, C)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from grjca_kernels.triton.gates import gate
 from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, output, project
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier, run
 
 
 @triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
@@ -23,18 +23,18 @@ def forward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constex
         count = tl.minimum(batch - first, chunk_of(a))
         t, phase = (step % STEPS - 1) // PHASES, (step % STEPS - 1) % PHASES
         if step % STEPS == 0:
-            initial(a, first, count, C)
+            run(initial, a, to, t, first, count, C)
         elif step % STEPS == STEPS - 1:
-            gate(a, to, first, count, C)
+            run(gate, a, to, t, first, count, C)
         elif phase == 0:
-            project(a, t, first, count, C)
+            run(project, a, to, t, first, count, C)
         elif phase == PHASES - 1:
-            output(a, t, first, count, C)
+            run(output, a, to, t, first, count, C)
         elif C.stream:
-            attend(a, t, first, count, C)
+            run(attend, a, to, t, first, count, C)
         elif phase == 1:
-            correlate(a, t, first, count, C)
+            run(correlate, a, to, t, first, count, C)
         else:
-            attend_stored(a, count, C)
+            run(attend_stored, a, to, t, first, count, C)
         if step + 1 < last_step:
             grid_barrier(p_counter)

@@ -144,7 +144,7 @@ def mixture(a, first, row, m, c, rows, C: tl.constexpr):
 
 
 @triton.jit
-def gate(a, to, first, count, C: tl.constexpr):
+def gate(a, to, t, first, count, C: tl.constexpr):
     """Y_m, and the gate values if asked for."""
     length = length_of(a, C)
     o_r, o_c, o_w = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns), tl.arange(0, WAYS)

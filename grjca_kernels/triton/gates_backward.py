@@ -62,7 +62,7 @@ def incoming(views, step, sample, r, m, c, present, d_m, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def gates_backward(a, to, first, count, C: tl.constexpr):
+def gates_backward(a, to, t, first, count, C: tl.constexpr):
     """The gate values anew, the gradients of their logits, and with them d X^T."""
     length = length_of(a, C)
     o_r, last = tl.arange(0, C.block_frames), tl.zeros((), tl.int32) + C.iterations

@@ -62,7 +62,7 @@ def linear_parameter(a, layer, m, KIND: tl.constexpr, BIAS: tl.constexpr, C: tl.
 
 
 @triton.jit
-def initial(a, first, count, C: tl.constexpr):
+def initial(a, to, t, first, count, C: tl.constexpr):
     """X^0: absent frames cleared, every frame divided by max(|x|, 1e-12) if asked for."""
     length, width = length_of(a, C), a.shape.width
     blocks, modalities = tl.cdiv(length, C.block_frames), len(a.shape.widths)
@@ -108,7 +108,7 @@ def norm_of_rows(p_x, s_column, m_x, d_m, C: tl.constexpr):
 
 
 @triton.jit
-def project(a, t, first, count, C: tl.constexpr):
+def project(a, to, t, first, count, C: tl.constexpr):
     """J = X W_q^T + b_q, K_m by mix_time, V_m = X_m W_v^T + b_v, and the dropout masks: all that needs only X^t.
 
     In this order, as the sums of J are the longest and drawing takes least.
@@ -195,7 +195,7 @@ def joint_of(a, t, first, C: tl.constexpr):
 
 
 @triton.jit
-def attend(a, t, first, count, C: tl.constexpr):
+def attend(a, to, t, first, count, C: tl.constexpr):
     """H_m = relu(tanh(V_m C_m)) without storing C_m; transposed, [columns j, frames], as attention of head width L."""
     length, width = length_of(a, C), a.shape.width
     blocks, modalities = tl.cdiv(width, C.block_m), len(a.shape.widths)
@@ -230,7 +230,7 @@ def hidden(attended, C: tl.constexpr):
 
 
 @triton.jit
-def correlate(a, t, first, count, C: tl.constexpr):
+def correlate(a, to, t, first, count, C: tl.constexpr):
     """C_m = drop(tanh(K_m J / sqrt(d))) into the workspace."""
     length, width = length_of(a, C), a.shape.width
     n_j = tl.cdiv(width, C.block_n)
@@ -266,7 +266,7 @@ def correlation(a, sample, row, C: tl.constexpr):
 
 
 @triton.jit
-def attend_stored(a, count, C: tl.constexpr):
+def attend_stored(a, to, t, first, count, C: tl.constexpr):
     """H_m = relu(tanh(V_m C_m)) from the stored C_m."""
     length, width = length_of(a, C), a.shape.width
     n_l, n_j, modalities = tl.cdiv(length, C.block_l), tl.cdiv(width, C.block_n), len(a.shape.widths)
@@ -319,7 +319,7 @@ def output_factors(a, first, count, r, m, offset, c, C: tl.constexpr):
 
 
 @triton.jit
-def output(a, t, first, count, C: tl.constexpr):
+def output(a, to, t, first, count, C: tl.constexpr):
     """X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent rows stay 0."""
     width, all_rows = a.shape.width, count * length_of(a, C)
     n_rows = tl.cdiv(all_rows, C.block_m)

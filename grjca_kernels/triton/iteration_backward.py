@@ -61,7 +61,7 @@ def d_update_of(a, t, C: tl.constexpr):
 
 
 @triton.jit
-def output_backward(a, t, first, count, C: tl.constexpr):
+def output_backward(a, to, t, first, count, C: tl.constexpr):
     """d (H_m W_h^T + b_h) from d X^(t+1), through dropout and relu. Released form only."""
     width, all_rows = a.shape.width, count * length_of(a, C)
     n_rows = tl.cdiv(all_rows, C.block_m)
@@ -109,7 +109,7 @@ def attended_backward(a, t, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def correlation_backward(a, t, first, count, C: tl.constexpr):
+def correlation_backward(a, to, t, first, count, C: tl.constexpr):
     """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
     of_rows, n_j = count * modality_blocks(a.shape.widths, C.block_m), tl.cdiv(a.shape.width, C.block_m)
     for i in tl.range(tl.program_id(0), of_rows + count * n_j, tl.num_programs(0), disable_licm=True):
@@ -201,7 +201,7 @@ def d_correlation(a, sample, row, C: tl.constexpr):
 
 
 @triton.jit
-def correlation_backward_stored(a, t, first, count, C: tl.constexpr):
+def correlation_backward_stored(a, to, t, first, count, C: tl.constexpr):
     """d V_m = d_attended C_m^T, and d (K J)."""
     of_value = count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_n)
     of_score = count * tl.cdiv(a.shape.width, C.block_n) * modality_blocks(a.shape.widths, C.block_m)
@@ -250,7 +250,7 @@ def score_backward(a, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def key_joint_backward(a, t, first, count, C: tl.constexpr):
+def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
     """d J = K^T d(K J) and d K = d(K J) J^T, of all modalities at once."""
     length, width = length_of(a, C), a.shape.width
     n_l, n_c = tl.cdiv(length, C.block_l), tl.cdiv(a.shape.width, C.block_n)
@@ -329,7 +329,7 @@ def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
 
 
 @triton.jit
-def initial_backward(a, to, first, count, C: tl.constexpr):
+def initial_backward(a, to, t, first, count, C: tl.constexpr):
     """d x from d X^0."""
     tasks = count * len(a.shape.widths) * tl.cdiv(length_of(a, C), C.block_frames)
     for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):

@@ -267,6 +267,31 @@ def task_of(turn):
     return turn * n + tl.where(turn % 2 == 0, i, n - 1 - i)
 
 
+# ---- phases
+
+
+@triton.jit
+def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
+    """Runs a phase of iteration t for a chunk, by a call if ``C.called``.
+
+    Inlined, what several phases have in common is computed ahead of all and kept, for which there are not registers
+    enough. Nothing in shared memory may live across a call, nor be on its way there: older Triton sees to neither (its
+    issues 11267 and 11326).
+    """
+    if C.called:
+        tl.debug_barrier()
+        call(PHASE, a, to, t, first, count, C)
+        tl.debug_barrier()
+    else:
+        PHASE(a, to, t, first, count, C)
+
+
+@triton.jit(noinline=True)
+def call(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
+    """A function of its own for each phase."""
+    PHASE(a, to, t, first, count, C)
+
+
 # ---- the grid
 
 

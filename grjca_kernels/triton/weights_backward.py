@@ -309,7 +309,7 @@ def gate_weights(a, to, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def reduce(a, to, C: tl.constexpr):
+def reduce(a, to, t, first, count, C: tl.constexpr):
     """Adds the parts, rounds, and stores the gradients where the caller wants them."""
     length, width = length_of(a, C), a.shape.width
     for n in tl.range(C.layers, disable_licm=True):
