@@ -8,23 +8,23 @@ import triton.language as tl
 from grjca_kernels.triton.gates_backward import gates_backward, states_backward
 from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, project
 from grjca_kernels.triton.iteration_backward import (
-    attended_backward,
+    attended_task,
     attended_tasks,
     correlation_backward,
     correlation_backward_stored,
     initial_backward,
-    input_backward,
-    input_blocks,
+    input_task,
+    input_tasks,
     key_joint_backward,
     output_backward,
 )
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier, modality_blocks, run, task_of, turns
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier, run, run_task, task_of, turns
 from grjca_kernels.triton.weights_backward import (
-    gate_tasks,
-    gate_weights,
-    input_weights,
+    gate_weights_task,
+    gate_weights_tasks,
+    input_weights_task,
     input_weights_tasks,
-    output_weights,
+    output_weights_task,
     output_weights_tasks,
     reduce,
 )
@@ -96,57 +96,44 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
 def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
     """What does not care where C is: the output projection first, the inputs last."""
     if phase == LAST:
-        run(inputs_and_weights, a, to, t, first, count, C)
+        inputs_and_weights(a, to, t, first, count, C)
+    elif phase == FIRST + C.released:
+        attended_and_weights(a, to, t, first, count, C)
     elif C.released:
-        if phase == FIRST:
-            run(output_backward, a, to, t, first, count, C)
-        else:
-            run(attended_and_weights, a, to, t, first, count, C)
-    else:
-        run(attended_and_weights, a, to, t, first, count, C)
+        run(output_backward, a, to, t, first, count, C)
 
 
 @triton.jit
 def attended_and_weights(a, to, t, first, count, C: tl.constexpr):
     """What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer."""
-    of_weights = output_weights_tasks(a, C) if C.weights else 0
-    tasks = of_weights + attended_tasks(a, count, C)
-    for turn in tl.range(0, turns(tasks), disable_licm=True):
+    of_weights, tasks = output_weights_tasks(a, C) if C.weights else 0, attended_tasks(a, count, C)
+    for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
         i = task_of(turn)
         if i >= of_weights:
-            if i < tasks:
-                attended_backward(a, t, count, i - of_weights, C)
+            run_task(attended_task, a, to, t, first, count, i - of_weights, tasks, C)
         elif C.weights:
-            output_weights(a, to, t, first, count, i, C)
+            run_task(output_weights_task, a, to, t, first, count, i, of_weights, C)
 
 
 @triton.jit
 def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
     """What the projections send back to their weights, whose sums are longer, and to X^t."""
-    of_weights = input_weights_tasks(a, C) if C.weights else 0
-    tasks = of_weights + input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
-    for turn in tl.range(0, turns(tasks), disable_licm=True):
+    of_weights, tasks = input_weights_tasks(a, C) if C.weights else 0, input_tasks(a, count, C)
+    for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
         i = task_of(turn)
         if i >= of_weights:
-            if i < tasks:
-                input_backward(a, t, first, count, i - of_weights, C)
+            run_task(input_task, a, to, t, first, count, i - of_weights, tasks, C)
         elif C.weights:
-            input_weights(a, to, t, first, count, i, C)
+            run_task(input_weights_task, a, to, t, first, count, i, of_weights, C)
 
 
 @triton.jit
 def recompute(a, to, t, first, count, C: tl.constexpr):
     """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
     if C.weights and C.gates > 0:
-        if t == C.iterations - 1:
-            run(weights_of_gates, a, to, t, first, count, C)
+        if t == C.iterations - 1:  # the last programs begin, as the first have more to do beside this
+            begin, tasks = tl.num_programs(0) - 1 - tl.program_id(0), gate_weights_tasks(a, C)
+            for i in tl.range(begin, tasks, tl.num_programs(0), disable_licm=True):
+                run_task(gate_weights_task, a, to, t, first, count, i, tasks, C)
     run(project, a, to, t, first, count, C)
     run(states_backward, a, to, t, first, count, C)
-
-
-@triton.jit
-def weights_of_gates(a, to, t, first, count, C: tl.constexpr):
-    """The last programs begin, as the first have more to do beside this."""
-    begin = tl.num_programs(0) - 1 - tl.program_id(0)
-    for i in tl.range(begin, gate_tasks(a, C), tl.num_programs(0), disable_licm=True):
-        gate_weights(a, to, first, count, i, C)

@@ -80,12 +80,12 @@ def output_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def attended_tasks(a, count, C: tl.constexpr):
-    """Tasks of attended_backward."""
+    """How many attended_task has."""
     return tl.cdiv(count * length_of(a, C), C.block_m) * len(a.shape.widths) * tl.cdiv(a.shape.width, C.block_n)
 
 
 @triton.jit
-def attended_backward(a, t, count, i, C: tl.constexpr):
+def attended_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells."""
     width, modalities, all_rows = a.shape.width, len(a.shape.widths), count * length_of(a, C)
     n_j = tl.cdiv(width, C.block_n)
@@ -278,13 +278,19 @@ def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def input_blocks(a, count, C: tl.constexpr):
-    """Blocks of rows of input_backward: they end with a sample only where W_k needs it."""
+    """Blocks of rows of input_task: they end with a sample only where W_k needs it."""
     length = length_of(a, C)
     return tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
 
 
 @triton.jit
-def input_backward(a, t, first, count, i, C: tl.constexpr):
+def input_tasks(a, count, C: tl.constexpr):
+    """How many input_task has."""
+    return input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
+
+
+@triton.jit
+def input_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; with a streamed C the last is there."""
     length, n_rows = length_of(a, C), input_blocks(a, count, C)
     m, offset, c, block = modality_task(a.shape.widths, i, n_rows, C.block_n)

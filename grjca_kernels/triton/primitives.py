@@ -288,8 +288,26 @@ def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit(noinline=True)
 def call(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
-    """A function of its own for each phase."""
+    """One function for each phase."""
     PHASE(a, to, t, first, count, C)
+
+
+@triton.jit
+def run_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constexpr):
+    """The same for task i of a phase that has several kinds, if there are so many tasks of this kind."""
+    if C.called:
+        tl.debug_barrier()
+        call_task(TASK, a, to, t, first, count, i, tasks, C)
+        tl.debug_barrier()
+    elif i < tasks:
+        TASK(a, to, t, first, count, i, C)
+
+
+@triton.jit(noinline=True)
+def call_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constexpr):
+    """One function for each kind. Without a condition Triton 3.9 would move its arguments to memory."""
+    if i < tasks:
+        TASK(a, to, t, first, count, i, C)
 
 
 # ---- the grid

@@ -158,12 +158,12 @@ def linear_tile(
 
 @triton.jit
 def output_weights_tasks(a, C: tl.constexpr):
-    """Tasks of output_weights."""
+    """How many output_weights_task has."""
     return parts_of(a) * modality_blocks(a.shape.widths, C.block_w) * tl.cdiv(a.shape.width, C.block_w)
 
 
 @triton.jit
-def output_weights(a, to, t, first, count, i, C: tl.constexpr):
+def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_h,m = d_update_m^T H_m."""
     width, modalities, layer = a.shape.width, len(a.shape.widths), layer_of(t, C)
     n_columns = tl.cdiv(width, C.block_w)
@@ -189,13 +189,13 @@ def linear_weights_tiles(a, C: tl.constexpr):
 
 @triton.jit
 def input_weights_tasks(a, C: tl.constexpr):
-    """Tasks of input_weights."""
+    """How many input_weights_task has."""
     length = length_of(a, C)
     return parts_of(a) * (linear_weights_tiles(a, C) + len(a.shape.widths) * linear_tiles(length, length, C))
 
 
 @triton.jit
-def input_weights(a, to, t, first, count, i, C: tl.constexpr):
+def input_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_q = d J^T X, d W_v,m = d V_m^T X_m, or d W_k."""
     width, layer = a.shape.width, layer_of(t, C)
     MODALITIES: tl.constexpr = C.modalities
@@ -277,13 +277,13 @@ def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
 
 
 @triton.jit
-def gate_tasks(a, C: tl.constexpr):
-    """Tasks of gate_weights."""
+def gate_weights_tasks(a, C: tl.constexpr):
+    """How many gate_weights_task has."""
     return parts_of(a) * C.gates * modality_blocks(a.shape.widths, C.block_w)
 
 
 @triton.jit
-def gate_weights(a, to, first, count, i, C: tl.constexpr):
+def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
     width, parts = a.shape.width, parts_of(a)
     m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_w)
