@@ -49,7 +49,9 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
         elif step % STEPS == 0:
             run(initial, a, to, t, first, count, C)
         elif step % STEPS == 1:
-            run(gates_backward, a, to, t, first, count, C)
+            if C.gates > 0:
+                run(gates_backward, a, to, t, first, count, C)
+            run(states_backward, a, to, step * 0 + C.iterations, first, count, C)
         elif step % STEPS == STEPS - 1:
             run(initial_backward, a, to, t, first, count, C)
         elif C.stream:
@@ -69,7 +71,7 @@ def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
     elif phase == 1:
         run(attend, a, to, t, first, count, C)
     elif phase == 4 - SHIFT:
-        run(correlation_backward, a, to, t, first, count, C)
+        correlation_backward(a, to, t, first, count, C)
     else:
         phase_of_both(a, to, t, phase, 2, 5 - SHIFT, first, count, C)
 
@@ -85,7 +87,7 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
     elif phase == 2:
         run(attend_stored, a, to, t, first, count, C)
     elif phase == 5 - SHIFT:
-        run(correlation_backward_stored, a, to, t, first, count, C)
+        correlation_backward_stored(a, to, t, first, count, C)
     elif phase == 6 - SHIFT:
         run(key_joint_backward, a, to, t, first, count, C)
     else:

@@ -63,28 +63,29 @@ def incoming(views, step, sample, r, m, c, present, d_m, ROWS: tl.constexpr, COL
 
 @triton.jit
 def gates_backward(a, to, t, first, count, C: tl.constexpr):
-    """The gate values anew, the gradients of their logits, and with them d X^T."""
-    length = length_of(a, C)
-    o_r, last = tl.arange(0, C.block_frames), tl.zeros((), tl.int32) + C.iterations
-    for i in tl.range(tl.program_id(0), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
+    """The gate values anew, and the gradients of their logits."""
+    length, o_r = length_of(a, C), tl.arange(0, C.block_frames)
+    for i in tl.range(last_program(), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
-        if C.gates > 0:
-            row, rows = tl.cast(sample, tl.int64) * length + r, length - r
-            present = (r + o_r < frames(a, first + sample, C))[:, None]
-            gate_values(a, first, row, m, rows, C)
-            for g in tl.range(C.gates, disable_licm=True):
-                logits_backward(a, to, first, sample, r, row, m, g, rows, present, C)
-            tl.debug_barrier()  # other threads of this program read them
-        state_backward(a, to, first, sample, r, m, last, C)
+        row, rows = tl.cast(sample, tl.int64) * length + r, length - r
+        present = (r + o_r < frames(a, first + sample, C))[:, None]
+        gate_values(a, first, row, m, rows, C)
+        for g in tl.range(C.gates, disable_licm=True):
+            logits_backward(a, to, first, sample, r, row, m, g, rows, present, C)
 
 
 @triton.jit
 def states_backward(a, to, t, first, count, C: tl.constexpr):
-    """d X^t, but for what the iterations add. The last programs begin, as the first have more to do beside this."""
-    begin = tl.num_programs(0) - 1 - tl.program_id(0)
-    for i in tl.range(begin, frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
+    """d X^t, but for what the iterations add. Every program has the frames that gates_backward gave it."""
+    for i in tl.range(last_program(), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
         state_backward(a, to, first, sample, r, m, t, C)
+
+
+@triton.jit
+def last_program():
+    """Programs counted from the last: it begins, as the first have more to do beside this."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

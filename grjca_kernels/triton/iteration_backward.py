@@ -35,6 +35,7 @@ from grjca_kernels.triton.primitives import (
     offset_of,
     parameter,
     product,
+    run_task,
     slot,
     store_tile,
     tanh,
@@ -111,12 +112,12 @@ def attended_task(a, to, t, first, count, i, C: tl.constexpr):
 @triton.jit
 def correlation_backward(a, to, t, first, count, C: tl.constexpr):
     """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
-    of_rows, n_j = count * modality_blocks(a.shape.widths, C.block_m), tl.cdiv(a.shape.width, C.block_m)
-    for i in tl.range(tl.program_id(0), of_rows + count * n_j, tl.num_programs(0), disable_licm=True):
+    of_rows, of_joint = count * modality_blocks(a.shape.widths, C.block_m), count * tl.cdiv(a.shape.width, C.block_m)
+    for i in tl.range(tl.program_id(0), of_rows + of_joint, tl.num_programs(0), disable_licm=True):
         if i < of_rows:
-            rows_backward(a, t, first, count, i, C)
+            run_task(rows_backward, a, to, t, first, count, i, of_rows, C)
         else:
-            joint_backward(a, t, first, (i - of_rows) // n_j, (i - of_rows) % n_j * C.block_m, C)
+            run_task(joint_backward, a, to, t, first, count, i - of_rows, of_joint, C)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def slopes(b_c, b_dc, factors, C: tl.constexpr):
 
 
 @triton.jit
-def rows_backward(a, t, first, count, i, C: tl.constexpr):
+def rows_backward(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: rows c of C_m, all columns: d V_m and d K_m, both [c, l] here; d X_m += W_k^T d K_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     m, offset, c, sample = modality_task(a.shape.widths, i, count, C.block_m)
@@ -166,9 +167,10 @@ def rows_backward(a, t, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def joint_backward(a, t, first, sample, j, C: tl.constexpr):
-    """Columns j of C_m, all rows and modalities: d J, [j, l] here."""
+def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: columns j of C_m, all rows and modalities: d J, [j, l] here."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
+    sample, j = i // tl.cdiv(width, C.block_m), i % tl.cdiv(width, C.block_m) * C.block_m
     place = tl.cast(sample, tl.int64) * length * width
     b_joint = load_tile(joint_of(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l)
     d_joint = zeros(C.block_m, C.block_l)
@@ -207,14 +209,14 @@ def correlation_backward_stored(a, to, t, first, count, C: tl.constexpr):
     of_score = count * tl.cdiv(a.shape.width, C.block_n) * modality_blocks(a.shape.widths, C.block_m)
     for i in tl.range(tl.program_id(0), of_value + of_score, tl.num_programs(0), disable_licm=True):
         if i < of_value:
-            value_backward(a, count, i, C)
+            run_task(value_backward, a, to, t, first, count, i, of_value, C)
         else:
-            score_backward(a, count, i - of_value, C)
+            run_task(score_backward, a, to, t, first, count, i - of_value, of_score, C)
 
 
 @triton.jit
-def value_backward(a, count, i, C: tl.constexpr):
-    """A tile of d V_m."""
+def value_backward(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a tile of d V_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     n_l = tl.cdiv(length, C.block_l)
     m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_n)
@@ -228,8 +230,8 @@ def value_backward(a, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def score_backward(a, count, i, C: tl.constexpr):
-    """A tile of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
+def score_backward(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a tile of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     n_j = tl.cdiv(width, C.block_n)
     m, offset, c, of_modality = modality_task(a.shape.widths, i, count * n_j, C.block_m)

@@ -278,12 +278,12 @@ def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
     enough. Nothing in shared memory may live across a call, nor be on its way there: older Triton sees to neither (its
     issues 11267 and 11326).
     """
+    tl.debug_barrier()
     if C.called:
-        tl.debug_barrier()
         call(PHASE, a, to, t, first, count, C)
-        tl.debug_barrier()
     else:
         PHASE(a, to, t, first, count, C)
+    tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
@@ -295,12 +295,12 @@ def call(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
 @triton.jit
 def run_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constexpr):
     """The same for task i of a phase that has several kinds, if there are so many tasks of this kind."""
+    tl.debug_barrier()
     if C.called:
-        tl.debug_barrier()
         call_task(TASK, a, to, t, first, count, i, tasks, C)
-        tl.debug_barrier()
     elif i < tasks:
         TASK(a, to, t, first, count, i, C)
+    tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
