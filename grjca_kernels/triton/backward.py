@@ -22,8 +22,10 @@ from grjca_kernels.triton.primitives import chunk_of, grid_barrier, run, run_tas
 from grjca_kernels.triton.weights_backward import (
     gate_weights_task,
     gate_weights_tasks,
-    input_weights_task,
-    input_weights_tasks,
+    key_weights_task,
+    key_weights_tasks,
+    linear_weights_task,
+    linear_weights_tasks,
     output_weights_task,
     output_weights_tasks,
     reduce,
@@ -120,13 +122,17 @@ def attended_and_weights(a, to, t, first, count, C: tl.constexpr):
 @triton.jit
 def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
     """What the projections send back to their weights, whose sums are longer, and to X^t."""
-    of_weights, tasks = input_weights_tasks(a, C) if C.weights else 0, input_tasks(a, count, C)
+    of_linear, of_key = (linear_weights_tasks(a, C), key_weights_tasks(a, C)) if C.weights else (0, 0)
+    of_weights, tasks = of_linear + of_key, input_tasks(a, count, C)
     for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
         i = task_of(turn)
         if i >= of_weights:
             run_task(input_task, a, to, t, first, count, i - of_weights, tasks, C)
         elif C.weights:
-            run_task(input_weights_task, a, to, t, first, count, i, of_weights, C)
+            if i < of_linear:
+                run_task(linear_weights_task, a, to, t, first, count, i, of_linear, C)
+            else:
+                run_task(key_weights_task, a, to, t, first, count, i - of_linear, of_key, C)
 
 
 @triton.jit
@@ -137,5 +143,5 @@ def recompute(a, to, t, first, count, C: tl.constexpr):
             begin, tasks = tl.num_programs(0) - 1 - tl.program_id(0), gate_weights_tasks(a, C)
             for i in tl.range(begin, tasks, tl.num_programs(0), disable_licm=True):
                 run_task(gate_weights_task, a, to, t, first, count, i, tasks, C)
-    run(project, a, to, t, first, count, C)
+    project(a, to, t, first, count, C)
     run(states_backward, a, to, t, first, count, C)

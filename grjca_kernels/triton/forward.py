@@ -27,7 +27,7 @@ def forward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constex
         elif step % STEPS == STEPS - 1:
             run(gate, a, to, t, first, count, C)
         elif phase == 0:
-            run(project, a, to, t, first, count, C)
+            project(a, to, t, first, count, C)
         elif phase == PHASES - 1:
             run(output, a, to, t, first, count, C)
         elif C.stream:

@@ -34,6 +34,7 @@ from grjca_kernels.triton.primitives import (
     parameter,
     product,
     relu,
+    run_task,
     slot,
     state,
     store_tile,
@@ -113,25 +114,36 @@ def project(a, to, t, first, count, C: tl.constexpr):
 
     In this order, as the sums of J are the longest and drawing takes least.
     """
-    n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
-    of_joint = n_rows * tl.cdiv(a.shape.width, C.block_n) if C.released else 0
-    of_key = key_tasks(a, count, C)
-    of_linear = of_joint + n_rows * modality_blocks(a.shape.widths, C.block_n)
-    tasks = of_linear + of_key + drawing_tasks(a, count, C)
-    for turn in tl.range(0, turns(tasks), disable_licm=True):
+    of_joint, of_linear = joint_tasks(a, count, C), linear_tasks(a, count, C)
+    of_key, of_bits = key_tasks(a, count, C), drawing_tasks(a, count, C)
+    for turn in tl.range(0, turns(of_linear + of_key + of_bits), disable_licm=True):
         i = task_of(turn)
         if (i >= of_joint) & (i < of_joint + of_key):
-            mix_time(a, t, first, count, i - of_joint, C)
+            run_task(mix_time, a, to, t, first, count, i - of_joint, of_key, C)
         elif i < of_linear + of_key:
-            project_tile(a, t, first, count, tl.where(i < of_joint, i, i - of_key), of_joint, C)
+            run_task(project_linear, a, to, t, first, count, tl.where(i < of_joint, i, i - of_key), of_linear, C)
         elif C.dropout:
-            if i < tasks:
-                draw(a, t, first, count, i - of_linear - of_key, C)
+            run_task(draw, a, to, t, first, count, i - of_linear - of_key, of_bits, C)
 
 
 @triton.jit
-def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
-    """A tile of J, or from task of_joint on, of V."""
+def joint_tasks(a, count, C: tl.constexpr):
+    """The first tasks of project_linear, which make J."""
+    n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
+    return n_rows * tl.cdiv(a.shape.width, C.block_n) if C.released else n_rows * 0
+
+
+@triton.jit
+def linear_tasks(a, count, C: tl.constexpr):
+    """How many project_linear has."""
+    n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
+    return joint_tasks(a, count, C) + n_rows * modality_blocks(a.shape.widths, C.block_n)
+
+
+@triton.jit
+def project_linear(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a tile of J or of V."""
+    of_joint = joint_tasks(a, count, C)
     width, layer, all_rows = a.shape.width, layer_of(t, C), count * length_of(a, C)
     m, offset, c, i_row = modality_task(a.shape.widths, i - of_joint, tl.cdiv(all_rows, C.block_m), C.block_n)
     outputs = entry(a.shape.widths, m)
@@ -160,13 +172,13 @@ def project_tile(a, t, first, count, i, of_joint, C: tl.constexpr):
 
 @triton.jit
 def key_tasks(a, count, C: tl.constexpr):
-    """Tasks of mix_time."""
+    """How many mix_time has."""
     return count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_key)
 
 
 @triton.jit
-def mix_time(a, t, first, count, i, C: tl.constexpr):
-    """A tile of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
+def mix_time(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a tile of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
     n_l = tl.cdiv(length, C.block_l)
     m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_key)

@@ -118,7 +118,7 @@ def drawing_tasks(a, count, C: tl.constexpr):
 
 
 @triton.jit
-def draw(a, t, first, count, i, C: tl.constexpr):
+def draw(a, to, t, first, count, i, C: tl.constexpr):
     """Task i of iteration t."""
     of_outputs = output_blocks(a, count, C) * modality_blocks(a.shape.widths, COLUMNS)
     if i < of_outputs:

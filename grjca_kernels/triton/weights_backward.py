@@ -179,62 +179,58 @@ def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def linear_weights_tiles(a, C: tl.constexpr):
-    """Tiles of d W_q and of every d W_v."""
+def linear_weights_tasks(a, C: tl.constexpr):
+    """How many linear_weights_task has."""
     tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.released else a.shape.width * 0
     for n in tl.static_range(len(a.shape.widths)):
         tiles += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
-    return tiles
+    return parts_of(a) * tiles
 
 
 @triton.jit
-def input_weights_tasks(a, C: tl.constexpr):
-    """How many input_weights_task has."""
-    length = length_of(a, C)
-    return parts_of(a) * (linear_weights_tiles(a, C) + len(a.shape.widths) * linear_tiles(length, length, C))
-
-
-@triton.jit
-def input_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a part of a tile of d W_q = d J^T X, d W_v,m = d V_m^T X_m, or d W_k."""
-    width, layer = a.shape.width, layer_of(t, C)
+def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a part of a tile of d W_q = d J^T X, or of d W_v,m = d V_m^T X_m."""
+    width, layer, parts = a.shape.width, layer_of(t, C), parts_of(a)
     MODALITIES: tl.constexpr = C.modalities
     of_query = linear_tiles(width, width, C) if C.released else 0
-    of_linear, parts = linear_weights_tiles(a, C), parts_of(a)
-    p_x = state(a, t, first, C)
-    if i < parts * of_linear:
-        tile, m = i // parts - of_query, i * 0
-        for n in tl.static_range(MODALITIES - 1):
-            beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
-            tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
-            m += tl.where(beyond, 1, 0)
-        size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, VALUE, C)
-        p_weight, i_slot = linear_parameter(to, layer, m, VALUE, 0, C), C.slot_d_value
-        p_bias = p_weight
-        if C.released:
-            query = i < parts * of_query
-            tile = tl.where(query, i // parts, tile)
-            size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
-            place = tl.where(query, place_of(a, layer, 0, QUERY, C), place)
-            i_slot = tl.where(query, C.slot_d_joint, C.slot_d_value)
-            p_weight = tl.where(query, parameter(to.parameters, layer, 0, 0, 0, C), p_weight)
-            p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
-            p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
-        linear_tile(
-            a, p_weight, p_bias, place, slot(a, i_slot) + offset, width, p_x + offset, width, size, size, tile,
-            i % parts, t, first, count, C,
-        )  # fmt: skip
-    else:
-        key_tile(a, to, t, first, count, i // parts - of_linear, i % parts, C)
+    tile, m = i // parts - of_query, i * 0
+    for n in tl.static_range(MODALITIES - 1):
+        beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
+        tile -= tl.where(beyond, linear_tiles(a.shape.widths[n], a.shape.widths[n], C), 0)
+        m += tl.where(beyond, 1, 0)
+    size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, VALUE, C)
+    p_weight, i_slot = linear_parameter(to, layer, m, VALUE, 0, C), C.slot_d_value
+    p_bias = p_weight
+    if C.released:
+        query = i < parts * of_query
+        tile = tl.where(query, i // parts, tile)
+        size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
+        place = tl.where(query, place_of(a, layer, 0, QUERY, C), place)
+        i_slot = tl.where(query, C.slot_d_joint, C.slot_d_value)
+        p_weight = tl.where(query, parameter(to.parameters, layer, 0, 0, 0, C), p_weight)
+        p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
+        p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
+    p_x = state(a, t, first, C) + offset
+    linear_tile(
+        a, p_weight, p_bias, place, slot(a, i_slot) + offset, width, p_x, width, size, size, tile, i % parts, t, first,
+        count, C,
+    )  # fmt: skip
 
 
 # ---- W_k
 
 
 @triton.jit
-def key_tile(a, to, t, first, count, i, part, C: tl.constexpr):
-    """A tile of d W_k,m = sum of d K_m^T X_m^T over the samples of a part; with the first column of tiles d b_k."""
+def key_weights_tasks(a, C: tl.constexpr):
+    """How many key_weights_task has."""
+    return parts_of(a) * len(a.shape.widths) * linear_tiles(length_of(a, C), length_of(a, C), C)
+
+
+@triton.jit
+def key_weights_task(a, to, t, first, count, i, C: tl.constexpr):
+    """Task i: a part of a tile of d W_k,m = sum of d K_m^T X_m^T over samples; with the first column of tiles d b_k."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
+    part, i = i % parts_of(a), i // parts_of(a)
     n_columns = tl.cdiv(length, C.block_w)
     tiles = n_columns * n_columns
     m, l, c = i // tiles, i % tiles // n_columns * C.block_w, i % n_columns * C.block_w
