@@ -43,10 +43,11 @@ VARIANTS: dict[str, dict[str, int]] = {
     "2 stages": {"stages": 2},
     "3 stages": {"stages": 3},
     "weights by 128 x 128": {"w": 128},
+    "phases inlined": {"calls": 0},
     "all samples at once": {"chunk": 1 << 20},
     "few samples at once": {"chunk": 4},
 }
-"""Against the configuration as it is: fields of config.Tiles, and the samples of a chunk."""
+"""Against the configuration as it is: fields of config.Tiles, samples of a chunk, and whether phases are called."""
 
 
 # ---- stages: name -> rows

@@ -86,12 +86,16 @@ def phases(name: str, batch: int) -> dict[str, Any]:
 @contextmanager
 def variant(changes: dict[str, Any]) -> Iterator[None]:
     """config.py with other numbers."""
-    of_tiles, tiles = {name: value for name, value in changes.items() if name != "chunk"}, config.tiles
+    others = {
+        "chunk": ("chunk_of", lambda problem, *_: min(problem.batch, changes["chunk"])),
+        "w": ("weight_block", lambda *_: changes["w"]),
+        "calls": ("calls", lambda *_: bool(changes["calls"])),
+    }
+    of_tiles, tiles = {name: value for name, value in changes.items() if name not in others}, config.tiles
     with ExitStack() as stack:
         stack.enter_context(patch.object(config, "tiles", lambda *a, **o: replace(tiles(*a, **o), **of_tiles)))
-        if "chunk" in changes:
-            most = changes["chunk"]
-            stack.enter_context(patch.object(config, "chunk_of", lambda problem, *_: min(problem.batch, most)))
+        for name in others.keys() & changes.keys():
+            stack.enter_context(patch.object(config, *others[name]))
         yield
 
 

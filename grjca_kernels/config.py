@@ -119,9 +119,6 @@ class Launch:
         return self.gate_values + self.parts * self.gradients
 
 
-TENSOR_MEMORY = (10, 11)
-"""Major capabilities whose products Triton puts into tensor memory, which it cannot do in a function that is called."""
-
 STREAM_FRAMES = 32
 """The longest sequence whose C is streamed. C is d / L times as large as an activation, while streaming computes it
 again for every block of frames: once up to this length, where a block holds them all."""
@@ -189,6 +186,21 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
     return found[1 + streams(problem) if backward else 0]
 
 
+TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64
+"""Major capabilities on which Triton puts products into tensor memory, and of how many rows at least."""
+
+
+def calls(device: Device, tile: Tiles, tensor_cores: bool) -> bool:
+    """Whether phases are functions that are called, and not inlined: each then has all registers for itself.
+
+    Triton has no tensor memory in such a function, and for AMD arguments beyond some number would go to memory. On
+    Hopper ptxas makes it wait for every wgmma (its remark C7510); two warpgroups still take turns, and copies go on.
+    """
+    rows = max(tile.m, tile.w)
+    tensor_memory = device.capability // 10 in TENSOR_MEMORY and tensor_cores and rows >= TENSOR_MEMORY_ROWS
+    return device.kind == "cuda" and not tensor_memory
+
+
 def constants(
     problem: Problem,
     dtype: torch.dtype,
@@ -203,6 +215,7 @@ def constants(
 ) -> tuple[Constants, Tiles]:
     """What is compiled for a problem."""
     stream = streams(problem)
+    tensor_cores = dtype != torch.float32 or tf32
     frames = max(16, _power_of_two(problem.length)) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
     rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, tile.n)
@@ -224,16 +237,16 @@ def constants(
         dropout=problem.dropout > 0,
         lengths=lengths,
         return_gates=return_gates,
-        precision="tf32" if dtype != torch.float32 or tf32 else "ieee",
+        precision="tf32" if tensor_cores else "ieee",
         approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
-        called=device.kind == "cuda" and device.capability // 10 not in TENSOR_MEMORY,
+        called=calls(device, tile, tensor_cores),
         stream=stream,
         length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
         block_m=tile.m,
         block_n=tile.n,
         block_k=tile.k,
         block_c=tile.c,
-        block_w=tile.w,
+        block_w=weight_block(problem, tile, device.multiprocessors * tile.programs),
         block_l=frames if stream else tile.m,
         block_key=max(tile.n, MIXED * tile.warps // frames) if stream else tile.n,
         block_time=frames if stream else tile.k,
@@ -300,7 +313,7 @@ def backward(
     programs = device.multiprocessors * tile.programs
     chunk = chunk_of(problem, tile, programs)
     chunks = -(-problem.batch // chunk)
-    parts = parts_of(problem, tile, programs, chunk) if weights else 0
+    parts = parts_of(problem, compiled.block_w, programs, chunk) if weights else 0
     rows, ways = chunk * problem.length, len(problem.widths) * sum(problem.gate_ways)
     return Launch(
         device=device,
@@ -347,17 +360,26 @@ MOST_PARTS, FEWEST_ROWS = 8, 256
 """Parts of the rows in the gradients of the weights: no more, and none with fewer rows."""
 
 
-def parts_of(problem: Problem, tile: Tiles, programs: int, chunk: int) -> int:
+def parts_of(problem: Problem, block: int, programs: int, chunk: int) -> int:
     """So many that the weights of one iteration keep the grid busy; none if all samples and iterations make one sum."""
-
-    def tiles_of(rows: int, columns: int) -> int:
-        return -(-rows // tile.w) * -(-columns // tile.w)
-
-    length, width = problem.length, problem.width
-    weights = tiles_of(width, width) + sum(tiles_of(d, d) + tiles_of(length, length) for d in problem.widths)
-    parts = max(1, min(MOST_PARTS, round(programs / weights), chunk * length // FEWEST_ROWS))
+    of_keys = len(problem.widths) * (-(-problem.length // block)) ** 2
+    parts = round(programs / (weight_tiles(problem, block) + of_keys))
+    parts = max(1, min(MOST_PARTS, parts, chunk * problem.length // FEWEST_ROWS))
     one_sum = chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
     return 0 if parts == 1 and one_sum else parts
+
+
+def weight_block(problem: Problem, tile: Tiles, programs: int) -> int:
+    """64 at most where more would leave programs idle, or where rows of W_k are not aligned: see tiles."""
+    few = weight_tiles(problem, tile.w) < programs or problem.length % 8 > 0
+    return min(64, tile.w) if few else tile.w
+
+
+def weight_tiles(problem: Problem, block: int) -> int:
+    """Tiles of the gradients of all weights of an iteration but W_k, of which there are more with more frames."""
+    width = -(-problem.width // block)
+    widths = [-(-d_m // block) for d_m in problem.widths]
+    return width * width + sum(d_m * d_m + d_m * width for d_m in widths)
 
 
 def unit(problem: Problem, chunk: int) -> int:

@@ -75,9 +75,9 @@ def phases(case: Case, stream: bool, backward: bool) -> list[tuple[str, int]]:
         middle = [(name, t) for t in range(case.iterations) for name in one]
         return [("initial", 0), *middle, ("gate", 0)]
     one = ["recompute", *(["attend"] if stream else ["correlate", "attend_stored"])]
-    one += ["output_backward"] * (case.form == "released") + ["attended_backward"]
+    one += ["output_backward"] * (case.form == "released") + ["attended_and_weights"]
     one += ["correlation_backward"] if stream else ["correlation_backward_stored", "key_joint_backward"]
-    middle = [(name, t) for t in reversed(range(case.iterations)) for name in (*one, "input_backward")]
+    middle = [(name, t) for t in reversed(range(case.iterations)) for name in (*one, "inputs_and_weights")]
     return [("initial", 0), ("gates_backward", 0), *middle, ("initial_backward", 0), ("reduce", 0)]
 
 
@@ -116,6 +116,25 @@ def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     monkeypatch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
     monkeypatch.setattr(config, "parts_of", lambda *_: 2)
     assert_same_results(alone(case, dataflow)[0], run(function, case, make(case, torch.float32)))
+
+
+@mark.parametrize("dataflow", FRAMES)
+def test_masks_stay_in_their_bytes(dataflow, monkeypatch):
+    from grjca_kernels.triton import launch
+
+    mask_bytes, run_launch, guard, launched = config.mask_bytes, launch.run, 64, []
+
+    def guarded(kernel, of, arguments, others, batch):
+        arguments.bits.fill_(165)
+        run_launch(kernel, of, arguments, others, batch)
+        launched.append(of.bits)
+        assert (arguments.bits[-guard:] == 165).all() and not (arguments.bits[:-guard] == 165).all()
+
+    monkeypatch.setattr(launch, "run", guarded)
+    monkeypatch.setattr(config, "mask_bytes", lambda *of: mask_bytes(*of) + guard)
+    monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
+    run(function, CASES[0], make(CASES[0], torch.float32))
+    assert len(launched) == 2 and min(launched) > guard
 
 
 # ---- every phase against the equations
@@ -202,7 +221,7 @@ LEAVES = {
     "attend": ("hidden",),
     "attend_stored": ("hidden",),
     "output_backward": ("d_update",),
-    "attended_backward": ("d_attended",),
+    "attended_and_weights": ("d_attended",),
     "correlation_backward": ("d_value", "d_joint", "d_key"),
     "correlation_backward_stored": ("d_value",),
     "key_joint_backward": ("d_joint", "d_key"),
@@ -219,7 +238,7 @@ def left_by(step: Step, case: Case) -> list[tuple[str, Tensor, int]]:
         return [("state", step.iterates[step.t].flatten(0, 1), step.t + 1)]
     if step.phase == "gates_backward":
         return [("d_gated", step.slot("d_state", width, last % 2), last)]
-    if step.phase == "input_backward":
+    if step.phase == "inputs_and_weights":
         return [("d_state", step.slot("d_state", width, step.t % 2), step.t)]
     of_gates = [("d_gated", step.slot("d_state", width, step.t % 2), step.t)] if step.phase == "recompute" else []
     names = [name for name in LEAVES[step.phase] if name != "joint" or case.form == "released"]
