@@ -1,13 +1,14 @@
 """The launch configuration: a pure function of the problem, the dtype and the device. Nothing is tuned at run time.
 
-What a kernel is compiled for (:class:`Constants`) never depends on B or on the value of L, only on whether L is small;
-so a model's batches of any size and length run the same two binaries. No GPU has measured any of the choices below:
-they follow from counts, and from what the compiler reports of registers and shared memory.
+What a kernel is compiled for (:class:`Constants`) never depends on B, and of L only on whether it is small and on the
+power of two that divides it; so a model's batches run the same two binaries. No GPU has measured any of the choices
+below: they follow from counts, and from what the compiler reports of registers and shared memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -44,7 +45,7 @@ class Tiles:
     w: int
     warps: int
     stages: int
-    programs: int  # on one multiprocessor
+    programs: int = 1  # on one multiprocessor
 
 
 @dataclass(frozen=True)
@@ -135,32 +136,91 @@ WAVES = 4
 MIXED = 1024
 """Elements of K that a warp makes in one task where C is streamed: sums are short there, and small tasks would wait."""
 
-INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1, 1)
-ODD = Tiles(32, 32, 32, 32, 32, 4, 2, 1)
 
-TILES = {  # (family, products): forward, backward that stores C, backward that streams it
-    ("sm_80", "half"): (
-        Tiles(128, 128, 32, 64, 64, 8, 4, 1), Tiles(64, 64, 64, 64, 64, 8, 4, 1), Tiles(64, 64, 32, 32, 64, 8, 3, 1)
+class Choice(NamedTuple):
+    """Tiles of the three kernels."""
+
+    forward: Tiles
+    stored: Tiles  # the backward that stores C
+    streamed: Tiles  # the backward that streams it
+
+
+INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1)
+ODD = Tiles(32, 32, 32, 32, 32, 4, 2)
+"""Where a width is no multiple of 16."""
+
+TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of W_k is aligned
+    ("sm_80", "half"): Choice(
+        forward=Tiles(128, 128, 32, 64, 64, 8, 4),
+        stored=Tiles(128, 64, 64, 64, 64, 8, 3),
+        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
     ),
-    ("sm_80", "tf32"): (Tiles(128, 64, 32, 32, 64, 8, 3, 1), *2 * [Tiles(64, 64, 32, 32, 64, 8, 3, 1)]),
-    ("sm_90", "half"): (
-        Tiles(128, 128, 64, 64, 64, 8, 4, 1), Tiles(128, 128, 64, 64, 64, 8, 2, 1), Tiles(128, 128, 64, 64, 64, 8, 3, 1)
+    ("sm_80", "tf32"): Choice(
+        forward=Tiles(128, 64, 32, 32, 64, 8, 3),
+        stored=Tiles(128, 64, 32, 32, 64, 8, 3),
+        streamed=Tiles(64, 64, 32, 16, 64, 8, 3),
     ),
-    ("sm_90", "half, odd length"): (Tiles(128, 128, 64, 64, 64, 8, 4, 1), *2 * [Tiles(128, 64, 64, 64, 64, 8, 3, 1)]),
-    ("sm_90", "tf32"): 3 * (Tiles(128, 64, 32, 32, 64, 8, 3, 1),),
-    ("sm_100", "half"): (
-        Tiles(128, 128, 64, 64, 64, 8, 3, 1), Tiles(64, 64, 64, 64, 64, 8, 3, 1), Tiles(128, 64, 64, 32, 64, 8, 3, 1)
+    ("sm_80", "single"): Choice(
+        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
+        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
+        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
     ),
-    ("sm_100", "tf32"): (Tiles(64, 64, 32, 32, 64, 8, 3, 1), *2 * [Tiles(32, 32, 32, 32, 32, 8, 1, 1)]),
-    ("small", "half"): (*2 * [Tiles(64, 64, 64, 64, 64, 4, 3, 2)], Tiles(64, 32, 64, 32, 32, 4, 3, 2)),
-    ("small", "tf32"): (*2 * [Tiles(64, 32, 32, 32, 32, 4, 2, 2)], Tiles(32, 32, 32, 32, 32, 8, 2, 1)),
-    ("hip", "half"): 3 * (Tiles(64, 64, 64, 64, 64, 4, 2, 1),),
-    **{("hip", products): 3 * (Tiles(32, 32, 32, 32, 32, 4, 1, 1),) for products in ("tf32", "single")},
-    **{
-        (family, "single"): 3 * (Tiles(64, 64, 16, 32, 64, 8, 1, 1),) for family in ("sm_80", "sm_90", "sm_100", "small")
-    },
-}  # fmt: skip
-"""The largest with which neither kernel spills a register; tests/test_triton_compiled.py sees to that.
+    ("sm_90", "half"): Choice(
+        forward=Tiles(128, 128, 64, 64, 64, 8, 4),
+        stored=Tiles(128, 128, 64, 64, 128, 8, 4),
+        streamed=Tiles(128, 128, 64, 64, 128, 8, 4),
+    ),
+    ("sm_90", "tf32"): Choice(
+        forward=Tiles(128, 64, 32, 32, 64, 8, 4),
+        stored=Tiles(128, 128, 32, 32, 128, 8, 4),
+        streamed=Tiles(128, 128, 32, 32, 128, 8, 4),
+    ),
+    ("sm_90", "tf32, odd length"): Choice(*3 * [Tiles(128, 64, 32, 32, 64, 8, 4)]),
+    ("sm_90", "single"): Choice(
+        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
+        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
+        streamed=Tiles(32, 32, 16, 16, 32, 8, 1),
+    ),
+    ("sm_100", "half"): Choice(
+        forward=Tiles(128, 64, 64, 64, 64, 8, 3),
+        stored=Tiles(64, 64, 64, 64, 64, 8, 3),
+        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
+    ),
+    ("sm_100", "half, odd length"): Choice(
+        forward=Tiles(128, 64, 64, 64, 64, 8, 3),
+        stored=Tiles(32, 64, 64, 32, 32, 8, 3),
+        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
+    ),
+    ("sm_100", "tf32"): Choice(
+        forward=Tiles(128, 64, 32, 32, 64, 8, 3),
+        stored=Tiles(32, 64, 32, 32, 32, 8, 3),
+        streamed=Tiles(32, 64, 32, 32, 32, 8, 3),
+    ),
+    ("sm_100", "single"): Choice(
+        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
+        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
+        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
+    ),
+    ("small", "half"): Choice(
+        forward=Tiles(128, 128, 32, 32, 64, 8, 3),
+        stored=Tiles(128, 64, 32, 32, 64, 8, 3),
+        streamed=Tiles(128, 64, 32, 32, 64, 8, 3),
+    ),
+    ("small", "tf32"): Choice(
+        forward=Tiles(128, 64, 32, 32, 64, 8, 2),
+        stored=Tiles(128, 64, 32, 32, 64, 8, 2),
+        streamed=Tiles(32, 32, 32, 32, 32, 8, 2),
+    ),
+    ("small", "single"): Choice(
+        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
+        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
+        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
+    ),
+    ("hip", "half"): Choice(*3 * [Tiles(64, 64, 64, 64, 64, 4, 2)]),
+    ("hip", "tf32"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
+    ("hip", "single"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
+}
+"""The largest with which no kernel spills a register; tests/test_triton_compiled.py sees to that.
 
 Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
 64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
@@ -179,11 +239,12 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
     products = "half" if dtype != torch.float32 else "tf32" if tf32 else "single"
     family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(device.capability, "small")
     family = device.kind if device.kind == "hip" else family
-    odd_width, odd_length = any(d_m % 16 for d_m in problem.widths), problem.length % 4 > 0
-    found = TILES.get((family, products + ", odd length" * odd_length))
-    if odd_width or found is None:
+    if any(d_m % 16 for d_m in problem.widths):
         return replace(ODD, stages=1) if products == "single" or family == "hip" else ODD
-    return found[1 + streams(problem) if backward else 0]
+    found = TILES[family, products]
+    if problem.length % 4:
+        found = TILES.get((family, products + ", odd length"), found)
+    return found.forward if not backward else found.streamed if streams(problem) else found.stored
 
 
 TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64

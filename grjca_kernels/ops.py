@@ -251,7 +251,7 @@ class GatedRJCAGradient(torch.autograd.Function):
 
 
 for _function in (GatedRJCA, GatedRJCAGradient):  # or apply() would work the signature out at every call
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined, union-attr]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
