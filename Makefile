@@ -37,7 +37,7 @@ $(OLDEST)/installed: Makefile
 	$(BIN)/pip install --no-deps --target $(OLDEST) $(OLDEST_TRITON)
 	@touch $@
 
-test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes hours
+test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes an hour
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/compiled.py $(ARGS)
 
 bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest

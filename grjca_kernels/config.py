@@ -188,18 +188,18 @@ TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of
     ),
     ("sm_100", "half, odd length"): Choice(
         forward=Tiles(128, 64, 64, 64, 64, 8, 3),
-        stored=Tiles(32, 64, 64, 32, 32, 8, 3),
+        stored=Tiles(32, 128, 64, 32, 32, 8, 3),
         streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
     ),
     ("sm_100", "tf32"): Choice(
         forward=Tiles(128, 64, 32, 32, 64, 8, 3),
-        stored=Tiles(32, 64, 32, 32, 32, 8, 3),
-        streamed=Tiles(32, 64, 32, 32, 32, 8, 3),
+        stored=Tiles(32, 128, 32, 32, 32, 8, 3),
+        streamed=Tiles(32, 128, 32, 32, 32, 8, 3),
     ),
     ("sm_100", "single"): Choice(
-        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
-        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
-        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
+        forward=Tiles(32, 128, 16, 32, 32, 8, 1),
+        stored=Tiles(32, 128, 16, 32, 32, 8, 1),
+        streamed=Tiles(32, 64, 16, 16, 32, 8, 1),
     ),
     ("small", "half"): Choice(
         forward=Tiles(128, 128, 32, 32, 64, 8, 3),
@@ -251,14 +251,13 @@ TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64
 """Major capabilities on which Triton puts products into tensor memory, and of how many rows at least."""
 
 
-def calls(device: Device, tile: Tiles, tensor_cores: bool) -> bool:
+def calls(device: Device, tile: Tiles) -> bool:
     """Whether phases are functions that are called, and not inlined: each then has all registers for itself.
 
     Triton has no tensor memory in such a function, and for AMD arguments beyond some number would go to memory. On
     Hopper ptxas makes it wait for every wgmma (its remark C7510); two warpgroups still take turns, and copies go on.
     """
-    rows = max(tile.m, tile.w)
-    tensor_memory = device.capability // 10 in TENSOR_MEMORY and tensor_cores and rows >= TENSOR_MEMORY_ROWS
+    tensor_memory = device.capability // 10 in TENSOR_MEMORY and max(tile.m, tile.w) >= TENSOR_MEMORY_ROWS
     return device.kind == "cuda" and not tensor_memory
 
 
@@ -276,7 +275,6 @@ def constants(
 ) -> tuple[Constants, Tiles]:
     """What is compiled for a problem."""
     stream = streams(problem)
-    tensor_cores = dtype != torch.float32 or tf32
     frames = max(16, _power_of_two(problem.length)) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
     rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, tile.n)
@@ -298,9 +296,9 @@ def constants(
         dropout=problem.dropout > 0,
         lengths=lengths,
         return_gates=return_gates,
-        precision="tf32" if tensor_cores else "ieee",
+        precision="tf32" if dtype != torch.float32 or tf32 else "ieee",
         approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
-        called=calls(device, tile, tensor_cores),
+        called=calls(device, tile),
         stream=stream,
         length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
         block_m=tile.m,
