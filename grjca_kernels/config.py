@@ -228,6 +228,11 @@ with 100 KiB of shared memory.
 """
 
 
+def aligned(problem: Problem) -> bool:
+    """Whether rows of activations begin at multiples of 16 bytes."""
+    return all(d_m % 16 == 0 for d_m in problem.widths)
+
+
 def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, backward: bool) -> Tiles:
     """Tile sizes.
 
@@ -239,7 +244,7 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
     products = "half" if dtype != torch.float32 else "tf32" if tf32 else "single"
     family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(device.capability, "small")
     family = device.kind if device.kind == "hip" else family
-    if any(d_m % 16 for d_m in problem.widths):
+    if not aligned(problem):
         return replace(ODD, stages=1) if products == "single" or family == "hip" else ODD
     found = TILES[family, products]
     if problem.length % 4:
@@ -277,7 +282,8 @@ def constants(
     stream = streams(problem)
     frames = max(16, _power_of_two(problem.length)) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
-    rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, tile.n)
+    columns = tile.n if aligned(problem) else 16
+    rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, columns)
     modalities, released = len(problem.widths), problem.released
     overlay = not stream and not backward  # K and J are dead when H is written
     hidden = 0 if overlay else 4
