@@ -146,8 +146,8 @@ class Choice(NamedTuple):
 
 
 INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1)
-ODD = Tiles(32, 32, 32, 32, 32, 4, 2)
-"""Where a width is no multiple of 16."""
+ODD, ODD_SINGLE = Tiles(32, 32, 32, 32, 32, 4, 2, programs=2), Tiles(16, 32, 16, 16, 16, 4, 1, programs=2)
+"""Where a width is no multiple of 16: in 16-bit types, and in float32."""
 
 TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of W_k is aligned
     ("sm_80", "half"): Choice(
@@ -245,7 +245,8 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
     family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(device.capability, "small")
     family = device.kind if device.kind == "hip" else family
     if not aligned(problem):
-        return replace(ODD, stages=1) if products == "single" or family == "hip" else ODD
+        odd = ODD if products == "half" else ODD_SINGLE
+        return replace(odd, stages=1, programs=1) if family == "hip" else odd
     found = TILES[family, products]
     if problem.length % 4:
         found = TILES.get((family, products + ", odd length"), found)
