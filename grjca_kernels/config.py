@@ -264,7 +264,7 @@ def calls(device: Device, tile: Tiles) -> bool:
     Hopper ptxas makes it wait for every wgmma (its remark C7510); two warpgroups still take turns, and copies go on.
     """
     tensor_memory = device.capability // 10 in TENSOR_MEMORY and max(tile.m, tile.w) >= TENSOR_MEMORY_ROWS
-    return device.kind == "cuda" and not tensor_memory
+    return device.kind != "hip" and not tensor_memory
 
 
 def constants(

@@ -81,6 +81,15 @@ def test_a_multiprocessor_holds_its_programs(problem: Problem, precision: str, d
 
 @examples(max_examples=100)
 @OVER_ALL
+def test_phases_are_called_where_triton_can(problem: Problem, precision: str, device: str, flag: bool) -> None:
+    for launch in launches(problem, precision, device, flag):
+        c = launch.constants
+        in_tensor_memory = device == "sm_100" and max(c.block_m, c.block_w) >= 64
+        assert c.called == (device != "gfx942" and not in_tensor_memory)
+
+
+@examples(max_examples=100)
+@OVER_ALL
 def test_batches_and_lengths_share_what_is_compiled(problem: Problem, precision: str, device: str, flag: bool) -> None:
     of_length: dict[tuple[object, ...], tuple[Constants, ...]] = {}
     for length in (1, 2, 16, 17, 20, 24, 31, 32, 33, 34, 48, 64, 65, 300, 304, 1000, 1024, 2047):
