@@ -18,7 +18,7 @@ from grjca_kernels.triton.iteration_backward import (
     key_joint_backward,
     output_backward,
 )
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier, run, run_task, task_of, turns
+from grjca_kernels.triton.primitives import chunk_of, grid_barrier, last_program, run, run_task, task_of, turns
 from grjca_kernels.triton.weights_backward import (
     gate_weights_task,
     gate_weights_tasks,
@@ -139,9 +139,9 @@ def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
 def recompute(a, to, t, first, count, C: tl.constexpr):
     """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
     if C.weights and C.gates > 0:
-        if t == C.iterations - 1:  # the last programs begin, as the first have more to do beside this
-            begin, tasks = tl.num_programs(0) - 1 - tl.program_id(0), gate_weights_tasks(a, C)
-            for i in tl.range(begin, tasks, tl.num_programs(0), disable_licm=True):
+        if t == C.iterations - 1:
+            tasks = gate_weights_tasks(a, C)
+            for i in tl.range(last_program(), tasks, tl.num_programs(0), disable_licm=True):
                 run_task(gate_weights_task, a, to, t, first, count, i, tasks, C)
     project(a, to, t, first, count, C)
     run(states_backward, a, to, t, first, count, C)

@@ -30,6 +30,7 @@ from grjca_kernels.triton.primitives import (
     entry,
     frames,
     gate_parameter,
+    last_program,
     length_of,
     load_tile,
     offset_of,
@@ -80,12 +81,6 @@ def states_backward(a, to, t, first, count, C: tl.constexpr):
     for i in tl.range(last_program(), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
         state_backward(a, to, first, sample, r, m, t, C)
-
-
-@triton.jit
-def last_program():
-    """Programs counted from the last: it begins, as the first have more to do beside this."""
-    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

@@ -267,6 +267,12 @@ def task_of(turn):
     return turn * n + tl.where(turn % 2 == 0, i, n - 1 - i)
 
 
+@triton.jit
+def last_program():
+    """Programs counted from the last: it begins, as the first have more to do beside this."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
 # ---- phases
 
 
