@@ -170,12 +170,7 @@ TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of
         stored=Tiles(128, 128, 64, 64, 128, 8, 4),
         streamed=Tiles(128, 128, 64, 64, 128, 8, 4),
     ),
-    ("sm_90", "tf32"): Choice(
-        forward=Tiles(128, 64, 32, 32, 64, 8, 4),
-        stored=Tiles(128, 128, 32, 32, 128, 8, 4),
-        streamed=Tiles(128, 128, 32, 32, 128, 8, 4),
-    ),
-    ("sm_90", "tf32, odd length"): Choice(*3 * [Tiles(128, 64, 32, 32, 64, 8, 4)]),
+    ("sm_90", "tf32"): Choice(*3 * [Tiles(128, 64, 32, 32, 64, 8, 4)]),
     ("sm_90", "single"): Choice(
         forward=Tiles(128, 128, 16, 32, 64, 8, 1),
         stored=Tiles(128, 64, 16, 32, 64, 8, 1),
@@ -184,18 +179,19 @@ TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of
     ("sm_100", "half"): Choice(
         forward=Tiles(128, 64, 64, 64, 64, 8, 3),
         stored=Tiles(64, 64, 64, 64, 64, 8, 3),
-        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
+        streamed=Tiles(64, 64, 64, 32, 64, 8, 3),
     ),
     ("sm_100", "half, odd length"): Choice(
         forward=Tiles(128, 64, 64, 64, 64, 8, 3),
         stored=Tiles(32, 128, 64, 32, 32, 8, 3),
-        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
+        streamed=Tiles(64, 64, 64, 32, 64, 8, 3),
     ),
     ("sm_100", "tf32"): Choice(
         forward=Tiles(128, 64, 32, 32, 64, 8, 3),
         stored=Tiles(32, 128, 32, 32, 32, 8, 3),
         streamed=Tiles(32, 128, 32, 32, 32, 8, 3),
     ),
+    ("sm_100", "tf32, odd length"): Choice(*3 * [Tiles(32, 128, 32, 32, 32, 8, 3)]),
     ("sm_100", "single"): Choice(
         forward=Tiles(32, 128, 16, 32, 32, 8, 1),
         stored=Tiles(32, 128, 16, 32, 32, 8, 1),
@@ -284,7 +280,7 @@ def constants(
     frames = max(16, _power_of_two(problem.length)) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
     columns = tile.n if aligned(problem) else 16
-    rows, columns = (32, 128 if backward else 256) if tile.warps == 8 else (16, columns)
+    rows, columns = (32, 128 if backward or dtype == torch.float32 else 256) if tile.warps == 8 else (16, columns)
     modalities, released = len(problem.widths), problem.released
     overlay = not stream and not backward  # K and J are dead when H is written
     hidden = 0 if overlay else 4

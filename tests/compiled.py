@@ -289,7 +289,7 @@ def compile_one(build: Build) -> dict[str, Any]:
     return {**found, "faults": list(faults(build, found))}
 
 
-PRODUCTS = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma\w*xf32|v_mfma)|\.(tf32)\b"
+PRODUCTS = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma\w*xf32|v_mfma)|[.:](tf32)\b"
 """Instructions of tensor cores, and what says that they round their operands to TF32."""
 
 
