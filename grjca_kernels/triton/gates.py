@@ -27,6 +27,8 @@ from grjca_kernels.triton.primitives import (
 
 WAYS: tl.constexpr = tl.constexpr(16)
 """A power of two that holds the ways of any gate, T + 1 at most, and the fewest columns of a product."""
+UNROLLED: tl.constexpr = tl.constexpr(5)
+"""Ways of "flat" up to which all are loaded at once; there are not registers for more."""
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
 def mixture(a, first, row, m, c, rows, C: tl.constexpr):
     """sum_i G_i choice_i, whose relu is Y."""
     acc = zeros(C.block_frames, C.block_columns)
-    if C.gating == "hierarchical":
+    if C.gating == "hierarchical" or C.ways > UNROLLED:
         last = C.gates - 1 + tl.minimum(rows, 0)
         for i in tl.range(0, ways_of(last, C), disable_licm=True):
             acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from grjca_kernels.triton.gates import (
+    UNROLLED,
     WAYS,
     choice,
     first_way,
@@ -125,6 +126,9 @@ def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.con
             else:
                 for s in tl.range(0, ways, disable_licm=True):
                     d_values = add_way(d_values, s, d, choice(a, first, row, m, s, c, rows, C))
+        elif C.ways > UNROLLED:
+            for s in tl.range(0, ways, disable_licm=True):
+                d_values = add_way(d_values, s, d, choice(a, first, row, m, s, c, rows, C))
         else:
             LAST: tl.constexpr = C.ways
             for s in tl.static_range(LAST):  # all loads at once
