@@ -216,8 +216,8 @@ TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of
     ("hip", "tf32"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
     ("hip", "single"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
 }
-"""Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. Of four modalities with T = 8
-and layers of their own the backward may still put 8 bytes aside, once for a task.
+"""Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. (Of four modalities, T = 8
+and layers of their own, the backward may still put 8 bytes aside, once for a task.)
 
 Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
 64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
