@@ -52,8 +52,8 @@ def step_names(of: config.Launch, backward: bool) -> list[str]:
         phases = ["project", *attend, "output"]
         chunk = ["initial", *(f"{phase} {t + 1}" for t in turns for phase in phases), "gate"]
         return chunk * (of.steps // len(chunk))
-    phases = ["recompute", *attend, *["output backward"] * constants.released, "attended backward"]
-    phases += ["correlation backward"] + ["key and joint backward"] * (not constants.stream) + ["input backward"]
+    phases = ["recompute", *attend, *["output backward"] * constants.released, "attended and weights"]
+    phases += ["correlation backward"] + ["key and joint backward"] * (not constants.stream) + ["inputs and weights"]
     chunk = ["initial", "gates backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases)]
     chunk += ["initial backward"]
     return chunk * (of.steps // len(chunk)) + ["reduce"] * (of.parts > 0)

@@ -135,7 +135,7 @@ def mixture(a, first, row, m, c, rows, C: tl.constexpr):
     """sum_i G_i choice_i, whose relu is Y."""
     acc = zeros(C.block_frames, C.block_columns)
     if C.gating == "hierarchical" or C.ways > UNROLLED:
-        last = C.gates - 1 + tl.minimum(rows, 0)
+        last = C.gates - 1 + tl.minimum(rows, 0)  # 0, which the compiler must not know: it would unroll the loop
         for i in tl.range(0, ways_of(last, C), disable_licm=True):
             acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)
     else:

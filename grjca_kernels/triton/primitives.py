@@ -278,7 +278,7 @@ def last_program():
 
 @triton.jit
 def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
-    """Runs a phase of iteration t for a chunk, by a call if ``C.called``.
+    """Runs a phase of iteration t for a chunk, by a call if ``C.called``. All phases take these arguments, used or not.
 
     Inlined, what several phases have in common is computed ahead of all and kept, for which there are not registers
     enough. Nothing in shared memory may live across a call, nor be on its way there: older Triton sees to neither (its
