@@ -4,10 +4,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 // Always inlined: this header is compiled for several instruction sets, and the linker would keep any one of the
 // copies.
+#if defined(__CUDACC__)
+#define GRJCA_INLINE __host__ __device__ __forceinline__
+#else
 #define GRJCA_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace grjca {
 
@@ -113,4 +121,39 @@ void forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resour
 void backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Of one call. What is launched here runs later, in the order of the stream; nothing waits, nothing is allocated.
+struct Resources {
+  void* workspace;       // on the device, as all that follows
+  void* counters;        // uint32_t, 0 at first and then left alone; one set for every stream
+  const uint64_t* seed;  // instead of Tensors::seed
+  void* stream;          // a cudaStream_t
+  int device;
+  bool together;  // all steps in one cooperative launch, or each in one of its own
+};
+
+std::string why_not();  // why the CUDA runtime cannot work here; empty if it can
+
+// Blocks of a kernel that a device can hold at once. To be asked before the first launch there: it prepares the kernel.
+int resident(Dtype, bool tf32, bool backward, int device);
+
+// How problems of one kind are computed, in one direction: a pure function of what it is made from.
+class Launch {
+ public:
+  Launch(const Problem&, bool tf32, bool backward, bool weights, int resident);
+  size_t workspace_bytes() const;
+  int counters() const;
+  std::vector<std::pair<const char*, int64_t>> numbers() const;  // of the plan, for tests
+  // False if all steps together were refused; then nothing has been launched.
+  bool forward(const Tensors&, const ForwardOutputs&, const Resources&) const;
+  bool backward(const Tensors&, const BackwardTensors&, const Resources&) const;
+
+ private:
+  struct Parts;
+  std::shared_ptr<const Parts> parts_;
+};
+
+}  // namespace cuda
 }  // namespace grjca

@@ -1,0 +1,117 @@
+// What the kernels are given: the problem, the plan of the launch, and addresses. A block finds its team and its
+// samples here, a phase its activations.
+#pragma once
+
+#include "../grjca.h"
+#include "device.h"
+
+namespace grjca::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kTile = 128;         // most rows and columns of a tile
+constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of so many rows
+constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
+constexpr int kMaxParameters = kMaxIterations * 2 * (3 * kMaxModalities + 1) + 2 * kMaxModalities * kMaxGates;
+
+// Activations of the workspace, [samples, frames, d] each; where one is dead, another may stand.
+struct Slots {
+  int joint, key, value, initial, hidden;
+  int d_attended, d_update, d_value, d_joint, d_key, d_state;  // of the backward; d_state takes two
+  int count;
+};
+
+// A pure function of the problem and the device: plan.h.
+struct Plan {
+  int width, widths[kMaxModalities], offsets[kMaxModalities];
+  int blocks, teams, team_blocks;  // a team of blocks walks through its samples alone, `chunk` of them at a time
+  int chunk, chunks, frames;       // frames: L rounded up to kRowGroup
+  int tile_rows, tile_columns, tile_weights;
+  bool streamed;
+  bool backward;
+  int phases, steps;  // of an iteration, and of one chunk of a team
+  Slots slots;
+  int64_t slot;                                                  // elements of an activation
+  int64_t team_bytes, correlations, d_scores, values, d_logits;  // of a team's workspace, and where in it
+  int parts;                        // of the rows, whose gradients of weights stand apart; 0: each is one sum
+  int64_t gradients, gradients_at;  // elements of all, and where the sums of the parts stand
+  int64_t workspace_bytes;
+  float key_scale, kept, kept_inverse;  // 1 / sqrt(d); 1 / (1 - p), and the other way round
+  uint32_t threshold;
+};
+
+struct Common {
+  Problem p;
+  Plan plan;
+  View features[kMaxModalities];
+  const void* parameters[kMaxParameters];  // in the order of shapes.flatten()
+  const int64_t* lengths;                  // [B], or null
+  const uint64_t* seed;
+  void* iterates;      // [T, B, L, d]
+  char* workspace;     // 16-byte aligned
+  uint32_t* counters;  // one for each team, and one for all
+  int first_step, last_step;
+};
+
+struct ForwardArguments : Common {
+  ForwardOutputs to;
+};
+
+struct BackwardArguments : Common {
+  View d_outputs[kMaxModalities], d_iterates[kMaxModalities], d_gates[kMaxModalities];
+  int64_t d_iterates_step[kMaxModalities];
+  View d_features[kMaxModalities];
+  void* d_parameters[kMaxParameters];                      // null where not wanted
+  uint32_t places[kMaxParameters], sizes[kMaxParameters];  // of each among the sums of a part, and its elements
+  bool weights;                                            // whether any is
+};
+
+// What a block works on in a step: iteration t of `count` samples from `first` on, with `size` blocks of which it is
+// `rank`.
+struct Team {
+  int step, number, rank, size, first, count, t;
+};
+
+GRJCA_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// ---- lookups
+
+GRJCA_DEVICE const View& view_of(const View (&views)[kMaxModalities], int m) { return views[m]; }
+
+template <class T>
+GRJCA_DEVICE const T* parameter(const Common& a, int i) {
+  return static_cast<const T*>(a.parameters[i]);
+}
+
+GRJCA_DEVICE char* workspace_of(const Common& a, const Team& team) {
+  return a.workspace + a.plan.team_bytes * team.number;
+}
+
+// An activation of the workspace: row s * plan.frames + l is frame l of sample s of the chunk; plan.width columns, or
+// as many for each modality (hidden, d_attended).
+template <class T>
+GRJCA_DEVICE T* slot(const Common& a, const Team& team, int i) {
+  return reinterpret_cast<T*>(workspace_of(a, team)) + a.plan.slot * i;
+}
+
+// Frames of a sample that are present. Lengths outside 0..L count as the nearer of both.
+GRJCA_DEVICE int frames_of(const Common& a, int sample) {
+  const int64_t length = a.p.length;
+  if (!a.lengths) return static_cast<int>(length);
+  const int64_t given = a.lengths[sample];
+  return static_cast<int>(given < 0 ? 0 : given > length ? length : given);
+}
+
+// ---- barriers
+
+// Until `blocks` of them are here; what they wrote is then visible to all. Each but one adds 1, the first 2^31 - (n -
+// 1): the highest bit flips when the last has come, and the lower ones are 0 again, so the counter is never reset.
+GRJCA_DEVICE void barrier(uint32_t* counter, int rank, int blocks) {
+  block_barrier();
+  if (blocks > 1 && this_thread().index == 0) {
+    const uint32_t old = add_and_fetch_old(counter, rank == 0 ? 0x80000000u - static_cast<uint32_t>(blocks - 1) : 1u);
+    while (((old ^ read_acquire(counter)) & 0x80000000u) == 0) pause();
+  }
+  block_barrier();
+}
+
+}  // namespace grjca::cuda

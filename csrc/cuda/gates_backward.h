@@ -1,0 +1,167 @@
+// The gates in reverse: what Y_m, the gate values and the iterates send back to X^0..X^T.
+#pragma once
+
+#include "gates.h"
+#include "iteration_backward.h"
+
+namespace grjca::cuda {
+
+// Of a frame, [row of the chunk, modality, way]: the gate values, in float32, and the gradients of the logits, before
+// the division by tau.
+GRJCA_DEVICE float* values_of(const Common& a, const Team& team, int64_t row, int m) {
+  return reinterpret_cast<float*>(workspace_of(a, team) + a.plan.values) + (row * a.p.modalities + m) * a.p.all_ways();
+}
+template <class T>
+GRJCA_DEVICE T* d_logits_of(const Common& a, const Team& team, int64_t row, int m) {
+  return reinterpret_cast<T*>(workspace_of(a, team) + a.plan.d_logits) + (row * a.p.modalities + m) * a.p.all_ways();
+}
+
+template <class T>
+struct FrameBackward : Frame<T> {
+  const BackwardArguments& b;
+  int sample;
+  using Frame<T>::a;
+  using Frame<T>::team;
+  using Frame<T>::me;
+  using Frame<T>::s;
+  using Frame<T>::l;
+  using Frame<T>::m;
+  using Frame<T>::width;
+  using Frame<T>::hierarchical;
+
+  GRJCA_DEVICE FrameBackward(const BackwardArguments& args, const Team& team_, const Thread& thread, int s_, int l_,
+                             int m_)
+      : Frame<T>(args, team_, thread, s_, l_, m_), b(args), sample(team_.first + s_) {}
+
+  // Of a gradient that the caller passed; zeros if there is none.
+  GRJCA_DEVICE Columns<T> incoming(const View& view, int64_t step, int c) const {
+    if (!view.data || c >= width) return {};
+    return load_columns(element<T>(view, sample, l, c) + step, width - c, view.column);
+  }
+
+  // d Y_m through its relu.
+  GRJCA_DEVICE Columns<T> d_mixture(const Ways& values, int c) const {
+    Columns<T> d = incoming(b.d_outputs[m], 0, c);
+    if (a.p.gates() > 0) {
+      const Columns<T> y = this->mixture(values, c);
+      d.each([&](float& x, int i) { x = where_positive(y.x[i], x); });
+    }
+    return d;
+  }
+
+  // Of "hierarchical": the gradient by Z^t before its relu; d is the one by the sum that Y is relu of.
+  GRJCA_DEVICE Columns<T> d_stage(const Ways& values, int t, int c, Columns<T> d) const {
+    const Columns<T> z = this->stage(values, t, c);
+    const float value = values.get(this->last_way() + t - 1);
+    d.each([&](float& x, int i) { x = where_positive(z.x[i], value * x); });
+    return d;
+  }
+
+  // Through the softmax of gate g, whose ways these are.
+  GRJCA_DEVICE void logits(const Ways& values, int g, T* to) const {
+    const int ways = a.p.ways(g);
+    const bool of_stage = hierarchical && g < a.p.iterations;
+    float d_values[kMaxWays] = {};
+    this->each_columns([&](int c) {
+      Columns<T> d = d_mixture(values, c);
+      if (of_stage) d = d_stage(values, g + 1, c, d);
+      GRJCA_UNROLL
+      for (int w = 0; w < kMaxWays; ++w)
+        if (w < ways) d_values[w] += dot(of_stage ? this->state(w, c) : this->choice(values, w, c), d);
+    });
+    float along = 0;
+    GRJCA_UNROLL
+    for (int w = 0; w < kMaxWays; ++w)
+      if (w < ways) {
+        d_values[w] = sum_of_warp(d_values[w]);
+        if (b.d_gates[m].data) d_values[w] += widen(*element<T>(b.d_gates[m], sample, l, first_way(g) + w));
+        along += values.get(first_way(g) + w) * d_values[w];
+      }
+    GRJCA_UNROLL
+    for (int w = 0; w < kMaxWays; ++w)
+      if (w < ways) {
+        const float value = values.get(first_way(g) + w);
+        if (me.lane() == 0)
+          to[first_way(g) + w] = narrow_to<T>(value * (d_values[w] - along) / static_cast<float>(a.p.temperature));
+      }
+  }
+
+  // d X_m^t but for what the iterations add.
+  GRJCA_DEVICE Columns<T> state_gradient(const Ways& values, const Ways& d_logits, int t, int c) const {
+    const int last = a.p.iterations;
+    const Columns<T> d_y = d_mixture(values, c);
+    Columns<T> d;
+    const auto add = [&](float factor, Columns<T> x) { x.each([&](float& y, int i) { d.x[i] += factor * y; }); };
+    if (a.p.gating == Gating::none) {
+      if (t == last) d = d_y;
+    } else if (hierarchical) {
+      GRJCA_LOOP
+      for (int u = t > 1 ? t : 1; u <= last; ++u) add(values.get(first_way(u - 1) + t), d_stage(values, u, c, d_y));
+    } else if (a.p.gating == Gating::flat) {
+      add(values.get(t), d_y);
+    } else if (t == 0 || t == last) {
+      add(values.get(t == 0 ? 0 : 1), d_y);
+    }
+    GRJCA_LOOP
+    for (int g = 0; g < a.p.gates(); ++g)
+      if (state_of_gate(a.p, g) == t) {
+        GRJCA_LOOP
+        for (int w = 0; w < a.p.ways(g); ++w)
+          add(d_logits.get(first_way(g) + w),
+              load_columns(this->gate_parameter(g, 0) + static_cast<int64_t>(w) * width + c, width - c));
+      }
+    if (t > 0) add(1, incoming(b.d_iterates[m], (t - 1) * b.d_iterates_step[m], c));
+    return d;
+  }
+};
+
+// Values that the lanes of a warp share out, read from where one of them, or another warp earlier, has put them.
+template <class S>
+GRJCA_DEVICE Ways load_ways(const Thread& me, const S* from, int n) {
+  const int lane = me.lane();
+  return {me, lane < n ? widen(from[lane]) : 0, lane + kWarp < n ? widen(from[lane + kWarp]) : 0};
+}
+
+// The gate values anew, and the gradients of their logits.
+template <class T>
+GRJCA_DEVICE void gates_backward(const BackwardArguments& a, const Team& team) {
+  if (a.p.gates() == 0) return;
+  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
+    const FrameBackward<T> frame(a, team, me, s, l, m);
+    const bool present = l < frames_of(a, team.first + s);
+    const int ways = a.p.all_ways(), lane = me.lane();
+    const Ways values = present ? frame.values() : Ways{me};
+    float* const to = values_of(a, team, frame.row(), m);
+    if (lane < ways) to[lane] = values.low;
+    if (lane + kWarp < ways) to[lane + kWarp] = values.high;
+    T* const d_logits = d_logits_of<T>(a, team, frame.row(), m);
+    if (present) {
+      GRJCA_LOOP
+      for (int g = 0; g < a.p.gates(); ++g) frame.logits(values, g, d_logits);
+    } else {
+      for (int w = lane; w < ways; w += kWarp) d_logits[w] = narrow_to<T>(0);
+    }
+  });
+}
+
+// d X^t, but for what the iterations add. A warp has the frames that gates_backward gave it.
+template <class T>
+GRJCA_DEVICE void states_backward(const BackwardArguments& a, const Team& team, int t) {
+  T* const to = writable(d_state<T>(a, team, t), 0);
+  warp_barrier();
+  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
+    const FrameBackward<T> frame(a, team, me, s, l, m);
+    const bool present = l < frames_of(a, team.first + s);
+    const int ways = a.p.all_ways();
+    const Ways values = load_ways(me, values_of(a, team, frame.row(), m), ways);
+    const Ways d_logits = load_ways(me, d_logits_of<T>(a, team, frame.row(), m), ways);
+    T* const row = to + frame.row() * a.plan.width + a.plan.offsets[m];
+    frame.each_columns([&](int c) {
+      Columns<T> d;
+      if (present) d = frame.state_gradient(values, d_logits, t, c);
+      store_columns(row + c, frame.width - c, 1, d);
+    });
+  });
+}
+
+}  // namespace grjca::cuda

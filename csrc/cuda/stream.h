@@ -1,0 +1,154 @@
+// C and H for few frames: C_m^T is formed 16 rows x 16 columns at a time in the registers of a warp, and goes into the
+// next product from there. All of it is transposed: rows are columns j of J, as in attention of head width L.
+#pragma once
+
+#include "iteration.h"
+
+namespace grjca::cuda {
+
+constexpr int kStreamRows = kThreads / kWarp * 16;  // of a task
+constexpr int kStreamTile = 64;                     // columns at once
+// In shared memory frames are lines: first up to two blocks for the rows of the task, then two stages of two blocks of
+// columns.
+template <int kColumns>
+constexpr int kFrameLine = kColumns + 8;
+constexpr int kStreamLine = kFrameLine<kStreamTile>, kRowsLine = kFrameLine<kStreamRows>;
+
+template <class T>
+GRJCA_DEVICE T* rows_block(int i) {
+  return reinterpret_cast<T*>(shared_memory()) + i * kStreamFrames * kRowsLine;
+}
+template <class T>
+GRJCA_DEVICE T* columns_block(int stage, int i) {
+  return rows_block<T>(2) + (stage % 2 * 2 + i) * kStreamFrames * kStreamLine;
+}
+static_assert(kStreamFrames * (2 * kRowsLine + 4 * kStreamLine) * 4 <= kSharedBytes, "shared memory");
+
+// f(row, column, two neighbours in a row) for what this lane has of two fragments side by side.
+template <class F>
+GRJCA_DEVICE void each_pair(const Thread& me, int row, int column, const float (&left)[4], const float (&right)[4],
+                            F f) {
+  const int g = me.g(), t = me.t();
+  f(row + g, column + 2 * t, left[0], left[1]);
+  f(row + g + 8, column + 2 * t, left[2], left[3]);
+  f(row + g, column + 2 * t + 8, right[0], right[1]);
+  f(row + g + 8, column + 2 * t + 8, right[2], right[3]);
+}
+
+// Starts copying all frames of so many columns, of which `columns` exist, from `column` of a sample on. Lines are
+// filled up to a multiple of 16; what does not exist is 0.
+template <int kColumns, class T>
+GRJCA_DEVICE void load_frames(const Thread& me, T* to, const Matrix<T>& from, int frames, int column, int columns) {
+  constexpr int kChunk = 16 / sizeof(T), kChunks = kColumns / kChunk;
+  const int lines = (frames + 15) / 16 * 16;
+  const Matrix<T> block = from.from(0, column);
+  const int bytes = block.alignment();
+  GRJCA_LOOP
+  for (int i = me.index; i < lines * kChunks; i += kThreads) {
+    const int line = i / kChunks, chunk = i % kChunks * kChunk;
+    const T* const row = line < frames ? block.at(line) : nullptr;
+    T* const place = to + line * kFrameLine<kColumns> + chunk;
+    const int n = row ? least(columns - chunk, kChunk) : 0;
+    copy_pieces(place, n > 0 ? row + chunk : block.data, n, bytes);
+  }
+}
+
+// The units of terms in all frames.
+template <class M>
+constexpr int kFrameUnits = kStreamFrames / M::kUnit;
+
+// H_m = relu(tanh(V_m C_m)).
+// 16 columns of all frames, transposed.
+template <class T, class M>
+GRJCA_DEVICE void load_rows(const Thread& me, typename M::A (&to)[kFrameUnits<M>], const T* from, int column,
+                            int lines) {
+  GRJCA_UNROLL
+  for (int u = 0; u < kFrameUnits<M>; ++u) {
+    const int frame = u * M::kUnit < lines ? u * M::kUnit : 0;  // always one, or the compiler needs memory
+    to[u] = M::template load_a<Major::outer>(me, from + frame * kRowsLine + column, kRowsLine);
+  }
+}
+
+GRJCA_DEVICE int attend_tasks(const Common& a, const Team& team) {
+  return team.count * a.p.modalities * tiles(a.plan.width, kStreamRows);
+}
+
+template <class T, class M>
+GRJCA_DEVICE void attend_task(const Common& a, const Team& team, int i) {
+  const Plan& plan = a.plan;
+  const int length = static_cast<int>(a.p.length), lines = (length + 15) / 16 * 16;
+  const int blocks = tiles(plan.width, kStreamRows), hidden_width = a.p.modalities * plan.width;
+  const Thread me = this_thread();
+  const int s = i / blocks / a.p.modalities, m = i / blocks % a.p.modalities, j = i % blocks * kStreamRows;
+  const Matrix<T> k = sample_of(activation<T>(a, team, plan.slots.key), s);
+  const Matrix<T> v = sample_of(activation<T>(a, team, plan.slots.value), s);
+  const int offset = plan.offsets[m], width = plan.widths[m], steps = tiles(width, kStreamTile);
+  const bool drops = a.p.dropout > 0;
+  const Mask mask = drops ? Mask::at(a, team.t, m, Site::correlation, team.first + s) : Mask{};
+  const auto load = [&](int step) {
+    const int c = step * kStreamTile;
+    load_frames<kStreamTile>(me, columns_block<T>(step, 0), k, length, offset + c, width - c);
+    load_frames<kStreamTile>(me, columns_block<T>(step, 1), v, length, offset + c, width - c);
+  };
+  block_barrier();
+  load_frames<kStreamRows>(me, rows_block<T>(0), sample_of(joint<T>(a, team, team.t), s), length, j, plan.width - j);
+  load(0);
+  copy_commit();
+  typename M::A joints[kFrameUnits<M>];  // J^T of this warp's 16 columns
+  float sums[kStreamFrames / 8][4] = {};
+  const int mine = me.warp() * 16;
+  GRJCA_LOOP
+  for (int step = 0; step < steps; ++step) {
+    if (step + 1 < steps) load(step + 1);
+    copy_commit();
+    copy_wait<1>();
+    block_barrier();
+    load_rows<T, M>(me, joints, rows_block<T>(0), mine, lines);
+    const T* const keys = columns_block<T>(step, 0);
+    const T* const values = columns_block<T>(step, 1);
+    GRJCA_UNROLL
+    for (int c = 0; c < kStreamTile; c += 16) {
+      float scores[2][4] = {};
+      GRJCA_UNROLL
+      for (int u = 0; u < kFrameUnits<M>; ++u)
+        if (u * M::kUnit < lines) {
+          const typename M::B b =
+              M::template load_b<Major::outer>(me, keys + u * M::kUnit * kStreamLine + c, kStreamLine);
+          M::add(scores[0], joints[u], b, 0);
+          M::add(scores[1], joints[u], b, 1);
+        }
+      uint32_t kept[2] = {15, 15};
+      if (drops) mask.of_columns(me, j + mine, step * kStreamTile + c, kept);
+      GRJCA_UNROLL
+      for (int h = 0; h < 2; ++h) GRJCA_UNROLL
+      for (int e = 0; e < 4; ++e) scores[h][e] = tanh_of<T>(scores[h][e]) * (kept[h] >> e & 1 ? plan.kept : 0);
+      GRJCA_UNROLL
+      for (int u = 0; u < 16; u += M::kUnit) {
+        const typename M::A correlations = M::chain(scores + u / 8);
+        GRJCA_UNROLL
+        for (int f = 0; f < kStreamFrames; f += 16)
+          if (f < lines) {
+            const typename M::B b =
+                M::template load_chained<Major::terms>(me, values + f * kStreamLine + c + u, kStreamLine);
+            M::add(sums[f / 8], correlations, b, 0);
+            M::add(sums[f / 8 + 1], correlations, b, 1);
+          }
+      }
+    }
+    block_barrier();  // before the next step's copies
+  }
+  T* const to =
+      slot<T>(a, team, plan.slots.hidden) + static_cast<int64_t>(s) * plan.frames * hidden_width + m * plan.width + j;
+  GRJCA_UNROLL
+  for (int f = 0; f < kStreamFrames; f += 16)
+    if (f < lines)
+      each_pair(me, mine, f, sums[f / 8], sums[f / 8 + 1], [&](int column, int l, float x0, float x1) {
+        if (column >= plan.width - j) return;
+        if (l < length)
+          to[static_cast<int64_t>(l) * hidden_width + column] = narrow_to<T>(hidden_of<T>(a.p.released, x0));
+        if (l + 1 < length)
+          to[static_cast<int64_t>(l + 1) * hidden_width + column] = narrow_to<T>(hidden_of<T>(a.p.released, x1));
+      });
+}
+
+}  // namespace grjca::cuda

@@ -1,0 +1,72 @@
+// Who does what: a launch is a row of steps, a step a loop over tasks, a task a tile.
+#pragma once
+
+#include "arguments.h"
+
+namespace grjca::cuda {
+
+GRJCA_BOTH int tiles(int n, int tile) { return (n + tile - 1) / tile; }
+GRJCA_BOTH int least(int a, int b) { return a < b ? a : b; }
+
+// Tiles of columns, each within one modality.
+GRJCA_BOTH int modality_tiles(const Plan& plan, int modalities, int tile) {
+  int n = 0;
+  for (int m = 0; m < modalities; ++m) n += tiles(plan.widths[m], tile);
+  return n;
+}
+
+struct ModalityTile {
+  int m, column, columns;  // of modality m, from its own column on
+};
+GRJCA_BOTH ModalityTile modality_tile(const Plan& plan, int i, int tile) {
+  int m = 0;
+  while (i >= tiles(plan.widths[m], tile)) i -= tiles(plan.widths[m++], tile);
+  return {m, i * tile, least(tile, plan.widths[m] - i * tile)};
+}
+
+// ---- steps
+
+// Whom this block works with in a step, and on what. In the backward, iterations go from the last to the first, and one
+// more step precedes them.
+GRJCA_DEVICE Team team_of(const Common& a, int step) {
+  const Plan& plan = a.plan;
+  const int number = block_index() / plan.team_blocks, chunk = number + step / plan.steps * plan.teams;
+  const int batch = static_cast<int>(a.p.batch), first = least(chunk * plan.chunk, batch);
+  const int t = (step % plan.steps - 1 - plan.backward) / plan.phases;
+  return {step,
+          number,
+          block_index() % plan.team_blocks,
+          plan.team_blocks,
+          first,
+          least(plan.chunk, batch - first),
+          plan.backward ? a.p.iterations - 1 - t : t};
+}
+
+// The same arguments, but what follows from them is computed anew: kept through a task, it would take registers that
+// the task needs.
+template <class A>
+GRJCA_DEVICE const A& afresh(const A& a) {
+  return (&a)[hidden_zero()];
+}
+
+// begin(arguments, team, i) and then end(arguments, team, i), which find out anew what i is.
+template <class A, class B, class E>
+GRJCA_DEVICE void in_two_parts(const A& a, const Team& team, int i, B begin, E end) {
+  begin(a, team, i);
+  const A& later = afresh(a);
+  end(later, team_of(later, team.step), i + hidden_zero());
+}
+
+// task(arguments, team, i) for tasks i < tasks(arguments, team) of this block.
+template <class A, class N, class F>
+GRJCA_DEVICE void share_out(const A& a, int step, N tasks, F task) {
+  GRJCA_LOOP
+  for (int i = block_index() % a.plan.team_blocks;; i += a.plan.team_blocks) {
+    const A& now = afresh(a);
+    const Team team = team_of(now, step);
+    if (i >= tasks(now, team)) return;
+    task(now, team, i);
+  }
+}
+
+}  // namespace grjca::cuda

@@ -1,0 +1,235 @@
+"""The CUDA C++ kernels without a GPU: g++ compiles their source, and every lane runs on the CPU.
+
+``forward`` and ``backward`` are those of :mod:`grjca_kernels.cuda` for tensors of the CPU. The work is done by
+tests/lanes/worker.cpp, a process of its own for each type of elements, built with AddressSanitizer and UBSan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grjca_kernels import shapes
+from grjca_kernels.shapes import Problem
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "-std=c++17 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=fast -fno-strict-aliasing"
+    " -fsanitize=address,undefined -fno-sanitize-recover=all"
+)
+ELEMENTS = {
+    "float32": ("float", 1), "tf32": ("float", 0), "bfloat16": ("BFloat16", 0), "float16": ("Float16", 0)
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to launch. ``resident``: blocks of the GPU; 0 leaves a number to the plan; ``order``: of the schedule."""
+
+    resident: int = 3
+    chunk: int = 0
+    tile: int = 0
+    parts: int = -1
+    order: int = 0
+    apart: bool = False
+    tf32: bool = False
+
+
+_wish = Wish()
+
+
+@contextmanager
+def wish(**changes: Any) -> Iterator[None]:
+    """Launch so within a ``with`` block."""
+    global _wish
+    before = _wish
+    _wish = replace(before, **changes)
+    try:
+        yield
+    finally:
+        _wish = before
+
+
+# ---- the worker
+
+
+@cache
+def compiler() -> str | None:
+    """A C++17 compiler that has the sanitizers."""
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]:
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            command = [*shlex.split(name), *FLAGS.split(), "-x", "c++", "-", "-o", f"{folder}/probe"]
+            if subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0:
+                return name
+    return None
+
+
+def build(name: str, source: str | None = None, *flags: str) -> Path:
+    """The program of ``source``, or of tests/lanes/``name``.cpp; compiled anew if any source has changed since."""
+    target = ROOT / "build" / "lanes" / name
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.h")), *sorted(ROOT.glob("tests/lanes/*")), ROOT / "csrc/grjca.h"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + FLAGS.encode()).hexdigest()
+    stamp = target.with_suffix(".sources")
+    if not (target.exists() and stamp.exists() and stamp.read_text() == digest):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        folders = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "tests/lanes")]
+        path = ROOT / "tests" / "lanes" / f"{source or name}.cpp"
+        command = [*shlex.split(compiler() or "g++"), *FLAGS.split(), *flags, *folders, str(path), "-o", str(part)]
+        subprocess.run(command, check=True)
+        part.replace(target)
+        stamp.write_text(digest)
+    return target
+
+
+def executable(name: str) -> Path:
+    element, exact = ELEMENTS[name]
+    return build(name, "worker", f"-DGRJCA_LANES_ELEMENT={element}", f"-DGRJCA_LANES_EXACT={exact}")
+
+
+@cache
+def worker(name: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    return subprocess.Popen([executable(name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+# ---- requests
+
+
+class Request:
+    """Numbers and buffers; a buffer is the whole storage of a tensor, once."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def add(self, *numbers: int) -> None:
+        self.numbers += map(int, numbers)
+
+    def real(self, x: float) -> None:
+        self.add(*struct.unpack("q", struct.pack("d", x)))
+
+    def tensor(self, x: Tensor | None) -> None:
+        if x is None or x.numel() == 0:
+            return self.add(-1, 0)
+        storage = x.untyped_storage()
+        index, _ = self.storages.setdefault(storage.data_ptr(), (len(self.storages), storage))
+        self.add(index, x.data_ptr() - storage.data_ptr())
+
+    def views(self, tensors: Sequence[Tensor | None], count: int) -> None:
+        for x in tensors or [None] * count:
+            self.tensor(x)
+            self.add(*(x.stride()[-3:] if x is not None else (0, 0, 0)))
+
+    def run(self, name: str) -> None:
+        process, buffers = worker(name), [_bytes(storage) for _, storage in self.storages.values()]
+        assert process.stdin and process.stdout
+        head = [len(self.numbers), len(buffers), *self.numbers, *(len(buffer) for buffer in buffers)]
+        try:
+            process.stdin.write(b"".join([struct.pack(f"{len(head)}q", *head), *map(bytes, buffers)]))
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        answer = process.stdout.read(8)
+        if len(answer) < 8:
+            worker.cache_clear()
+            raise RuntimeError("the kernels broke off; the sanitizer's report stands in the captured output")
+        fault = process.stdout.read(struct.unpack("q", answer)[0])
+        if fault:
+            raise RuntimeError(fault.decode())
+        for buffer in buffers:
+            buffer[:] = process.stdout.read(len(buffer))
+
+
+def _bytes(storage: torch.UntypedStorage) -> memoryview:
+    return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()).cast("B")
+
+
+def _begin(
+    direction: int,
+    problem: Problem,
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    iterates: Tensor,
+) -> tuple[Request, str]:
+    request = Request()
+    request.add(direction, problem.batch, problem.length, len(problem.widths), *problem.widths, problem.iterations)
+    request.add(shapes.GATINGS.index(problem.gating), problem.form == "released", problem.normalize, problem.shared)
+    request.real(problem.dropout)
+    request.real(problem.temperature)
+    request.add(_wish.resident, _wish.chunk, _wish.tile, _wish.parts, _wish.order, _wish.apart)
+    request.views(features, len(features))
+    request.add(len(parameters))
+    request.kept = [parameter.contiguous() for parameter in parameters]  # type: ignore[attr-defined]
+    for parameter in request.kept:  # type: ignore[attr-defined]
+        request.tensor(parameter)
+    request.long = None if lengths is None else lengths.to(torch.int64).contiguous()  # type: ignore[attr-defined]
+    request.tensor(request.long)  # type: ignore[attr-defined]
+    request.tensor(seed)
+    request.tensor(iterates)
+    name = str(iterates.dtype).removeprefix("torch.")
+    return request, "tf32" if name == "float32" and _wish.tf32 else name
+
+
+def forward(
+    problem: Problem,
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    outputs: Sequence[Tensor],
+    iterates: Tensor,
+    gates: Sequence[Tensor],
+) -> None:
+    if problem.batch == 0:
+        return
+    request, name = _begin(0, problem, features, parameters, lengths, seed, iterates)
+    request.views(outputs, len(features))
+    request.views(gates, len(features))
+    request.run(name)
+
+
+def backward(
+    problem: Problem,
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    iterates: Tensor,
+    grad_outputs: Sequence[Tensor | None],
+    grad_iterates: Sequence[Tensor | None],
+    grad_gates: Sequence[Tensor | None],
+    grad_features: Sequence[Tensor | None],
+    grad_parameters: Sequence[Tensor | None],
+) -> None:
+    if problem.batch == 0:
+        for gradient in grad_parameters:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    request, name = _begin(1, problem, features, parameters, lengths, seed, iterates)
+    request.views(grad_outputs, len(features))
+    request.views([None if g is None else g[0] for g in grad_iterates], len(features))
+    request.add(*(0 if g is None else g.stride(0) for g in grad_iterates or [None] * len(features)))
+    request.views(grad_gates, len(features))
+    request.views(grad_features, len(features))
+    request.add(len(grad_parameters))
+    for gradient in grad_parameters:
+        request.tensor(gradient)
+    request.run(name)

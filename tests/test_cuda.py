@@ -1,0 +1,302 @@
+"""The CUDA C++ kernels, whose very source runs here on the CPU, lane by lane: on_lanes.py.
+
+AddressSanitizer and UBSan watch, shared memory and the workspace hold NaN until they are written, and lanes.h refuses
+races in shared memory, barriers that not all threads reach, and copies that nobody waited for.
+"""
+
+import subprocess
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from pytest import fixture, mark
+
+import on_lanes
+from cases import CASES, SEED, Case, Result, call, cotangents, describe, make, run
+from grjca_kernels import gated_rjca, shapes, verification
+from grjca_kernels.backends import TABLE, Backend
+from on_gpu import TF32_ULP, cut_draws
+from on_gpu import check as check_draws
+from test_contract import LAYOUTS, assert_same_results, backward
+from test_cpu import HALVES, STATISTICAL, Guarded
+from test_triton import filled
+from tolerances import check_rule, exact
+
+pytestmark = mark.skipif(not on_lanes.compiler(), reason="needs g++ or another C++17 compiler with AddressSanitizer")
+NAN, INF = float("nan"), float("inf")
+function = partial(gated_rjca, backend="cuda")
+
+# Whole tiles and parts of them, rows that can be copied 16, 8, 4 and 2 bytes at a time, C streamed and stored.
+TILES = [
+    Case("aligned", 2, 64, (64, 32), 2, "flat", dropout=0.4),
+    Case("aligned-streamed", 5, 32, (64, 136), 1, "dynamic", dropout=0.4, lengths=(32, 17, 16, 1, 0)),
+    Case("many-tiles", 2, 150, (140, 40), 1, "flat", dropout=0.3, lengths=(150, 120)),
+    Case("many-tiles-streamed", 9, 20, (140, 40), 1, "flat", normalize=True),
+    Case("whole-tiles", 1, 128, (128, 128), 1, "none", "paper"),
+    Case("three-modalities-of-tiles", 2, 34, (36, 68, 130), 1, "hierarchical"),
+    Case("two-bytes", 2, 35, (33, 31), 2, "hierarchical", normalize=True),
+]
+MOST = Case("most", 3, 35, (5, 9), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(35, 4, 20))
+STREAMED = replace(MOST, name="streamed", length=11, lengths=(11, 4, 0))
+BOTH = [MOST, STREAMED]
+
+
+@fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    row = Backend("cuda", lambda: None, lambda device, dtype: None, on_lanes.forward, on_lanes.backward)
+    monkeypatch.setitem(TABLE, "cuda", row)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, gradients: bool = True) -> None:
+    check_rule(run(function, case, make(case, dtype)), case, dtype, gradients=gradients)
+
+
+# ---- against the reference
+
+
+@mark.parametrize("case", [*CASES, *TILES], ids=str)
+def test_float32(case):
+    check(case)
+
+
+@mark.parametrize("dtype", HALVES, ids=str)
+@mark.parametrize("case", [*CASES, *TILES], ids=str)
+def test_values_of_sixteen_bits(case, dtype):
+    check(case, dtype, gradients=False)
+
+
+@mark.parametrize("dtype", HALVES, ids=str)
+@mark.parametrize("case", [*STATISTICAL, replace(STATISTICAL[5], name="streamed", length=24)], ids=str)
+def test_gradients_of_sixteen_bits(case, dtype):
+    """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
+    check(case, dtype)
+
+
+@mark.parametrize(
+    "case", [STATISTICAL[1], STATISTICAL[7], replace(STATISTICAL[6], name="streamed", length=24)], ids=str
+)
+def test_tf32(case):
+    with on_lanes.wish(tf32=True):
+        result = run(function, case, make(case, torch.float32))
+    check_draws(result, exact(case, torch.float32), cut_draws(case), TF32_ULP)
+    assert not torch.equal(run(function, case, make(case, torch.float32)).values["Y[0]"], result.values["Y[0]"])
+
+
+@mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_self_check(dtype):
+    """That of "auto", with the problems it runs on a GPU made smaller."""
+    device = torch.device("cpu")
+    for case in (
+        verification.Case(5, 20, (72, 40), "hierarchical", True),
+        verification.Case(2, 70, (72, 40), "flat", False),
+    ):
+        findings = list(verification.compare(TABLE["cuda"], case, device, dtype))
+        assert not [str(finding) for finding in findings if not finding.passes]
+
+
+def test_the_mask_is_that_of_the_cpu_backend():
+    """Both are within the rule of the same numbers, which another mask is far from."""
+    for case in (
+        Case("dropout", 3, 9, (9, 4), 1, "none", dropout=0.6),
+        Case("stored", 2, 34, (9, 4), 1, "none", dropout=0.6),
+    ):
+        check(case)
+        check_rule(run(partial(gated_rjca, backend="cpu"), case, make(case, torch.float32)), case, torch.float32)
+        other = run(function, replace(case, name="other"), make(case, torch.float32), seed=SEED + 1)
+        with pytest.raises(AssertionError):
+            check_rule(other, case, torch.float32)
+
+
+# ---- launches
+
+
+@mark.parametrize("case", [*BOTH, replace(STREAMED, name="shared", shared=True)], ids=str)
+@mark.parametrize(
+    "wish",
+    [
+        {"order": 1}, {"order": 2}, {"order": 3}, {"apart": True}, {"resident": 1}, {"resident": 7},
+        {"chunk": 2}, {"chunk": 2, "parts": 3}, {"chunk": 3, "parts": 2, "order": 4}, {"tile": 64, "resident": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_launches(case, wish):
+    """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
+    inputs = make(case, torch.float32)
+    once = run(function, case, inputs)
+    with on_lanes.wish(**wish):
+        again = run(function, case, inputs)
+    assert_same_results(Result(again.values, {}), Result(once.values, {}))
+    if ("order" in wish and len(wish) == 1) or "apart" in wish:
+        assert_same_results(again, once)
+    check_rule(again, case, torch.float32)
+
+
+@mark.parametrize("case", [TILES[2], TILES[3]], ids=str)
+def test_orders_of_many_tiles(case):
+    inputs = make(case, torch.bfloat16)
+    with on_lanes.wish(resident=4, chunk=1):
+        once = run(function, case, inputs)
+        for order in (1, 5):
+            with on_lanes.wish(order=order):
+                assert_same_results(run(function, case, inputs), once)
+
+
+# ---- memory
+
+
+@mark.parametrize("case", BOTH, ids=str)
+@mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_all_is_written_and_nothing_else(case, dtype):
+    """Beside, in and between the tensors of the caller; AddressSanitizer sees to what is beyond them."""
+    inputs, widths, frames = make(case, dtype), case.widths, (case.batch, case.length)
+    problem = describe(case, inputs)
+    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
+    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
+    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
+    common = (problem, inputs.features, inputs.parameters, inputs.lengths, torch.tensor(SEED))
+    on_lanes.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
+    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
+    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
+    with on_lanes.wish(chunk=2):
+        on_lanes.backward(
+            *common, iterates.inside, [torch.randn(y.inside.shape).to(dtype) for y in outputs], [],
+            [None] * len(widths), [d.inside for d in d_features], [d.inside for d in d_parameters],
+        )  # fmt: skip
+    for tensor in (*outputs, *gates, iterates, *d_features, *d_parameters):
+        tensor.check()
+
+
+@mark.parametrize("name", ["transposed", "part of a cat", "every second column", "batch last", "one number for all"])
+@mark.parametrize("case", BOTH, ids=str)
+def test_strides(name, case):
+    """Of features, and of incoming gradients."""
+    inputs, layout = make(case, torch.float32), LAYOUTS[name]
+    strided = [layout(x) for x in inputs.features]
+    results = []
+    for features, bring in ((strided, layout), ([x.contiguous() for x in strided], lambda x: layout(x).contiguous())):
+        leaves = replace(inputs, features=[x.detach().requires_grad_() for x in features])  # keeps the strides
+        values = call(function, case, leaves)
+        incoming = [bring(gradient) for gradient in cotangents([*values.values()])]
+        gradients = torch.autograd.grad([*values.values()], leaves.features, incoming)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        results.append(Result(values, dict(zip("va", gradients, strict=True))))
+    assert_same_results(*results)
+
+
+def test_addresses_that_are_not_aligned():
+    """Parameters and features that begin at odd elements of their storage."""
+    inputs = make(TILES[0], torch.bfloat16)
+    moved = inputs.map(lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape))
+    assert any(x.data_ptr() % 16 for x in moved.parameters)
+    assert_same_results(run(function, TILES[0], moved), run(function, TILES[0], inputs))
+
+
+# ---- lengths, NaN and Inf
+
+
+@mark.parametrize("case, garbage", [
+    (MOST, NAN), (STREAMED, NAN), (replace(MOST, name="paper", form="paper"), INF),
+    (replace(STREAMED, name="streamed-paper", form="paper"), INF),
+], ids=str)  # fmt: skip
+def test_what_stands_in_absent_rows_reaches_nothing(case, garbage):
+    """In features and in incoming gradients."""
+    clean = make(case, torch.float32)
+    dirty = clean.map(torch.clone)
+    results = []
+    for inputs, fill in ((clean, 0.0), (dirty, garbage)):
+        values = call(function, case, (leaves := filled(case, inputs, fill).leaves()))
+        incoming = cotangents([*values.values()])
+        for gradient in incoming:
+            for b, n in enumerate(case.lengths):
+                gradient.select(-3, b)[..., n:, :] = fill
+        gradients = backward(values, leaves, incoming)
+        results.append([*values.values(), *gradients])
+    assert all(tensor.isfinite().all() for tensor in results[1])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@mark.parametrize("length", [5, 34])
+@mark.parametrize("form", shapes.FORMS)
+@mark.parametrize("poison", [NAN, INF])
+def test_a_bad_number_stays_in_its_sample(length, form, poison):
+    case = Case("bad", 2, length, (3, 2), 2, "flat", form, normalize=True, dropout=0.3)
+    clean = make(case, torch.float32)
+    dirty = clean.map(torch.clone)
+    dirty.features[0][0, 2, 0] = poison
+    expected, result = run(function, case, clean), run(function, case, dirty)
+    theirs = run(partial(gated_rjca, backend="reference"), case, dirty)
+    of_features = [f"d features[{m}]" for m in range(len(case.widths))]
+    for name in (*result.values, *of_features):
+        value, clean_value, same_places = (
+            {**of.values, **of.gradients}[name].movedim(-3, 0) for of in (result, expected, theirs)
+        )
+        assert torch.equal(value[1], clean_value[1]), name
+        if poison != poison:  # and it does not vanish there
+            assert torch.equal(value.isnan(), same_places.isnan()), name
+
+
+@mark.parametrize("case", [
+    Case("plain", 1, 5, (6, 3), 2, "dynamic"), Case("stored", 1, 33, (6, 3), 2, "flat", normalize=True)
+], ids=str)  # fmt: skip
+def test_large_features_of_float16(case):
+    """Where PyTorch's float16 has a finite value, so have we."""
+    inputs = make(case, torch.float16)
+    for x in inputs.features:
+        x.copy_((x.double() / x.double().abs().max() * 1e4).half())
+    ours, theirs = run(function, case, inputs), run(partial(gated_rjca, backend="reference"), case, inputs)
+    for name, tensor in ours.values.items():
+        assert (tensor.isfinite() | ~theirs.values[name].isfinite()).all(), name
+
+
+# ---- which gradients
+
+
+@mark.parametrize("case", BOTH, ids=str)
+def test_any_subset_of_incoming_gradients(case):
+    inputs = make(case, torch.float32).leaves()
+    values = call(function, case, inputs)
+    incoming = dict(zip(values, cotangents([*values.values()]), strict=True))
+    tensors = inputs.features + inputs.parameters
+    for arriving in ("Y[0]", "X[1]", "G[1][0]"):
+        ours = torch.autograd.grad(
+            values[arriving], tensors, incoming[arriving], retain_graph=True, materialize_grads=True
+        )
+        zeros = [incoming[name] if name == arriving else torch.zeros_like(value) for name, value in values.items()]
+        torch.testing.assert_close(list(ours), backward(values, inputs, zeros), rtol=0, atol=0)
+
+
+@mark.parametrize("case", BOTH, ids=str)
+def test_any_subset_of_gradients(case):
+    inputs = make(case, torch.float32)
+    everything = list(run(function, case, inputs).gradients.values())
+    count = len(inputs.features)
+    for wanted in ([0], [*range(count)], [*range(count, len(everything))], [count + 1], [len(everything) - 1]):
+        index = iter(range(len(everything)))
+        leaves = inputs.map(lambda x, i=index, w=wanted: x.clone().requires_grad_(next(i) in w))
+        values = call(function, case, leaves)
+        reached = [pair for pair in zip(values.values(), cotangents([*values.values()]), strict=True)]
+        torch.autograd.backward(*zip(*(pair for pair in reached if pair[0].requires_grad), strict=True))
+        for i, tensor in enumerate(leaves.features + leaves.parameters):
+            assert (tensor.grad is not None) == (i in wanted), i
+            assert tensor.grad is None or torch.equal(tensor.grad, everything[i]), i
+
+
+def test_backward_twice_and_inputs_are_not_written():
+    inputs = make(MOST, torch.float32)
+    leaves = inputs.leaves()
+    values = call(function, MOST, leaves)
+    incoming = cotangents([*values.values()])
+    torch.testing.assert_close(backward(values, leaves, incoming), backward(values, leaves, incoming), rtol=0, atol=0)
+    kept = make(MOST, torch.float32)
+    torch.testing.assert_close(leaves.features + leaves.parameters, kept.features + kept.parameters, rtol=0, atol=0)
+
+
+# ---- what stands below
+
+
+@mark.parametrize("name", ["check_lanes", "check_layout"])
+def test_below_the_kernels(name):
+    """The lanes themselves, with every fault they must find; how operands lie, and who gets which tile."""
+    result = subprocess.run([on_lanes.build(name)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
