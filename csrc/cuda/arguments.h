@@ -71,11 +71,10 @@ struct Team {
   int step, number, rank, size, first, count, t;
 };
 
-GRJCA_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+GRJCA_BOTH int tiles(int n, int tile) { return (n + tile - 1) / tile; }
+GRJCA_BOTH int least(int a, int b) { return a < b ? a : b; }
 
 // ---- lookups
-
-GRJCA_DEVICE const View& view_of(const View (&views)[kMaxModalities], int m) { return views[m]; }
 
 template <class T>
 GRJCA_DEVICE const T* parameter(const Common& a, int i) {

@@ -14,69 +14,6 @@ GRJCA_BOTH int state_of_gate(const Problem& p, int g) {  // t of the X^t that ga
   return p.gating == Gating::hierarchical ? least(g + 1, p.iterations) : p.iterations;
 }
 
-// ---- columns of a frame
-
-template <class T>
-constexpr int kColumns = 16 / static_cast<int>(sizeof(T));  // of a lane, at once
-
-template <class T>
-struct Columns {
-  float x[kColumns<T>] = {};
-
-  template <class F>
-  GRJCA_DEVICE void each(F f) {
-    GRJCA_UNROLL
-    for (int i = 0; i < kColumns<T>; ++i) f(x[i], i);
-  }
-};
-
-struct alignas(16) Words {
-  uint32_t words[4];
-};
-
-// n of them from `from` on, with `step` elements between two; the others are 0.
-template <class T>
-GRJCA_DEVICE Columns<T> load_columns(const T* from, int n, int64_t step = 1) {
-  Columns<T> to;
-  if (n >= kColumns<T> && step == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const Words all = *reinterpret_cast<const Words*>(from);
-    to.each([&](float& x, int i) {
-      if constexpr (sizeof(T) == 2)
-        x = widen(T{static_cast<uint16_t>(all.words[i / 2] >> i % 2 * 16)});
-      else
-        x = float_of(all.words[i]);
-    });
-  } else {
-    to.each([&](float& x, int i) { x = i < n ? widen(from[i * step]) : 0; });
-  }
-  return to;
-}
-
-template <class T>
-GRJCA_DEVICE void store_columns(T* to, int n, int64_t step, Columns<T> from) {
-  if (n >= kColumns<T> && step == 1 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    Words all{};
-    from.each([&](float& x, int i) {
-      if constexpr (sizeof(T) == 2)
-        all.words[i / 2] |= static_cast<uint32_t>(narrow_to<T>(x).bits) << i % 2 * 16;
-      else
-        all.words[i] = bits_of(x);
-    });
-    *reinterpret_cast<Words*>(to) = all;
-  } else {
-    from.each([&](float& x, int i) {
-      if (i < n) to[i * step] = narrow_to<T>(x);
-    });
-  }
-}
-
-template <class T>
-GRJCA_DEVICE float dot(Columns<T> a, const Columns<T>& b) {
-  float sum = 0;
-  a.each([&](float& x, int i) { sum += x * b.x[i]; });
-  return sum;
-}
-
 // ---- values of all ways of a frame, shared out over the lanes of its warp
 
 struct Ways {
@@ -123,13 +60,9 @@ struct Frame {
 
   GRJCA_DEVICE const T* gate_parameter(int g, int bias) const { return parameter<T>(a, index_of(a).gate(m, g) + bias); }
 
-  // f(first column of this lane, of which there are fewer than kColumns at the edge).
   template <class F>
   GRJCA_DEVICE void each_columns(F f) const {
-    GRJCA_LOOP
-    for (int c = me.lane() * kColumns<T>; c < divide_up(width, kWarp * kColumns<T>) * kWarp * kColumns<T>;
-         c += kWarp * kColumns<T>)
-      f(c);
+    grjca::cuda::each_columns<T>(me, width, f);
   }
 
   // G = softmax((x W_g^T + b_g) / tau) of every gate.
@@ -189,11 +122,18 @@ struct Frame {
   // sum_i G_i choice_i, whose relu is Y.
   GRJCA_DEVICE Columns<T> mixture(const Ways& values, int c) const {
     Columns<T> sum;
-    GRJCA_LOOP
-    for (int i = 0; i < a.p.ways(last_gate()); ++i) {
+    const auto add = [&](int i) {
       const float value = values.get(last_way() + i);
       Columns<T> x = choice(values, i, c);
       x.each([&](float& y, int k) { sum.x[k] += value * y; });
+    };
+    const int ways = a.p.ways(last_gate());
+    if (hierarchical) {
+      GRJCA_LOOP
+      for (int i = 0; i < ways; ++i) add(i);
+    } else {
+      GRJCA_UNROLL_BY(4)  // four loads at once
+      for (int i = 0; i < ways; ++i) add(i);
     }
     return sum;
   }
@@ -212,7 +152,7 @@ GRJCA_DEVICE void gate(const Common& a, const Team& team, const ForwardOutputs& 
       Columns<T> sum;
       if (present) sum = gated ? frame.mixture(values, c) : frame.state(a.p.iterations, c);
       if (gated) sum.each([](float& x, int) { x = relu(x); });
-      store_columns(element<T>(y, sample, l, c), frame.width - c, y.column, sum);
+      store_columns(y, sample, l, c, frame.width, sum);
     });
     if (to.gates[m].data)
       for (int w = me.lane(); w < a.p.all_ways(); w += kWarp)

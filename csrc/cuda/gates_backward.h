@@ -35,8 +35,9 @@ struct FrameBackward : Frame<T> {
 
   // Of a gradient that the caller passed; zeros if there is none.
   GRJCA_DEVICE Columns<T> incoming(const View& view, int64_t step, int c) const {
-    if (!view.data || c >= width) return {};
-    return load_columns(element<T>(view, sample, l, c) + step, width - c, view.column);
+    View from = view;
+    if (view.data) from.data = static_cast<T*>(view.data) + step;
+    return load_columns<T>(from, sample, l, c, width);
   }
 
   // d Y_m through its relu.

@@ -6,6 +6,7 @@
 // backward finds the mask again.
 #pragma once
 
+#include "columns.h"
 #include "product.h"
 #include "tasks.h"
 
@@ -57,27 +58,15 @@ GRJCA_DEVICE ParameterIndex index_of(const Common& a) { return {a.p}; }
 
 // ---- X^0
 
-// A feature of the caller, or a gradient: element (frame, column) of a sample. Absent where data is null.
-template <class T>
-GRJCA_DEVICE T* element(const View& view, int sample, int frame, int column) {
-  return static_cast<T*>(view.data) + sample * view.sample + frame * view.frame + column * view.column;
-}
-
-GRJCA_DEVICE float sum_of_warp(float x) {
-  GRJCA_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
 // max(|x|, 1e-12) of a frame; 1 unless normalising.
 template <class T>
 GRJCA_DEVICE float norm_of_frame(const Common& a, const Thread& me, int sample, int frame, int m) {
   if (!a.p.normalize) return 1;
   float squares = 0;
-  for (int c = me.lane(); c < a.plan.widths[m]; c += kWarp) {
-    const float x = widen(*element<T>(a.features[m], sample, frame, c));
-    squares += x * x;
-  }
+  each_columns<T>(me, a.plan.widths[m], [&](int c) {
+    const Columns<T> x = load_columns<T>(a.features[m], sample, frame, c, a.plan.widths[m]);
+    squares += dot(x, x);
+  });
   const float norm = square_root(sum_of_warp(squares));
   return norm < 1e-12f ? 1e-12f : norm;
 }
@@ -103,9 +92,14 @@ GRJCA_DEVICE void initial(const Common& a, const Team& team) {
     const int sample = team.first + s;
     const bool present = l < frames_of(a, sample);
     const float norm = present ? norm_of_frame<T>(a, me, sample, l, m) : 1;
+    const int width = a.plan.widths[m];
     T* const row = to + static_cast<int64_t>(s * a.plan.frames + l) * a.plan.width + a.plan.offsets[m];
-    for (int c = me.lane(); c < a.plan.widths[m]; c += kWarp)
-      row[c] = narrow_to<T>(present ? widen(*element<T>(a.features[m], sample, l, c)) / norm : 0.0f);
+    each_columns<T>(me, width, [&](int c) {
+      Columns<T> x;
+      if (present) x = load_columns<T>(a.features[m], sample, l, c, width);
+      x.each([&](float& y, int) { y /= norm; });
+      store_columns(row + c, width - c, 1, x);
+    });
   });
 }
 

@@ -319,14 +319,20 @@ GRJCA_DEVICE void initial_backward(const Common& a, const Team& team, const View
     const float norm = present ? norm_of_frame<T>(a, me, sample, l, m) : 1;
     float along = 0;
     if (a.p.normalize && present) {
-      for (int c = me.lane(); c < width; c += kWarp) along += widen(d_initial[row + c]) * widen(x_initial[row + c]);
+      each_columns<T>(me, width, [&](int c) {
+        along += dot(load_columns(d_initial + row + c, width - c), load_columns(x_initial + row + c, width - c));
+      });
       along = norm <= 1e-12f ? 0 : sum_of_warp(along);
     }
-    for (int c = me.lane(); c < width; c += kWarp) {
-      float d = present ? widen(d_initial[row + c]) : 0;
-      if (a.p.normalize && present) d = (d - along * widen(x_initial[row + c])) / norm;
-      *element<T>(to[m], sample, l, c) = narrow_to<T>(d);
-    }
+    each_columns<T>(me, width, [&](int c) {
+      Columns<T> d;
+      if (present) d = load_columns(d_initial + row + c, width - c);
+      if (a.p.normalize) {
+        const Columns<T> x = load_columns(x_initial + row + c, width - c);
+        d.each([&](float& y, int i) { y = (y - along * x.x[i]) / norm; });
+      }
+      store_columns(to[m], sample, l, c, width, d);
+    });
   });
 }
 

@@ -21,19 +21,32 @@ struct Target {
 
 namespace planning {
 
-constexpr double kProducts = 600, kBytes = 12, kTask = 1500, kBarrier = 2500;  // of a block, per clock; clocks
+constexpr double kProducts = 600, kBytes = 12, kTanh = 8;  // of a block, per clock
+constexpr double kTask = 1500, kBarrier = 2500;            // clocks
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Clocks of phases, whose tasks a team shares out.
 struct Cost {
   const Plan& plan;
   int bytes;
-  double clocks = 0;
+  double clocks = 0, work = 0, longest = 0;
 
-  // A phase of `tasks` tiles, rows x columns x terms each.
+  void add(double tasks, double clocks_of_one) {
+    work += tasks * (kTask + clocks_of_one);
+    longest = std::max(longest, kTask + clocks_of_one);
+  }
+  // So many tiles, rows x columns x terms each.
   void add(double tasks, double rows, double columns, double terms) {
-    const double one = std::max(rows * columns * terms / kProducts, (rows + columns) * terms * bytes / kBytes);
-    clocks += std::ceil(tasks / plan.team_blocks) * (kTask + one) + (plan.team_blocks > 1 ? kBarrier : 0);
+    add(tasks, std::max(rows * columns * terms / kProducts, (rows + columns) * terms * bytes / kBytes));
+  }
+
+  // A phase ends when its last task does: between when all blocks are busy to the end and one task later.
+  void end_phase() {
+    const int blocks = plan.team_blocks;
+    clocks += work <= blocks * longest ? longest : work / blocks + longest / 2;
+    clocks += blocks > 1 ? kBarrier : 0;
+    work = longest = 0;
   }
 };
 
@@ -44,15 +57,21 @@ inline double cost_of_iteration(const Problem& p, const Plan& plan, int bytes) {
   const double row_tiles = tiles(s * plan.frames, plan.tile_rows), frame_tiles = tiles(length, plan.tile_rows);
   const double columns = modality_tiles(plan, p.modalities, tile), all_columns = tiles(plan.width, tile);
   const double width = static_cast<double>(plan.width) / p.modalities;
-  cost.add(row_tiles * (columns + all_columns) + s * frame_tiles * columns, rows, std::min(tile, plan.width),
-           std::max<double>(length, plan.width));
+  cost.add(row_tiles * all_columns, rows, tile, plan.width);  // J
+  cost.add(row_tiles * columns, rows, tile, width);           // V
+  cost.add(s * frame_tiles * columns, frames, tile, length);  // K
+  cost.end_phase();
   if (plan.streamed) {
-    cost.add(s * p.modalities * tiles(plan.width, 64), 64, 64, width);
+    cost.add(s * p.modalities * tiles(plan.width, kStreamRows),
+             std::max(kStreamRows * width / kTanh, 2 * plan.frames * width * bytes / kBytes));
   } else {
-    cost.add(s * all_columns * modality_tiles(plan, p.modalities, plan.tile_rows), plan.tile_rows, tile, length);
-    cost.add(s * p.modalities * frame_tiles * all_columns, frames, tile, width);
+    cost.add(s * all_columns * modality_tiles(plan, p.modalities, plan.tile_rows), plan.tile_rows, tile, length);  // C
+    cost.end_phase();
+    cost.add(s * p.modalities * frame_tiles * all_columns, frames, tile, width);  // H
   }
-  cost.add(row_tiles * columns, rows, tile, plan.width);
+  cost.end_phase();
+  cost.add(row_tiles * columns, rows, tile, plan.width);  // U
+  cost.end_phase();
   return cost.clocks;
 }
 

@@ -217,7 +217,7 @@ GRJCA_DEVICE void product(SumsOf<M>& sums, const Matrix<T>& a, const Matrix<T>& 
   const auto stage = [shared](int step, int operand) {
     return reinterpret_cast<T*>(shared + (step % kStages * 2 + operand) * kStageBytes);
   };
-  const int steps = divide_up(terms, kTerms<T>);
+  const int steps = tiles(terms, kTerms<T>);
   block_barrier();  // whoever used shared memory before is done
   GRJCA_LOOP
   for (int step = 0; step < kStages - 1; ++step) {

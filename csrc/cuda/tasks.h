@@ -5,9 +5,6 @@
 
 namespace grjca::cuda {
 
-GRJCA_BOTH int tiles(int n, int tile) { return (n + tile - 1) / tile; }
-GRJCA_BOTH int least(int a, int b) { return a < b ? a : b; }
-
 // Tiles of columns, each within one modality.
 GRJCA_BOTH int modality_tiles(const Plan& plan, int modalities, int tile) {
   int n = 0;
