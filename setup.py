@@ -22,7 +22,8 @@ RULES = {
     "csrc/*.cpp": "once",
     "csrc/cpu/dispatch.cpp": "once",
     "csrc/cpu/*.cpp": "per instruction set",
-    "csrc/cuda/*.cu": "by nvcc",
+    "csrc/cuda/launch.cu": "by nvcc",
+    "csrc/cuda/*.cu": "by nvcc, per precision",
 }
 INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its own as GRJCA_ISA
     "baseline": "",
@@ -32,8 +33,11 @@ INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"  # the last is wrong about GCC 12's own AVX-512 header
-NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"  # below: A100, PTX for newer, H100
-NVCC_FLAGS += " -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90a,code=sm_90a"
+NVCC_FLAGS = "-O3 -std=c++17 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+# Its runtime is hidden: PyTorch brings one of its own, whose functions would otherwise be taken for these.
+LINK_CUDA = "-cudart static -shared -Xlinker --exclude-libs,ALL"
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # a source knows its own as GRJCA_PRECISION
+ARCHITECTURES = ["80", "90a"]  # A100, and by its PTX whatever is newer; H100 and H200
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB
 # Not setuptools' temporary folder: an editable install throws that away, and the next one would start afresh.
 BUILD = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
@@ -44,6 +48,69 @@ def works(cxx, flag, header):
     with tempfile.TemporaryDirectory() as folder, suppress(OSError):
         command = [*shlex.split(cxx), flag, "-fPIC", "-shared", "-x", "c++", "-", "-o", f"{folder}/probe"]
         return subprocess.run(command, input=f"#include <{header}>\n", text=True, capture_output=True).returncode == 0
+
+
+# What the kernels need: of nvcc headers, a host compiler it accepts, and arguments of more than 4 KB (CUDA 12.1); of an
+# architecture cp.async (8.0).
+PROBE = """#include <cuda_runtime.h>
+#include <string>
+struct Large { char bytes[8000]; };
+__global__ void probe(const __grid_constant__ Large) { asm volatile("cp.async.wait_all;"); }
+int version() { int n = 0; return cudaDriverGetVersion(&n) + n; }
+"""
+
+
+def find_nvcc(cxx):
+    """The command of an nvcc that works, or None; an empty CUDACXX means that there shall be none."""
+    nvcc = os.environ.get("CUDACXX")
+    if nvcc is None:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        return None
+    if all(re.fullmatch(r"\d+[a-z]?", name) for name in architectures()):
+        command = f"{nvcc} -ccbin {shlex.split(cxx)[-1]} {generate_code()}"
+        fault = fault_of(command)
+        if not fault:
+            return command
+    else:
+        fault = f"GRJCA_CUDA_ARCHITECTURES: expected numbers as in '80;90', got {';'.join(architectures())!r}"
+    tell(
+        "grjca_kernels: the CUDA C++ kernels are not built. They take the CUDA toolkit, 12.1 or later, a host compiler "
+        f"that it accepts, and architectures from 80 on; here, {fault}. CUDACXX names another nvcc, CXX another "
+        "compiler."
+    )
+    return None
+
+
+def fault_of(nvcc):
+    """Why this command does not make a library, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text(PROBE)
+        line = [*shlex.split(f"{nvcc} {NVCC_FLAGS} {LINK_CUDA}"), str(source), "-o", f"{folder}/probe"]
+        try:
+            result = subprocess.run(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            return str(error)
+    if result.returncode == 0:
+        return None
+    said = result.stdout.splitlines() or [f"{line[0]} fails without a word"]
+    return next((text for text in said if re.search("error|fatal", text)), said[0])
+
+
+def architectures():
+    given = os.environ.get("GRJCA_CUDA_ARCHITECTURES", "").replace(",", ";").split(";")
+    return [name.strip() for name in given if name.strip()] or ARCHITECTURES
+
+
+def generate_code():
+    """Machine code for every architecture. A third of the time is nvcc's front end, and nothing in csrc depends on the
+    architecture, so that of the oldest serves all, and its PTX runs on what is newer. Names with a letter go alone."""
+    plain = sorted((name for name in architectures() if name.isdecimal()), key=int)
+    codes = {name: [f"sm_{name}"] for name in architectures() if not name.isdecimal()}
+    if plain:
+        codes[plain[0]] = [*(f"sm_{name}" for name in plain), f"compute_{plain[0]}"]
+    return " ".join(f"-gencode 'arch=compute_{name},code=[{','.join(code)}]'" for name, code in codes.items())
 
 
 def jobs():
@@ -64,26 +131,40 @@ def ninja_file(cxx, library):
     headers = BUILD / f"pybind11-{pybind11.__version__}"
     shutil.copytree(pybind11.get_include(), headers, dirs_exist_ok=True)
     rule_of = {source: rule for glob, rule in reversed(RULES.items()) for source in sorted(Path().glob(glob))}
-    nvcc = os.environ.get("CUDACXX", shutil.which("nvcc")) if "by nvcc" in rule_of.values() else None
+    nvcc = find_nvcc(cxx)
     openmp = works(cxx, "-fopenmp", "omp.h")
     host = f"{cxx} {os.environ.get('CXXFLAGS', '')} {FLAGS} {'-fopenmp' if openmp else '-Wno-unknown-pragmas'}"
     once = f"{host} -isystem {headers} -isystem {shlex.quote(sysconfig.get_path('include'))}"
-    tools = [("once", "", once + " -DGRJCA_X86=1" * X86 + " -DGRJCA_CUDA=1" * bool(nvcc))]
+    if nvcc:
+        names = ";".join(architectures())
+        once += f""" '-DGRJCA_CUDA="{names}"'"""
+    tools = [("once", "", once + " -DGRJCA_X86=1" * X86)]
     for isa, flags in INSTRUCTION_SETS.items() if X86 else [("baseline", "")]:
         tools.append(("per instruction set", f".{isa}", f"{host} {flags} -DGRJCA_ISA={isa}"))
     link = f"{host} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'}"
     if nvcc:
-        nvcc += f" -ccbin {shlex.split(cxx)[-1]}"
         tools.append(("by nvcc", "", f"{nvcc} {NVCC_FLAGS}"))
-        link = f"{nvcc} -cudart static -shared" + " -Xcompiler -fopenmp" * openmp
+        for precision in PRECISIONS:
+            tools.append(
+                ("by nvcc, per precision", f".{precision}", f"{nvcc} {NVCC_FLAGS} -DGRJCA_PRECISION={precision}")
+            )
+        link = f"{nvcc} {LINK_CUDA}" + " -Xcompiler -fopenmp" * openmp
 
     steps = [(s, f"{BUILD}/{s}{suffix}.o", tool) for rule, suffix, tool in tools for s in rule_of if rule_of[s] == rule]
     text = f"builddir = {BUILD}\nrule compile\n  command = $tool -Icsrc -MMD -MF $out.d -c $in -o $out\n"
     text += f"  depfile = $out.d\n  deps = gcc\nrule link\n  command = {link} $in -o $out\n"
-    text += "".join(f"build {out}: compile {source}\n  tool = {tool}\n" for source, out, tool in steps)
+    longest_first = {"csrc/cuda/backward.cu": 0, "csrc/cuda/forward.cu": 1}
+    for source, out, tool in sorted(steps, key=lambda step: longest_first.get(step[0].as_posix(), 2)):
+        text += f"build {out}: compile {source}\n  tool = {tool}\n"
     # Of an inline function that several objects contain, the linker keeps the first. They stand in the order of
     # INSTRUCTION_SETS, so that the one kept runs wherever any of its callers does.
     return text + f"build {library}: link {' '.join(out for _, out, _ in steps)}\n"
+
+
+def tell(message):
+    with suppress(OSError), open("/dev/tty", "w") as terminal:  # pip hides the output of an install that succeeds
+        print(f"\n{message}", file=terminal)
+    print(message, file=sys.stderr)
 
 
 class BuildNative(build_ext):
@@ -109,9 +190,7 @@ class BuildNative(build_ext):
             f"grjca_kernels: the native kernels are not built, for want of {missing}. All of it works without them, but"
             " several times slower, on the PyTorch reference backend. Install what is missing, then this package again."
         )
-        with suppress(OSError), open("/dev/tty", "w") as terminal:  # pip hides the output of an install that succeeds
-            print(f"\n{message}", file=terminal)
-        print(message, file=sys.stderr)
+        tell(message)
 
 
 setup(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grjca.eager import GatedRJCAEager
 from grjca.measure import Shape
 from grjca_kernels import GatedRJCAFused
+from grjca_kernels.shapes import gate_ways
 
 THREADS = torch.get_num_threads()
 DROPOUT = 0.6
@@ -67,6 +68,21 @@ class Problem:
         generator = torch.Generator().manual_seed(ROTATED)
         size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
         return torch.randn(size, generator=generator)
+
+
+def flop(shape: Shape) -> int:
+    """Of the products of a forward, by the equations of operator.md in the cheaper order: K first, then K J."""
+    length, widths = shape.length, (shape.dim_visual, shape.dim_audio)
+    width = sum(widths)
+    of_modalities = sum(length**2 * d + length * d**2 + 3 * length * d * width for d in widths)  # K; V; C, H and U
+    gates = length * width * sum(gate_ways(shape.gating, shape.iterations))
+    return 2 * shape.batch * (shape.iterations * (length * width**2 + of_modalities) + gates)
+
+
+def tanhs(shape: Shape) -> int:
+    """Values of tanh that a forward needs: C [d, d] and V C [L, d] for each modality."""
+    width = shape.dim_visual + shape.dim_audio
+    return shape.batch * shape.iterations * (width**2 + 2 * shape.length * width)
 
 
 @lru_cache

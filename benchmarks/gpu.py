@@ -32,6 +32,10 @@ sys.path.insert(0, str(ROOT / "tests"))  # tolerances.py, which pytest finds by 
 Plan = dict[str, Callable[[], Row]]
 NO_GPU = "benchmarks.gpu: PyTorch sees no GPU here, and nothing is timed without one; --dry-run shows what would be."
 PASSES = {"forward": False, "training": True}
+KERNELS = {"cuda": "cuda", "fused": "triton"}
+"""Implementations with kernels of their own, and their backends. "fused" is what rows call the Triton kernels."""
+PROCESS = f"{os.getpid()} since {time.time():.0f}"
+"""Times that are compared should be of one process: of one machine, in one state."""
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
 
 VARIANTS: dict[str, dict[str, int]] = {
@@ -59,24 +63,30 @@ def _times(rows: list[tuple[str, int, str, str, str]]) -> Plan:
 
         return timed(name, batch, dtype, implementation, PASSES[what])
 
-    return {"{} B={} {} {} {}".format(*cells): functools.partial(row, *cells) for cells in rows}
+    return {ledger.time_row(*cells): functools.partial(row, *cells) for cells in rows}
 
 
 def _shape(name: str, batch: int, passes: tuple[str, ...] = tuple(PASSES)) -> Plan:
     """Ours and eager first: torch.compile takes a minute each time."""
-    order = ("fused", "eager", "fused-graph", "eager-graph", "compiled")
-    groups = (order[:4], order[4:])
+    plain = (*KERNELS, "eager")
+    groups = ((*plain, *(f"{how}-graph" for how in plain)), ("compiled",))
     return _times([(name, batch, "bfloat16", how, what) for group in groups for what in passes for how in group])
 
 
 def _precisions() -> Plan:
-    dtypes, kinds = ("float16", "tf32", "float32"), ("fused", "eager")
+    dtypes, kinds = ("float16", "tf32", "float32"), (*KERNELS, "eager")
     return _times([("abaw", 12, dtype, how, what) for dtype in dtypes for what in PASSES for how in kinds])
 
 
 def _batches() -> Plan:
-    sizes, kinds = (1, 64, 2, 4, 8, 16, 32), ("fused", "eager")
+    sizes, kinds = (1, 2, 4, 8, 16, 32), (*KERNELS, "eager")
     return _times([("abaw", batch, "bfloat16", how, what) for batch in sizes for what in PASSES for how in kinds])
+
+
+def _large() -> Plan:
+    """Where the GPU has enough to do: what is held against its ceilings."""
+    cells = [("abaw", 64, what) for what in PASSES] + [("clip", 128, "forward")]
+    return _times([(name, batch, "bfloat16", how, what) for name, batch, what in cells for how in (*KERNELS, "eager")])
 
 
 def _memory() -> Plan:
@@ -85,8 +95,8 @@ def _memory() -> Plan:
 
         return weighed(name, batch, implementation)
 
-    cells = [(name, batch, how) for name, batch in (("abaw", 12), ("clip", 64)) for how in ("fused", "eager")]
-    return {"{} B={} memory {}".format(*of): functools.partial(row, *of) for of in cells}
+    cells = [(name, batch, how) for name, batch in (("abaw", 12), ("clip", 64)) for how in (*KERNELS, "eager")]
+    return {ledger.memory_row(*of): functools.partial(row, *of) for of in cells}
 
 
 def _ceilings() -> Plan:
@@ -96,24 +106,25 @@ def _ceilings() -> Plan:
 
         return {"kind": "ceiling", "of": name, **CEILINGS[name](Clock().median)}
 
-    def host() -> Row:
+    def host(implementation: str) -> Row:
         from benchmarks.gpu_parts import overhead
 
-        return {"kind": "host", **overhead()}
+        return {"kind": "host", "implementation": implementation, **overhead(implementation)}
 
     names = ("copy", "matrix bfloat16", "matrix float16", "tanh.approx.f32", "tanh accurate")
     names += ("grid barrier", "launch", "cooperative launch")
-    return {**{f"ceiling {name}": functools.partial(row, name) for name in names}, "host time of a call": host}
+    hosts = {ledger.host_row(how): functools.partial(host, how) for how in KERNELS}
+    return {**hosts, **{f"ceiling {name}": functools.partial(row, name) for name in names}}
 
 
 def _phases() -> Plan:
-    def row(name: str, batch: int) -> Row:
-        from benchmarks.gpu_parts import phases
+    def row(name: str, batch: int, implementation: str) -> Row:
+        from benchmarks import gpu_parts
 
-        return phases(name, batch)
+        return (gpu_parts.cuda_phases if implementation == "cuda" else gpu_parts.phases)(name, batch)
 
-    cells = (("abaw", 12), ("clip", 64), ("light", 8), ("long", 8))
-    return {"{} B={} phases".format(*of): functools.partial(row, *of) for of in cells}
+    cells = [(*of, how) for of in (("abaw", 12), ("clip", 64), ("light", 8), ("long", 8)) for how in KERNELS]
+    return {"{} B={} phases {}".format(*of): functools.partial(row, *of) for of in cells}
 
 
 def _variants() -> Plan:
@@ -127,26 +138,38 @@ def _variants() -> Plan:
 
 
 def _sanitizer() -> Plan:
-    return {f"sanitizer {tool}": functools.partial(sanitized, tool) for tool in SANITIZERS}
+    cells = [(tool, backend) for backend in KERNELS.values() for tool in SANITIZERS]
+    return {"sanitizer {} {}".format(*of): functools.partial(sanitized, *of) for of in cells}
+
+
+def _environment() -> Plan:
+    checks = {f"self-check {backend}": functools.partial(self_check, backend) for backend in KERNELS.values()}
+    return {"environment": environment, **checks}
 
 
 def stages() -> dict[str, tuple[int, Plan]]:
-    """Name -> seconds that it may take at most, and its rows."""
+    """Name -> seconds that it may take at most, and its rows.
+
+    Every test of the CUDA C++ kernels comes early: nothing compiles. Those of Triton wait for the times, each of which
+    has a check of its own.
+    """
     return {
-        "environment": (60, {"environment": environment, "self-check": self_check}),
-        "tests": (240, {"tests": functools.partial(tests, "gpu and not slow", 230)}),
-        "abaw": (240, _shape("abaw", 12)),
-        "clip": (240, _shape("clip", 64)),
+        "environment": (230, _environment()),
+        "tests cuda": (190, {"tests cuda": functools.partial(tests, "gpu", "cuda", 180)}),
+        "abaw": (270, _shape("abaw", 12)),
+        "large": (90, _large()),
+        "ceilings": (90, _ceilings()),
+        "clip": (270, _shape("clip", 64)),
         "memory": (60, _memory()),
+        "tests triton": (240, {"tests triton": functools.partial(tests, "gpu and not slow", "not cuda", 230)}),
         "light": (240, {**_shape("light", 1, ("forward",)), **_shape("light", 8, ("forward",))}),
         "long": (240, _shape("long", 8)),
-        "ceilings": (90, _ceilings()),
         "phases": (120, _phases()),
+        "sanitizer": (520, _sanitizer()),
         "precisions": (240, _precisions()),
         "batches": (180, _batches()),
-        "sanitizer": (500, _sanitizer()),
         "variants": (400, _variants()),
-        "slow tests": (560, {"slow tests": functools.partial(tests, "gpu and slow", 550)}),
+        "slow tests": (560, {"slow tests": functools.partial(tests, "gpu and slow", "not cuda", 550)}),
     }
 
 
@@ -154,29 +177,34 @@ def stages() -> dict[str, tuple[int, Plan]]:
 
 
 def environment() -> Row:
-    """What the machine says of itself."""
+    """What the machine says of itself, and who can compute on it."""
     import torch
+
+    import grjca_kernels
+    from grjca_kernels import cuda
 
     of = torch.cuda.get_device_properties(0)
     names = ("multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin")
     known = {name: getattr(of, name, None) for name in names}
+    known |= {"backends": grjca_kernels.backends(), "architectures": getattr(cuda._native, "cuda_architectures", "")}
     return {"kind": "environment", **known, "nvidia-smi": query("name,driver_version,pstate," + CLOCKS)}
 
 
-def self_check() -> Row:
+def self_check(backend: str) -> Row:
     """grjca_kernels.self_check, which prints what it finds."""
-    code = "import grjca_kernels; print(grjca_kernels.self_check())"
+    code = f"import grjca_kernels; print(grjca_kernels.self_check({backend!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
-    return {"kind": "self-check", "says": done.stdout.strip().splitlines()}
+    return {"kind": "self-check", "backend": backend, "says": done.stdout.strip().splitlines()}
 
 
-def tests(marks: str, seconds: int) -> Row:
-    """pytest -m, in as many processes as can compile at once; a failure is a result, and is named."""
+def tests(marks: str, names: str, seconds: int) -> Row:
+    """pytest -m -k, in as many processes as can compile at once; a failure is a result, and is named."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-m", marks, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", f"--junitxml={report}"]
+        command += ["-m", marks, "-k", names]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(max(1, (os.cpu_count() or 2) * 3 // 4))]
         if importlib.util.find_spec("pytest_timeout"):
@@ -195,21 +223,25 @@ def outcome(report: Path) -> Row:
 
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+NAMES = {"cuda": "grjca", "triton": "ward_kernel"}  # parts of the names of our kernels, and of no others
 
 
-def sanitized(tool: str) -> Row:
-    """compute-sanitizer over a short run of all paths."""
+def sanitized(tool: str, backend: str) -> Row:
+    """compute-sanitizer over a short run of all paths of our kernels; initcheck must see what PyTorch's write, too."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise RuntimeError("compute-sanitizer is not installed")
-    command = [program, "--tool", tool, "--kernel-name", "kns=ward_kernel", "--error-exitcode", "99"]
-    code = "from benchmarks import gpu; from benchmarks.gpu_parts import exercise; exercise()"
+    command = [program, "--tool", tool, "--error-exitcode", "99"]
+    if tool != "initcheck":
+        command += ["--kernel-name", f"kns={NAMES[backend]}"]
+    code = f"from benchmarks import gpu; from benchmarks.gpu_parts import exercise; exercise({backend!r})"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         [*command, sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     says = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-12:]
-    return {"kind": "sanitizer", "tool": tool, "clean": done.returncode == 0, "exit": done.returncode, "says": says}
+    of = {"kind": "sanitizer", "tool": tool, "backend": backend}
+    return {**of, "clean": done.returncode == 0, "exit": done.returncode, "says": says}
 
 
 def query(fields: str) -> dict[str, str]:
@@ -251,7 +283,7 @@ def run_stage(name: str, plan: Plan, out: Path, described: Callable[[], Row], cl
             print(f"{row}: known", flush=True)
             continue
         start = time.perf_counter()
-        head = {"row": row, "stage": name}
+        head = {"row": row, "stage": name, "process": PROCESS}
         try:
             figures = measure()
         except Exception as error:
@@ -265,6 +297,7 @@ def run_stage(name: str, plan: Plan, out: Path, described: Callable[[], Row], cl
 
 def brief(figures: Row) -> str:
     shown = ("device_ms", "host_us", "bytes", "error", "passed", "failed", "clean", "TB/s", "TFLOP/s", "G/s", "us")
+    shown += ("forward us", "training us")
     return ", ".join(f"{key} {figures[key]}" for key in shown if key in figures) or "noted"
 
 

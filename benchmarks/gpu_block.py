@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import DROPOUT, ROTATED, Problem
+from benchmarks.cases import DROPOUT, ROTATED, Problem, flop, tanhs
 from benchmarks.gate import DRAWS, kind
+from benchmarks.gpu import KERNELS
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape
 from grjca_kernels import GatedRJCAFused
@@ -115,12 +117,12 @@ def graph(block: nn.Module, gradient: Tensor | None, like: list[Tensor]) -> Call
 
 
 def make(subject: Subject, implementation: str, training: bool, dropout: float = DROPOUT) -> Call:
-    """``eager``, ``eager-graph``, ``compiled``, ``fused`` or ``fused-graph``."""
+    """``cuda``, ``fused``, ``eager``, each also with ``-graph``, or ``compiled``."""
     kind, _, as_graph = implementation.partition("-")
     options: dict[str, Any] = {"dropout": dropout}
-    if kind == "fused":
-        options["backend"] = "triton"
-    block = subject.block(GatedRJCAFused if kind == "fused" else GatedRJCAEager, **options)
+    if kind in KERNELS:
+        options["backend"] = KERNELS[kind]
+    block = subject.block(GatedRJCAFused if kind in KERNELS else GatedRJCAEager, **options)
     gradient = subject.gradient if training else None
     if as_graph:
         return graph(block, gradient, subject.inputs[0])
@@ -263,15 +265,22 @@ def timed(name: str, batch: int, of_precision: str, implementation: str, trainin
     subject = Subject(replace(ALL_SHAPES[name], batch=batch), of_precision)
     with precision(of_precision):
         check(make(subject, implementation, training, dropout=0.0), subject, training)
-        if implementation == "fused" and training:
+        if implementation in KERNELS and training:
             check(make(subject, implementation, training), subject, training, DROPOUT)
         torch.compiler.reset()
         figures: dict[str, Any] = measure(make(subject, implementation, training), subject.inputs)
-    if implementation.startswith("fused"):
-        from grjca_kernels.triton import launch
-
-        figures["launches"] = "one for each phase" if launch._apart else "one"
+    kind = implementation.removesuffix("-graph")
+    if kind in KERNELS:
+        figures["launches"] = "one for each phase" if launcher(kind)._apart else "one"
+    if not training:
+        figures |= {"GFLOP": flop(subject.shape) / 1e9, "Gtanh": tanhs(subject.shape) / 1e9}
     return {"kind": "time", **described(name, batch, of_precision, implementation, training), **figures}
+
+
+def launcher(implementation: str) -> Any:
+    """The module that launches the kernels of an implementation."""
+    backend = KERNELS[implementation]
+    return importlib.import_module("grjca_kernels.cuda" if backend == "cuda" else "grjca_kernels.triton.launch")
 
 
 def described(name: str, batch: int, of_precision: str, implementation: str, training: bool) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import gpu_block
-from benchmarks.gpu import VARIANTS
+from benchmarks.gpu import NAMES, VARIANTS
 from benchmarks.gpu_block import ALL_SHAPES, Clock, Subject, described, measure, plain
-from grjca_kernels import GatedRJCAFused, config
+from grjca_kernels import GatedRJCAFused, config, cuda
 from grjca_kernels.triton import launch
 
 Launched = tuple[Any, config.Launch, Any, Any, int]
@@ -46,17 +46,26 @@ def run_steps(launched: Launched, first: int, last: int) -> None:
 def step_names(of: config.Launch, backward: bool) -> list[str]:
     """What each step of a launch is, in the order of forward_kernel and backward_kernel."""
     constants = of.constants
-    turns = range(constants.iterations)
-    attend = ["attend"] if constants.stream else ["correlate", "attend"]
+    return names_of_steps(
+        of.steps, constants.iterations, constants.released, constants.stream, backward, reduced=of.parts > 0
+    )
+
+
+def names_of_steps(
+    steps: int, iterations: int, released: bool, streamed: bool, backward: bool, reduced: bool
+) -> list[str]:
+    """Both backends go through the same phases."""
+    turns = range(iterations)
+    attend = ["attend"] if streamed else ["correlate", "attend"]
     if not backward:
         phases = ["project", *attend, "output"]
         chunk = ["initial", *(f"{phase} {t + 1}" for t in turns for phase in phases), "gate"]
-        return chunk * (of.steps // len(chunk))
-    phases = ["recompute", *attend, *["output backward"] * constants.released, "attended and weights"]
-    phases += ["correlation backward"] + ["key and joint backward"] * (not constants.stream) + ["inputs and weights"]
+        return chunk * (steps // len(chunk))
+    phases = ["recompute", *attend, *["output backward"] * released, "attended and weights"]
+    phases += ["correlation backward"] + ["key and joint backward"] * (not streamed) + ["inputs and weights"]
     chunk = ["initial", "gates backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases)]
     chunk += ["initial backward"]
-    return chunk * (of.steps // len(chunk)) + ["reduce"] * (of.parts > 0)
+    return chunk * (steps // len(chunk)) + ["reduce"] * reduced
 
 
 def phases(name: str, batch: int) -> dict[str, Any]:
@@ -78,6 +87,56 @@ def phases(name: str, batch: int) -> dict[str, Any]:
         result[f"{direction} us"] = {"phases": round(sum(times.values()), 2), "one launch": round(whole, 2)}
         result[f"{direction} launch"] = {"programs": of.programs, "chunk": of.chunk, "tiles": str(of.tiles)}
     return result
+
+
+def cuda_phases(name: str, batch: int) -> dict[str, Any]:
+    """The same of the CUDA C++ kernels, by the profiler: each step launched alone, then all in one; caches are warm."""
+    subject = Subject(replace(ALL_SHAPES[name], batch=batch), "bfloat16")
+    call = plain(subject.block(GatedRJCAFused, backend="cuda", dropout=0.0), subject.gradient)
+    planned, launch_of = [], cuda.launch_of
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        planned.append(launch_of(*arguments, **options).plan())
+        return launch_of(*arguments, **options)
+
+    with patch.object(cuda, "launch_of", noting):
+        whole = kernel_times(lambda: call(subject.inputs[0]))
+    with patch.object(cuda, "_apart", {subject.inputs[0][0].device}):
+        apart = kernel_times(lambda: call(subject.inputs[0]))
+    result: dict[str, Any] = {"kind": "phases", "implementation": "cuda", "shape": name, "batch": batch}
+    for direction, plan, us in zip(("forward", "backward"), planned[:2], whole, strict=True):
+        backward, streamed = direction == "backward", bool(plan["streamed"])
+        names = names_of_steps(
+            plan["all_steps"], subject.shape.iterations, True, streamed, backward, reduced=plan["parts"] > 0
+        )
+        times: dict[str, float] = {}
+        for of_step in names:
+            times[of_step] = round(times.get(of_step, 0.0) + apart.pop(0), 2)
+        result[direction] = times
+        result[f"{direction} us"] = {"phases": round(sum(times.values()), 2), "one launch": round(us, 2)}
+        result[f"{direction} launch"] = plan
+    return result
+
+
+def kernel_times(call: Callable[[], object], repetitions: int = 7) -> list[float]:
+    """Median microseconds of every kernel of ours that ``call`` launches, in their order."""
+    call()
+    runs = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            call()
+            torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        ours = sorted(
+            (event.time_range.start, event.time_range.elapsed_us()) for event in events if is_ours(event.name)
+        )
+        runs.append([us for _, us in ours])
+    return [statistics.median(of_kernel) for of_kernel in zip(*runs, strict=True)]
+
+
+def is_ours(kernel: str) -> bool:
+    return any(part in kernel for part in NAMES.values())
 
 
 # ---- other configurations
@@ -112,29 +171,55 @@ def tried(name: str, batch: int, of_variant: str, training: bool) -> dict[str, A
 
 # ---- for compute-sanitizer
 
+RESIDENT = (16, 2)
+"""Blocks to which the CUDA C++ kernels are held: several teams of several blocks, and sums of weights in parts; or so
+few that a team, and the backward, have several chunks."""
 
-def exercise() -> None:
+
+def exercise(backend: str) -> None:
     """A forward and a backward of every path: C streamed and stored, dropout, lengths, all gates, several chunks."""
     for frames, gating in ((16, "hierarchical"), (40, "flat"), (40, "none")):
-        options = {"gating": gating, "normalize": True, "dropout": 0.5, "output": "concat", "backend": "triton"}
-        block = GatedRJCAFused(48, 24, frames, device=gpu_block.DEVICE, dtype=torch.float16, **options)
-        x = [torch.randn(5, frames, width, device=gpu_block.DEVICE).half().requires_grad_() for width in (48, 24)]
-        lengths = torch.tensor([frames, 0, 1, 9, frames], device=gpu_block.DEVICE)
-        with variant({"chunk": 3}):
-            y = block(*x, lengths)
-            gradients = torch.autograd.grad(y.float().square().sum(), [*x, *block.parameters()])
-        finite = [bool(value.isfinite().all()) for value in (y, *gradients)]
-        if not all(finite):
-            raise AssertionError(f"{frames} frames, {gating}: not finite")
+        if backend == "triton":  # every dtype more is a compilation more
+            with variant({"chunk": 3}):
+                both_passes(backend, frames, gating, 5, torch.float16)
+            continue
+        for resident in RESIDENT:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                with held_to(resident):
+                    both_passes(backend, frames, gating, 80, dtype)
+    if backend == "cuda":
+        with gpu_block.precision("tf32"):
+            both_passes(backend, 40, "flat", 5, torch.float32)
 
 
-def overhead(calls: int = 200) -> dict[str, float]:
+def both_passes(backend: str, frames: int, gating: str, batch: int, dtype: torch.dtype) -> None:
+    options = {"gating": gating, "normalize": True, "dropout": 0.5, "output": "concat", "backend": backend}
+    block = GatedRJCAFused(48, 24, frames, device=gpu_block.DEVICE, dtype=dtype, **options)
+    x = [torch.randn(batch, frames, width, device=gpu_block.DEVICE).to(dtype).requires_grad_() for width in (48, 24)]
+    lengths = torch.tensor([(frames, 0, 1, 9, frames)[i % 5] for i in range(batch)], device=gpu_block.DEVICE)
+    y = block(*x, lengths)
+    gradients = torch.autograd.grad(y.float().square().sum(), [*x, *block.parameters()])
+    if not all(bool(value.isfinite().all()) for value in (y, *gradients)):
+        raise AssertionError(f"{frames} frames, {gating}, {dtype}: not finite")
+
+
+@contextmanager
+def held_to(resident: int) -> Iterator[None]:
+    """CUDA C++ launches of at most so many blocks. Asking how many there might be also prepares the kernel."""
+    ask = cuda._resident
+    cuda._launch.cache_clear()
+    with patch.object(cuda, "_resident", lambda *of: min(resident, ask(*of))):
+        yield
+    cuda._launch.cache_clear()
+
+
+def overhead(implementation: str, calls: int = 200) -> dict[str, float]:
     """Microseconds that the host needs for a call of the block, at a size that the device does in no time."""
     shape = replace(ALL_SHAPES["light"], batch=1)
     subject = Subject(shape, "bfloat16")
     result = {}
     for name, training in (("forward", False), ("training", True)):
-        call = gpu_block.make(subject, "fused", training)
+        call = gpu_block.make(subject, implementation, training)
         call(subject.inputs[0])
         times = [gpu_block.host_seconds(lambda call=call: call(subject.inputs[0])) for _ in range(calls)]  # type: ignore[misc]
         result[f"{name} us"] = round(1e6 * statistics.median(times), 1)

@@ -125,8 +125,16 @@ GPU_COLUMNS = {
     "eager": "eager",
     "eager-graph": "eager, graph",
     "compiled": "torch.compile",
-    "fused": "fused",
-    "fused-graph": "fused, graph",
+    "fused": "Triton",
+    "fused-graph": "Triton, graph",
+    "cuda": "CUDA C++",
+    "cuda-graph": "CUDA C++, graph",
+}
+GPU_RATIOS = {
+    "Triton against eager": ("eager", "fused"),
+    "CUDA C++ against eager": ("eager", "cuda"),
+    "Triton against compile, graphs": ("compiled", "fused-graph"),
+    "CUDA C++ against compile, graphs": ("compiled", "cuda-graph"),
 }
 
 
@@ -141,8 +149,8 @@ def gpu_table(rows: list[Row]) -> str:
         f"commit {first['commit']}: median in milliseconds on the device; torch.compile is max-autotune, with CUDA "
         "graphs.",
         "",
-        f"| shape | pass | dtype | {' | '.join(GPU_COLUMNS.values())} | against eager | graph against compile |",
-        "|---|---|---|" + "--:|" * (len(GPU_COLUMNS) + 2),
+        f"| shape | pass | dtype | {' | '.join([*GPU_COLUMNS.values(), *GPU_RATIOS])} |",
+        "|---|---|---|" + "--:|" * (len(GPU_COLUMNS) + len(GPU_RATIOS)),
     ]
     places = ("shape", "batch", "pass", "dtype")
     for place in dict.fromkeys(tuple(row[name] for name in places) for row in timed):
@@ -150,7 +158,7 @@ def gpu_table(rows: list[Row]) -> str:
         ms = dict.fromkeys(GPU_COLUMNS) | {row["implementation"]: row["device_ms"] for row in of_place}
         shape, batch, *others = place
         cells = [f"{shape}, B = {batch}", *others, *(_number(ms[name]) for name in GPU_COLUMNS)]
-        cells += [_ratio(ms["eager"], ms["fused"]), _ratio(ms["compiled"], ms["fused-graph"])]
+        cells += [_ratio(ms[base], ms[ours]) for base, ours in GPU_RATIOS.values()]
         lines.append(_line(cells))
     return "\n".join([*lines, "", *ledger.lines(ledger.verdicts(rows))])
 

@@ -21,7 +21,7 @@ def self_check(backend: str = "triton", device: _torch.device | str | int | None
 
     This is what ``backend="auto"`` does once, dtype by dtype, on a type of GPU without a committed test record. Called
     by hand it checks float32, bfloat16 and float16 now, whatever is remembered, and "auto" goes by the new result. On a
-    GPU it takes minutes, most of them for compiling.
+    GPU it takes minutes with Triton, most of them for compiling.
 
     Args:
         backend: one that has kernels, a name in :func:`backends` other than "reference".

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grjca_kernels import cpu, triton, verification
+from grjca_kernels import cpu, cuda, triton, verification
 from grjca_kernels.shapes import check_choice
 
 ENVIRONMENT = "GRJCA_BACKEND"
@@ -22,7 +22,8 @@ class Backend:
     ``why_not()`` is the reason it cannot run on this machine, or None; ``refuses(device type, dtype)`` the reason it
     does not compute such tensors. ``forward`` and ``backward`` have the signatures of :mod:`grjca_kernels.cpu`; the
     reference has none, because it is PyTorch code that autograd differentiates. What is ``unproven`` is chosen by
-    "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes.
+    "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes; ``checking`` says how long that
+    takes for a dtype.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Backend:
     forward: Callable[..., None] | None = None
     backward: Callable[..., None] | None = None
     unproven: bool = False
+    checking: str = "a few seconds"
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
         """Why it cannot compute tensors of this device type and dtype, or None."""
@@ -51,8 +53,8 @@ def _on(expected: str) -> Callable[[str, torch.dtype], str | None]:
 TABLE = {
     row.name: row
     for row in (
-        Backend("cuda", lambda: "the CUDA C++ kernels are not part of this version.", _on("cuda")),
-        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, unproven=True),
+        Backend("cuda", cuda.why_not, cuda.refusal, cuda.forward, cuda.backward, unproven=True),
+        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "about a minute"),
         Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward),
         Backend("reference", lambda: None, _never),
     )
@@ -78,7 +80,7 @@ def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtyp
     if reason is None and row.unproven and not verification.passed(row, device, index, dtype):
         if device == "cpu":
             return "its interpreter is for tests, and slow; it is used where it is named."
-        return "the self-check did not pass it on this device; grjca_kernels.self_check() prints why."
+        return f"the self-check did not pass it on this device; grjca_kernels.self_check({row.name!r}) prints why."
     return reason
 
 

@@ -1,7 +1,7 @@
 """Whether kernels compute what the reference does, on the very machine: what "auto" asks before it uses unproven ones.
 
-A check runs forward and backward of two problems that reach both dataflows of the Triton kernels (C streamed, C
-stored), with every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
+A check runs forward and backward of two problems that reach both dataflows of the kernels (C streamed, C stored), with
+every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
 error which derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
 operator.md, with values measured by the largest element, and gradients as vectors, all of one kind together. A second
 run must give the same bits.
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from grjca_kernels import derivation, shapes
+from grjca_kernels.precision import allows_tf32
 from grjca_kernels.shapes import Layer, Linear, Problem
 
 RECORDS: dict[str, str] = {}
@@ -330,9 +331,7 @@ _lock = threading.RLock()
 
 def precision(dtype: torch.dtype) -> str:
     """The dtype, and whether PyTorch's settings let products of float32 use TF32: such kernels are other kernels."""
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
-    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 and dtype == torch.float32 else "")
+    return str(dtype).removeprefix("torch.") + (" with TF32" if dtype == torch.float32 and allows_tf32() else "")
 
 
 @functools.cache
@@ -436,10 +435,10 @@ def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, key: st
     if torch.cuda.is_current_stream_capturing():
         say(
             f"{what}, and a CUDA graph is being captured, so backend='auto' takes the next backend; call "
-            "grjca_kernels.self_check(), or the model, before the capture."
+            f"grjca_kernels.self_check({row.name!r}), or the model, before the capture."
         )
         return None
-    say(f"{what}; backend='auto' now checks them, once and for about a minute, and uses them only if they pass.")
+    say(f"{what}; backend='auto' now checks them, once and for {row.checking}, and uses them only if they pass.")
     verdict = check(row, torch.device(device, index), dtype)
     remember(key, verdict)
     return verdict

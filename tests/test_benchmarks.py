@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gate, gpu, ledger, report
-from benchmarks.cases import IMPLEMENTATIONS, Problem
+from benchmarks.cases import IMPLEMENTATIONS, Problem, flop, tanhs
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
-from grjca_kernels import GatedRJCAFused, backends
+from grjca_kernels import GatedRJCAFused, backends, cuda
+from grjca_kernels.shapes import Problem as Described
 
 SMALL = Shape(9, 6, 5, 2, 3, "flat", normalize=True)
 
@@ -119,6 +121,20 @@ def test_gate_fails_other_masks():
         gate.check_training(problem.block(Wrong, dropout=0.6), problem, 0.6)
 
 
+# ---- what a forward costs
+
+
+@pytest.mark.parametrize("gating", ["none", "dynamic", "flat", "hierarchical"])
+def test_counts_are_those_of_pytorch(gating, monkeypatch):
+    shape, counted = replace(SMALL, gating=gating, iterations=3), []
+    tanh = torch.tanh
+    monkeypatch.setattr(torch, "tanh", lambda x: (counted.append(x.numel()), tanh(x))[1])
+    block = shape.block(GatedRJCAFused, backend="reference")
+    with torch.no_grad(), FlopCounterMode(display=False) as mode:
+        block.eval()(*shape.inputs(0))
+    assert flop(shape) == mode.get_total_flops() and tanhs(shape) == sum(counted)
+
+
 # ---- report
 
 
@@ -195,7 +211,10 @@ def gpu_row(implementation, ms, shape="abaw", batch=12, what="forward", **others
 
 
 def test_verdicts():
-    memory = [gpu_row("eager", 0, kind="memory", bytes=600), gpu_row("fused", 0, kind="memory", bytes=101)]
+    memory = [
+        gpu_row(how, 0, kind="memory", bytes=bytes, row=f"abaw B=12 memory {how}")
+        for how, bytes in (("eager", 600), ("fused", 101))
+    ]
     rows = [
         gpu_row("eager", 1.3),
         gpu_row("fused", 0.2),
@@ -212,14 +231,47 @@ def test_verdicts():
     assert {row["verdict"] for row in ledger.verdicts([])} == {"not measured"}
 
 
+def test_verdicts_on_the_cuda_kernels():
+    rows = [
+        gpu_row("eager", 1.0, process="1"),
+        gpu_row("fused", 0.16, process="1"),
+        gpu_row("cuda", 0.1, process="1"),
+        gpu_row("compiled", 0.2, process="1"),
+        gpu_row("cuda-graph", 0.1, process="2"),
+        gpu_row("cuda", 0.16, batch=64, GFLOP=60.0, Gtanh=0.05),
+        gpu_row("cuda", 0.1, shape="clip", batch=128, GFLOP=39.0, Gtanh=0.2),
+        {"row": "ceiling matrix bfloat16", "TFLOP/s": 750.0},
+        {"row": "ceiling tanh.approx.f32", "G/s": 5000.0},
+        {"row": "host time of a call, cuda", "forward us": 20.0},
+    ]
+    found = {row["goal"]: (row["shown"], row["verdict"]) for row in ledger.verdicts(rows)}
+    assert found["abaw B=12 forward: cuda 1.5x faster than fused"] == ("1.60x", "met")
+    assert found["abaw B=12 forward: cuda 8x faster than eager"] == ("10.00x", "met")
+    of_two = ("2.00x, from two processes", "missed by 20 %")
+    assert found["abaw B=12 forward: cuda 2.5x faster than compiled"] == of_two
+    assert found["abaw B=64 forward: cuda at 40 % of the ceiling matrix bfloat16"] == ("50 %", "met")
+    assert found["clip B=128 forward: cuda at 50 % of the ceiling tanh.approx.f32"] == ("40 %", "missed by 20 %")
+    assert found["host time of a forward: cuda at most 15 us"] == ("20 us", "missed by 25 %")
+    assert found["abaw B=12 training: cuda 5x faster than eager"] == ("", "not measured")
+
+
 def test_a_goal_has_rows_that_decide_it():
     """Of the same names as the plan's."""
     planned = {row for _, plan in gpu.stages().values() for row in plan}
     for goal in ledger.GOALS:
-        for how in (goal.baseline, "fused", *["fused-graph"] * (goal.baseline == "compiled")):
-            place = f"{goal.shape} B={goal.batch}"
-            row = f"{place} memory {how}" if goal.what == "memory" else f"{place} bfloat16 {how} {goal.what}"
-            assert row in planned, goal
+        assert planned >= {*goal.rows}, goal
+
+
+def test_whatever_is_measured_of_triton_is_measured_of_cuda():
+    """But other configurations, and tests apart: there is nothing to compile."""
+    plans = {name: plan for name, (_, plan) in gpu.stages().items()}
+    of_triton = {row for name, plan in plans.items() if name not in ("variants", "slow tests") for row in plan}
+    for row in of_triton:
+        assert row.replace("fused", "cuda").replace("triton", "cuda") in of_triton
+    assert {row for name in ("environment", "sanitizer") for row in plans[name]} >= {
+        *(f"self-check {backend}" for backend in gpu.KERNELS.values()),
+        *(f"sanitizer {tool} {backend}" for backend in gpu.KERNELS.values() for tool in gpu.SANITIZERS),
+    }
 
 
 def test_the_plan_names_what_there_is():
@@ -229,6 +281,7 @@ def test_the_plan_names_what_there_is():
     planned = {row for _, plan in gpu.stages().values() for row in plan}
     assert {f"ceiling {name}" for name in ceilings.CEILINGS} <= planned
     assert {f"abaw B=12 variant {name} training" for name in gpu_parts.VARIANTS} <= planned
+    assert {*gpu.KERNELS.values()} <= {*backends()}
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path, capsys):
@@ -276,7 +329,9 @@ def test_a_source_that_changes_has_another_name(tmp_path):
 def test_a_dry_run(tmp_path, capsys):
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "none.jsonl")]) == 0
     out = capsys.readouterr().out
-    assert out.index("abaw B=12 bfloat16 fused forward") < out.index("clip B=64") < out.index("variants")
+    order = ("self-check cuda", "tests cuda", "abaw B=12 bfloat16 cuda forward", "abaw B=12 bfloat16 fused forward")
+    order += ("clip B=64", "memory", "tests triton", "sanitizer memcheck cuda", "variants")
+    assert [*order] == sorted(order, key=out.index)
     assert "not measured" in out and not list(tmp_path.iterdir())
 
 
@@ -298,12 +353,12 @@ def test_report_of_a_gpu(published):
     folder, measured = published
     report.main([str(measured)])
     stale = gpu_row("fused", 9.0, source="s0", commit="old")
-    for row in (stale, gpu_row("eager", 1.3), gpu_row("fused", 0.2), gpu_row("fused-graph", 0.1)):
+    for row in (stale, gpu_row("eager", 1.3), *map(gpu_row, ("fused", "fused-graph", "cuda"), (0.2, 0.1, 0.13))):
         ledger.append(folder / "results" / "a-gpu.jsonl", row)
     assert report.main(["--check"]) == 1
     assert report.main([str(measured)]) == 0 and report.main(["--check"]) == 0
     text = (folder / "README.md").read_text()
-    assert "| abaw, B = 12 | forward | bfloat16 | 1.3 |  |  | 0.2 | 0.1 | 6.5x |  |" in text
+    assert "| abaw, B = 12 | forward | bfloat16 | 1.3 |  |  | 0.2 | 0.1 | 0.13 |  | 6.5x | 10.0x |  |  |" in text
     assert "| abaw B=12 forward: 6x faster than eager | 6.50x | met |" in text
     assert "commit abc" in text and "commit old" not in text
 
@@ -314,7 +369,6 @@ def test_every_step_has_a_name(name, form):
     pytest.importorskip("triton")
     from benchmarks import gpu_parts
     from grjca_kernels import config
-    from grjca_kernels.shapes import Problem as Described
 
     shape = SHAPES[name]
     widths = (shape.dim_visual, shape.dim_audio)
@@ -329,6 +383,50 @@ def test_every_step_has_a_name(name, form):
         assert forward.chunk == min(5, batch) and backward.chunk == min(5, batch)
         assert len(gpu_parts.step_names(forward, False)) == forward.steps
         assert len(gpu_parts.step_names(backward, True)) == backward.steps
+
+
+@pytest.mark.skipif(not hasattr(cuda._native, "CudaLaunch"), reason="built without nvcc")
+@pytest.mark.parametrize("name", ["abaw", "clip", "light"])
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_every_step_of_cuda_has_a_name(name, form):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_parts
+
+    shape = SHAPES[name]
+    for batch, backward in ((1, False), (64, False), (1, True), (64, True)):
+        plan = plan_of(replace(shape, batch=batch), backward, resident=264, form=form)
+        streamed, reduced = bool(plan["streamed"]), plan["parts"] > 0
+        names = gpu_parts.names_of_steps(
+            plan["all_steps"], shape.iterations, form == "released", streamed, backward, reduced
+        )
+        assert len(names) == plan["all_steps"]
+
+
+def plan_of(shape, backward, resident, form="released"):
+    widths = (shape.dim_visual, shape.dim_audio)
+    common = (shape.length, widths, shape.iterations, shape.gating, form, 0.5, 0.1, shape.normalize, False)
+    problem = Described(shape.batch, *common)
+    return cuda.plan(problem, "float16", resident, tf32=False, backward=backward, weights=backward).plan()
+
+
+@pytest.mark.skipif(not hasattr(cuda._native, "CudaLaunch"), reason="built without nvcc")
+def test_what_the_sanitizers_run_reaches_every_kind_of_launch():
+    """If csrc/cuda/plan.h chooses otherwise, gpu_parts.RESIDENT wants other numbers."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu_parts
+
+    forward, backward = (
+        [
+            plan_of(Shape(frames, 48, 24, 2, 80, "flat", normalize=True), direction, resident)
+            for frames in (16, 40)
+            for resident in gpu_parts.RESIDENT
+        ]
+        for direction in (False, True)
+    )
+    assert any(plan["chunks"] > plan["teams"] for plan in forward)
+    assert any(plan["teams"] > 1 and plan["team_blocks"] > 1 for plan in forward)
+    assert any(plan["chunks"] > 1 for plan in backward) and any(plan["parts"] > 1 for plan in backward)
+    assert {plan["streamed"] for plan in forward} == {0, 1}
 
 
 def test_ceilings_in_the_interpreter():

@@ -1,12 +1,16 @@
-"""The Triton kernels on a GPU: the contract, and what only a GPU shows (streams, graphs, launches, memory).
+"""The kernels on a GPU: the contract, and what only a GPU shows (streams, graphs, launches, memory).
 
-Compiling is what takes the time here; what needs kernels of its own is marked slow.
+Every test runs for each backend, but for a few at the end of a section that name theirs. With Triton it is compiling
+that takes the time; what needs kernels of its own is marked slow.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +25,8 @@ from torch import Tensor
 import grjca_kernels
 from cases import BY_NAME, CASES, EVERYTHING, FULL_SIZE, Case, Result, call, cotangents, make, run
 from grjca.measure import SHAPES
-from grjca_kernels import GatedRJCAFused, config, gated_rjca, shapes
+from grjca_kernels import GatedRJCAFused, config, cuda, gated_rjca, shapes
+from grjca_kernels.backends import TABLE
 from on_gpu import DEVICE, TF32_ULP, captured, check, cut_draws, kernels_of, large, moved, on_device, to_device
 from test_contract import LAYOUTS, assert_same, assert_same_results
 from tolerances import check_rule, exact
@@ -29,9 +34,42 @@ from tolerances import check_rule, exact
 pytestmark = [mark.gpu, mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HALVES = (torch.bfloat16, torch.float16)
 MANY, SECONDS = 1000, 240  # launches in a row, and after how long they count as hanging
+BACKENDS = ("cuda", "triton")
 
-triton = partial(gated_rjca, backend="triton")
-ours = on_device(triton)
+
+def usable(name: str) -> str:
+    """``name``; or the test is skipped, with the reason, where that backend cannot run.
+
+    What was built for CUDA and finds a GPU of PyTorch's must run: then a reason is a failure.
+    """
+    reason = grjca_kernels.backends()[name]
+    if reason is not None:
+        built = name == "cuda" and getattr(cuda._native, "cuda_architectures", "")
+        if built and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
+            pytest.fail(f"{name} was built for {built}, and yet: {reason}")
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+def launcher(name: str) -> Any:
+    """The module that launches the kernels of a backend."""
+    return cuda if name == "cuda" else importlib.import_module("grjca_kernels.triton.launch")
+
+
+@fixture(params=BACKENDS)
+def backend(request):
+    return usable(request.param)
+
+
+@fixture
+def function(backend):
+    return partial(gated_rjca, backend=backend)
+
+
+@fixture
+def ours(function):
+    """The same for tensors of the CPU."""
+    return on_device(function)
 
 
 # ---- against the reference
@@ -48,19 +86,19 @@ LARGE = [param(case, marks=[] if i % 5 == 1 else mark.slow, id=case.name) for i,
 
 
 @mark.parametrize("case", ORDERED)
-def test_float32(case):
+def test_float32(ours, case):
     check_rule(run(ours, case, make(case, torch.float32)), case, torch.float32)
 
 
 @mark.parametrize("dtype", HALVES, ids=str)
 @mark.parametrize("case", ORDERED)
-def test_values_of_sixteen_bits(case, dtype):
+def test_values_of_sixteen_bits(ours, case, dtype):
     check_rule(run(ours, case, make(case, dtype)), case, dtype, gradients=False)
 
 
 @mark.parametrize("dtype", HALVES, ids=str)
 @mark.parametrize("case", LARGE)
-def test_gradients_of_sixteen_bits(case, dtype):
+def test_gradients_of_sixteen_bits(ours, case, dtype):
     check_rule(run(ours, case, make(case, dtype)), case, dtype)
 
 
@@ -73,13 +111,13 @@ def tf32():
 
 
 @mark.parametrize("case", ORDERED)
-def test_values_of_tf32(case, tf32):
+def test_values_of_tf32(ours, case, tf32):
     result = run(ours, case, make(case, torch.float32))
     check(result, exact(case, torch.float32), cut_draws(case), TF32_ULP, gradients=False)
 
 
 @mark.parametrize("case", LARGE)
-def test_gradients_of_tf32(case, tf32):
+def test_gradients_of_tf32(ours, case, tf32):
     result = run(ours, case, make(case, torch.float32))
     check(result, exact(case, torch.float32), cut_draws(case), TF32_ULP)
     torch.set_float32_matmul_precision("highest")
@@ -96,8 +134,26 @@ SPECIFIED = [
 
 @mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @mark.parametrize("case", [*FULL_SIZE.values(), *SPECIFIED], ids=str)
-def test_full_sizes(case, dtype):
+def test_full_sizes(ours, case, dtype):
     check(run(ours, case, make(case, dtype)), *large(case, dtype))
+
+
+@mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@mark.parametrize("name", ["GRJCA", "RJCA"])
+def test_cuda_and_triton_agree(name, dtype):
+    """As near to each other as the rule asks of each to the truth; with dropout, so their masks are the same."""
+    case = replace(FULL_SIZE[name], dropout=0.6)
+    of_cuda, of_triton = (
+        run(on_device(partial(gated_rjca, backend=usable(each))), case, make(case, dtype)) for each in BACKENDS
+    )
+    truth, draws = large(case, dtype)
+
+    def apart(a: dict[str, Tensor], b: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value + (a[name].double() - b[name].double()) for name, value in truth.items()}
+
+    values = apart(of_cuda.values, of_triton.values, truth.values)
+    gradients = apart(of_cuda.gradients, of_triton.gradients, truth.gradients)
+    check(Result(values, gradients), truth, draws, torch.finfo(dtype).eps)
 
 
 # ---- dropout
@@ -105,7 +161,7 @@ def test_full_sizes(case, dtype):
 
 @mark.parametrize("p", [0.1, 0.6])
 @mark.parametrize("frames", [5, 33])
-def test_the_mask_of_the_output_is_that_of_the_contract(p, frames):
+def test_the_mask_of_the_output_is_that_of_the_contract(function, p, frames):
     """With W_h = 0 and b_h = 1, U is the mask itself."""
     case = Case("mask", 3, frames, (9, 70), 1, "none", dropout=p)
     inputs = to_device(make(case, torch.float32))
@@ -116,7 +172,7 @@ def test_the_mask_of_the_output_is_that_of_the_contract(p, frames):
             output.weight.zero_()
             output.bias.fill_(1)
     for seed in (0, -1, 2**40 + 3):
-        values = call(triton, case, inputs, seed=seed)
+        values = call(function, case, inputs, seed=seed)
         for m, d_m in enumerate(case.widths):
             size = (case.batch, frames, d_m)
             mask = grjca_kernels.dropout_mask(
@@ -126,7 +182,7 @@ def test_the_mask_of_the_output_is_that_of_the_contract(p, frames):
 
 
 @mark.parametrize("frames", [16, 40])
-def test_the_mask_of_the_correlation_is_that_of_the_contract(frames):
+def test_the_mask_of_the_correlation_is_that_of_the_contract(ours, frames):
     """One element of C that is kept instead of dropped shows far above the rounding of float32."""
     case = Case("masks", 2, frames, (19, 45), 2, "flat", dropout=0.6)
     check_rule(run(ours, case, make(case, torch.float32)), case, torch.float32)
@@ -138,10 +194,15 @@ WIDTHS = (48, 32)
 LENGTHS = pytest.mark.parametrize("frames", [16, 40], ids=["streamed", "stored"])
 
 
-def block(frames: int, **options: Any) -> GatedRJCAFused:
+def make_block(backend: str, frames: int, **options: Any) -> GatedRJCAFused:
     torch.manual_seed(0)
     settings = {"dropout": 0.0, "dtype": torch.float16, "device": DEVICE, **options}
-    return GatedRJCAFused(*WIDTHS, frames, normalize=True, output="concat", backend="triton", **settings)
+    return GatedRJCAFused(*WIDTHS, frames, normalize=True, output="concat", backend=backend, **settings)
+
+
+@fixture
+def block(backend):
+    return partial(make_block, backend)
 
 
 def features(frames: int, batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -162,7 +223,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> None:
 
 
 @LENGTHS
-def test_bits_repeat(frames):
+def test_bits_repeat(block, frames):
     module, x = block(frames), features(frames, batch=37)
     expected = step(module, x)
     for _ in range(20):
@@ -170,7 +231,7 @@ def test_bits_repeat(frames):
 
 
 @LENGTHS
-def test_no_synchronisation(frames):
+def test_no_synchronisation(block, frames):
     """Neither lengths nor seeds are read by the host."""
     module, x = block(frames, dropout=0.5), features(frames)
     lengths = torch.tensor([frames, 0, 5], device=DEVICE)
@@ -194,7 +255,7 @@ def unwritten_memory_is_nan():
 
 
 @LENGTHS
-def test_uninitialised_memory_is_not_read(frames):
+def test_uninitialised_memory_is_not_read(block, frames):
     module, x = block(frames), features(frames)
     expected = step(module, x)
     with unwritten_memory_is_nan():
@@ -203,13 +264,13 @@ def test_uninitialised_memory_is_not_read(frames):
 
 @mark.parametrize("name", [param(name, marks=mark.slow if i > 2 else []) for i, name in enumerate(LAYOUTS)])
 @mark.parametrize("case", [EVERYTHING], ids=str)
-def test_strides(case, name):
+def test_strides(function, case, name):
     """Of inputs, and of incoming gradients."""
     inputs, layout = to_device(make(case, torch.float16)), LAYOUTS[name]
     strided, results = [layout(x.detach()) for x in inputs.features], []
     for arrange in (lambda x: x, torch.Tensor.contiguous):
         leaves = replace(inputs, features=[arrange(x).detach().requires_grad_() for x in strided])
-        values = call(triton, case, leaves)
+        values = call(function, case, leaves)
         incoming = [arrange(layout(dy.to(DEVICE))) for dy in cotangents([*values.values()])]
         gradients = torch.autograd.grad([*values.values()], [*leaves.features, *leaves.parameters], incoming)
         results.append(Result(values, {str(i): gradient for i, gradient in enumerate(gradients)}))
@@ -219,7 +280,7 @@ def test_strides(case, name):
 
 @mark.parametrize("name", ["released-hierarchical", "normalize", "one-block-and-more"])
 @mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_bad_number_stays_in_its_sample(name, poison):
+def test_a_bad_number_stays_in_its_sample(ours, name, poison):
     case = replace(BY_NAME[name], batch=4)
     clean = make(case, torch.float32)
     dirty = clean.map(torch.clone)
@@ -233,7 +294,7 @@ def test_a_bad_number_stays_in_its_sample(name, poison):
         assert all(result.values[f"Y[{m}]"][1].isnan().any() for m in range(len(case.widths)))
 
 
-def test_autocast():
+def test_autocast(block):
     module, x = block(40, dtype=torch.float32), features(40, dtype=torch.float32)
     with torch.autocast(DEVICE.type, torch.float16):
         y = module(*x)
@@ -241,8 +302,11 @@ def test_autocast():
     assert y.dtype == torch.float16 and torch.equal(y.detach(), expected.detach())
 
 
-def test_auto_takes_the_kernels_that_check_themselves():
-    assert grjca_kernels.backends()["triton"] is None
+def test_auto_takes_kernels_that_pass_their_self_check(backend, block, monkeypatch):
+    """Were it not for the other backend, which may come first."""
+    for other in {*BACKENDS} - {backend}:
+        monkeypatch.delitem(TABLE, other)
+    assert grjca_kernels.backends(DEVICE)[backend] is None
     module, x = block(40), features(40)
     expected = step(module, x)
     module.backend = "auto"
@@ -253,7 +317,7 @@ def test_auto_takes_the_kernels_that_check_themselves():
 
 
 @LENGTHS
-def test_any_stream(frames):
+def test_any_stream(block, frames):
     module, x = block(frames), features(frames)
     expected = step(module, x)
     stream = torch.cuda.Stream()
@@ -264,7 +328,7 @@ def test_any_stream(frames):
     equal(result, expected)
 
 
-def test_two_streams_at_once():
+def test_two_streams_at_once(block):
     """Each launch wants every multiprocessor, and spins until it has them."""
     module, inputs = block(40), [features(40, batch, seed=batch) for batch in (2, 9)]
     expected = [step(module, x) for x in inputs]
@@ -282,12 +346,12 @@ def test_two_streams_at_once():
 
 
 @mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_device_that_is_not_the_current_one():
+def test_a_device_that_is_not_the_current_one(function):
     case = EVERYTHING
     inputs = to_device(make(case, torch.float32))
     there = inputs.map(lambda x: x.detach().to("cuda:1"))
     there = replace(there, lengths=inputs.lengths.to("cuda:1"))
-    assert_same(moved(call(triton, case, there), DEVICE), call(triton, case, inputs))
+    assert_same(moved(call(function, case, there), DEVICE), call(function, case, inputs))
 
 
 # ---- graphs and torch.compile
@@ -300,7 +364,7 @@ def copy(to: list[Tensor], x: list[Tensor]) -> None:
 
 
 @LENGTHS
-def test_a_graph_of_both_passes(frames):
+def test_a_graph_of_both_passes(block, frames):
     module, static = block(frames), features(frames)
     graph, result = captured(lambda: step(module, static))
     for seed in (1, 2, 1):
@@ -309,7 +373,7 @@ def test_a_graph_of_both_passes(frames):
         equal(result, step(module, features(frames, seed=seed)))
 
 
-def test_a_graph_replayed_on_other_streams():
+def test_a_graph_replayed_on_other_streams(block):
     module, static = block(40), features(40)
     graph, result = captured(lambda: step(module, static))
     expected = step(module, static)
@@ -321,7 +385,7 @@ def test_a_graph_replayed_on_other_streams():
         equal(result, expected)
 
 
-def test_a_graph_draws_new_masks():
+def test_a_graph_draws_new_masks(block):
     module, x = block(40, dropout=0.5), features(40)
     graph, (y, *_) = captured(lambda: step(module, x))
     drawn = []
@@ -333,7 +397,7 @@ def test_a_graph_draws_new_masks():
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
 
 
-def test_make_graphed_callables():
+def test_make_graphed_callables(block):
     plain, static = block(40), features(40)
     graphed = torch.cuda.make_graphed_callables(block(40), tuple(static))
     for seed in (1, 2):
@@ -342,7 +406,7 @@ def test_make_graphed_callables():
 
 
 @mark.parametrize("mode", [None, "reduce-overhead"])
-def test_torch_compile(mode):
+def test_torch_compile(block, mode):
     module = block(40)
     compiled = torch.compile(module, fullgraph=True, mode=mode)
     for seed in (1, 2, 3, 4):
@@ -354,21 +418,61 @@ def test_torch_compile(mode):
 # ---- launches and memory
 
 
+def assert_one_kernel(ran: Counter[str], direction: str) -> None:
+    assert sum(ran.values()) == 1 and direction in next(iter(ran)), ran
+
+
 @LENGTHS
-def test_one_kernel_forward_and_one_backward(frames):
+def test_one_kernel_forward_and_one_backward(block, frames):
     module, x = block(frames), features(frames)
     lengths = torch.tensor([frames, 1, 5], device=DEVICE)
     leaves = [*x, *module.parameters()]
     gradient = torch.ones_like(module(*x, lengths))
     step(module, x, lengths)
     y, forward = kernels_of(lambda: module(*x, lengths))
-    assert forward == {"forward_kernel": 1}
+    assert_one_kernel(forward, "forward")
     _, backward = kernels_of(lambda: torch.autograd.grad(y, leaves, gradient))
-    assert backward == {"backward_kernel": 1}
+    assert_one_kernel(backward, "backward")
 
 
 @LENGTHS
-def test_batches_and_lengths_share_a_kernel(frames):
+def test_steps_that_are_launched_alone_give_the_same_bits(backend, block, frames, monkeypatch):
+    module, x = block(frames), features(frames, batch=37)
+    expected = step(module, x)
+    monkeypatch.setattr(launcher(backend), "_apart", {x[0].device})
+    result, ran = kernels_of(lambda: step(module, x))
+    equal(result, expected)
+    for direction in ("forward", "backward"):
+        assert sum(count for name, count in ran.items() if direction in name) > 3, ran
+
+
+def test_counters_rest_at_zero_or_half_way(backend, block):
+    """Else the next launch of the stream would not wait, or wait for ever."""
+    for frames, batch in ((16, 1), (40, 3), (16, 300), (40, 37)):
+        step(block(frames), features(frames, batch))
+        counters = launcher(backend)._counters
+        assert counters and {value for of in counters.values() for value in of.tolist()} <= {0, -(2**31)}
+
+
+def test_cuda_where_the_driver_refuses_one_launch(monkeypatch):
+    """As where another process holds a part of the GPU: more blocks than it can hold at once."""
+    module, x = make_block(usable("cuda"), 40, dtype=torch.float32), features(40, 64, dtype=torch.float32)
+    expected, resident = step(module, x), cuda._resident
+    monkeypatch.setattr(cuda, "_apart", set())
+    monkeypatch.setattr(cuda, "_resident", lambda *of: 8 * resident(*of))
+    cuda._launch.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="refuses one launch"):
+            first = step(module, x)
+        assert cuda._apart == {x[0].device}
+        equal(step(module, x), first)
+    finally:
+        cuda._launch.cache_clear()
+    torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-3)  # other parts, so sums in another order
+
+
+@LENGTHS
+def test_batches_and_lengths_share_a_kernel_of_triton(frames):
     from grjca_kernels.triton.backward import backward_kernel
     from grjca_kernels.triton.forward import forward_kernel
 
@@ -378,7 +482,7 @@ def test_batches_and_lengths_share_a_kernel(frames):
         ]
 
     def use(size: int, batch: int, present: int) -> None:
-        step(block(size), features(size, batch), torch.full((batch,), present, device=DEVICE))
+        step(make_block(usable("triton"), size), features(size, batch), torch.full((batch,), present, device=DEVICE))
 
     use(frames, 2, 1)
     before = compiled()
@@ -390,24 +494,35 @@ def test_batches_and_lengths_share_a_kernel(frames):
         assert compiled() == before, "compiled anew for another L"
 
 
-@mark.parametrize("name", ["abaw", "clip"])
-def test_memory(name, monkeypatch):
-    """Beside what is returned, saved and the workspaces of the launch configuration, nothing is allocated."""
-    workspaces: list[int] = []
+@fixture
+def workspaces(backend, monkeypatch):
+    """Bytes of the workspaces that launches of bfloat16 ask for from now on."""
+    noted: list[int] = []
 
-    def noting(original: Any) -> Any:
-        def noted(*arguments: Any, **options: Any) -> Any:
+    def noting(module: Any, name: str, size: Callable[[Any], int]) -> None:
+        original = getattr(module, name)
+
+        def planned(*arguments: Any, **options: Any) -> Any:
             launch = original(*arguments, **options)
-            workspaces.append(2 * launch.work + launch.bits + 4 * launch.wide)
+            noted.append(size(launch))
             return launch
 
-        return noted
+        monkeypatch.setattr(module, name, planned)
 
+    if backend == "cuda":
+        noting(cuda, "launch_of", lambda launch: launch.workspace_bytes)
+    else:
+        for direction in ("forward", "backward"):
+            noting(config, direction, lambda launch: 2 * launch.work + launch.bits + 4 * launch.wide)
+    return noted
+
+
+@mark.parametrize("name", ["abaw", "clip"])
+def test_memory(backend, name, workspaces):
+    """Beside what is returned, saved and the workspaces of the launch configuration, nothing is allocated."""
     shape = SHAPES[name]
-    module = shape.block(GatedRJCAFused, backend="triton", dropout=0.0, device=DEVICE, dtype=torch.bfloat16)
+    module = shape.block(GatedRJCAFused, backend=backend, dropout=0.0, device=DEVICE, dtype=torch.bfloat16)
     x = [value.detach().to(DEVICE, torch.bfloat16).requires_grad_() for value in shape.inputs(0)]
-    for direction in ("forward", "backward"):
-        monkeypatch.setattr(config, direction, noting(getattr(config, direction)))
     step(module, x)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -420,9 +535,9 @@ def test_memory(name, monkeypatch):
     assert peak <= expected + 512 * (len(results) + 8), f"{peak} bytes instead of {expected}"
 
 
-def many_launches(count: int) -> None:
+def many_launches(backend: str, count: int) -> None:
     """Batches of all sizes, in a process that may be killed."""
-    module = block(40)
+    module = make_block(backend, 40)
     inputs = {batch: features(40, batch, seed=batch) for batch in (1, 2, 3, 5, 8, 64)}
     expected = {batch: step(module, x) for batch, x in inputs.items()}
     for i in range(count):
@@ -434,9 +549,10 @@ def many_launches(count: int) -> None:
     print("all came back")
 
 
-def test_many_launches_do_not_hang():
+def test_many_launches_do_not_hang(backend):
     folder = Path(__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import test_gpu; test_gpu.many_launches({MANY})"
+    call = f"test_gpu.many_launches({backend!r}, {MANY})"
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import test_gpu; {call}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=SECONDS
     )

@@ -12,8 +12,8 @@ import grjca_kernels
 ROOT = Path(__file__).parent.parent
 KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
 ORDER = [
-    "shapes", "dropout", "reference", "derivation", "config", "triton", "cuda", "cpu", "verification", "backends",
-    "ops", "functional", "released", "module", "__init__",
+    "shapes", "dropout", "reference", "derivation", "precision", "config", "triton", "cuda", "cpu", "verification",
+    "backends", "ops", "functional", "released", "module", "__init__",
 ]  # fmt: skip
 
 

@@ -218,26 +218,22 @@ GRJCA_DEVICE void product(SumsOf<M>& sums, const Matrix<T>& a, const Matrix<T>& 
     return reinterpret_cast<T*>(shared + (step % kStages * 2 + operand) * kStageBytes);
   };
   const int steps = tiles(terms, kTerms<T>);
+  const bool whole = rows > M::kRows - 16 && columns > kTile - 16;
   block_barrier();  // whoever used shared memory before is done
   GRJCA_LOOP
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) {
-      load_a.load(stage(step, 0), step * kTerms<T>);
-      load_b.load(stage(step, 1), step * kTerms<T>);
+  for (int step = 1 - kStages; step < steps;
+       ++step) {  // the first ones only load, so that the code for it is there once
+    if (step >= 0) {
+      copy_wait<kStages - 2>();
+      block_barrier();
     }
-    copy_commit();
-  }
-  const bool whole = rows > M::kRows - 16 && columns > kTile - 16;
-  GRJCA_LOOP
-  for (int step = 0; step < steps; ++step) {
-    copy_wait<kStages - 2>();
-    block_barrier();
     const int next = step + kStages - 1;
     if (next < steps) {
       load_a.load(stage(next, 0), next * kTerms<T>);
       load_b.load(stage(next, 1), next * kTerms<T>);
     }
     copy_commit();
+    if (step < 0) continue;
     if (whole)
       multiply_stage<T, M, kA, kB, true>(sums, stage(step, 0), stage(step, 1), rows, columns);
     else

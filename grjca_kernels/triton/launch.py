@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from grjca_kernels import config, dropout
+from grjca_kernels.precision import allows_tf32
 from grjca_kernels.shapes import Problem
 from grjca_kernels.triton.arguments import Arguments, Gradients, Outputs, Scalars, Shape, View
 from grjca_kernels.triton.backward import backward_kernel
@@ -231,9 +232,3 @@ def _device(index: int) -> config.Device:
 
 def device_of(x: Tensor) -> config.Device:
     return config.INTERPRETER if x.device.type == "cpu" else _device(x.device.index)
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch's settings let float32 products of CUDA tensors use TF32."""
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"

@@ -1,0 +1,227 @@
+// From a problem to launches: which kernel, how many blocks, and what it means when the CUDA runtime refuses.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+#include "backward.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace grjca::cuda {
+namespace {
+
+// ---- kernels
+
+// Of one direction.
+struct Kernel {
+  const void* (*address)();
+  int rows;  // of a tile, at most
+};
+
+struct Kernels {
+  Dtype dtype;
+  bool tf32;
+  int bytes;  // of an element
+  Kernel forward, backward;
+
+  const Kernel& of(bool of_backward) const { return of_backward ? backward : forward; }
+};
+
+template <class T, bool kExact>
+constexpr Kernels kernels(Dtype dtype, const void* (*forward)(), const void* (*backward)()) {
+  const bool tf32 = dtype == Dtype::float32 && !kExact;
+  return {dtype, tf32, sizeof(T), {forward, ForwardMath<T, kExact>::kRows}, {backward, BackwardMath<T, kExact>::kRows}};
+}
+
+#define GRJCA_KERNELS(precision, dtype) \
+  kernels<precision::Element, precision::kExact>(Dtype::dtype, precision::forward_address, precision::backward_address)
+
+const Kernels kAll[] = {
+    GRJCA_KERNELS(float32, float32),
+    GRJCA_KERNELS(tf32, float32),
+    GRJCA_KERNELS(bfloat16, bfloat16),
+    GRJCA_KERNELS(float16, float16),
+};
+
+const Kernels& kernels_of(Dtype dtype, bool tf32) {
+  for (const Kernels& kernels : kAll)
+    if (kernels.dtype == dtype && kernels.tf32 == (tf32 && dtype == Dtype::float32)) return kernels;
+  throw std::invalid_argument("the CUDA C++ kernels have no float64; convert, or use the reference.");
+}
+
+// ---- errors
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it again
+  std::string text =
+      std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + "). ";
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion ||
+      error == cudaErrorInvalidDeviceFunction)
+    text +=
+        "The kernels were not built for this GPU; install grjca-kernels with its architecture in "
+        "GRJCA_CUDA_ARCHITECTURES, or choose another backend.";
+  else
+    text +=
+        "An earlier kernel may be the cause; with CUDA_LAUNCH_BLOCKING=1 in the environment, the error is raised "
+        "where it arises.";
+  throw std::runtime_error(text);
+}
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+// ---- launches
+
+void set_common(Common& a, const Problem& p, const Plan& plan, const Tensors& t, const Resources& r) {
+  a.p = p;
+  a.plan = plan;
+  std::copy_n(t.features, kMaxModalities, a.features);
+  std::copy_n(t.parameters, ParameterIndex{p}.count(), a.parameters);
+  a.lengths = t.lengths;
+  a.seed = r.seed;
+  a.iterates = t.iterates;
+  a.workspace = static_cast<char*>(r.workspace);
+  a.counters = static_cast<uint32_t*>(r.counters);
+}
+
+// Whether the driver took it: it takes all steps together only if the device can hold all blocks at once.
+template <class Arguments>
+bool launch(const void* kernel, Arguments& a, int steps, const Resources& r) {
+  check(cudaSetDevice(r.device), "choosing the device");
+  const auto start = [&](auto call, int first, int last) {
+    a.first_step = first;
+    a.last_step = last;
+    void* arguments[] = {&a};
+    return call(kernel, dim3(a.plan.blocks), dim3(kThreads), arguments, kSharedBytes,
+                static_cast<cudaStream_t>(r.stream));
+  };
+  if (!r.together) {
+    for (int step = 0; step < steps; ++step)
+      check(start([](auto... x) { return cudaLaunchKernel(x...); }, step, step + 1), "launching a step");
+    return true;
+  }
+  const cudaError_t error = start([](auto... x) { return cudaLaunchCooperativeKernel(x...); }, 0, steps);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, "launching the kernel");
+  return true;
+}
+
+}  // namespace
+
+std::string why_not() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+    return "no NVIDIA driver is found (libcuda.so.1); install one, or choose another backend.";
+  if (driver / 1000 < CUDART_VERSION / 1000)
+    return "it was built with CUDA " + version(CUDART_VERSION) + ", and the NVIDIA driver here supports CUDA " +
+           version(driver) +
+           " at most; update the driver, or install this package again with CUDACXX naming an nvcc "
+           "of CUDA " +
+           std::to_string(driver / 1000) + ".";
+  return "";
+}
+
+int resident(Dtype dtype, bool tf32, bool backward, int device) {
+  const void* const kernel = kernels_of(dtype, tf32).of(backward).address();
+  int blocks = 0, multiprocessors = 0;
+  check(cudaSetDevice(device), "choosing the device");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "asking for shared memory");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kSharedBytes),
+        "asking how many blocks fit");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
+  if (blocks < 1) throw std::runtime_error("CUDA: no block of the kernel fits on this GPU; choose another backend.");
+  return blocks * multiprocessors;
+}
+
+struct Launch::Parts {
+  Problem p;
+  Plan plan;
+  const Kernels& kernels;
+  bool backward, weights;
+  int steps;
+};
+
+Launch::Launch(const Problem& p, bool tf32, bool backward, bool weights, int resident) {
+  const Kernels& kernels = kernels_of(p.dtype, tf32);
+  if (p.batch < 1) throw std::invalid_argument("batch: expected at least one sample to launch for.");
+  if (resident < 1) throw std::invalid_argument("resident: expected at least one block.");
+  const Target target{kernels.bytes, kernels.of(backward).rows, resident};
+  const Plan plan = backward ? plan_backward(p, target, weights) : plan_forward(p, target);
+  const int steps =
+      backward ? plan.chunks * plan.steps + (plan.parts > 0) : tiles(plan.chunks, plan.teams) * plan.steps;
+  parts_ = std::make_shared<const Parts>(Parts{p, plan, kernels, backward, weights, steps});
+}
+
+size_t Launch::workspace_bytes() const { return parts_->plan.workspace_bytes; }
+int Launch::counters() const { return parts_->plan.teams + 1; }
+
+bool Launch::forward(const Tensors& t, const ForwardOutputs& to, const Resources& r) const {
+  if (parts_->backward) throw std::invalid_argument("this launch was planned for the backward.");
+  ForwardArguments a{};
+  set_common(a, parts_->p, parts_->plan, t, r);
+  a.to = to;
+  return launch(parts_->kernels.forward.address(), a, parts_->steps, r);
+}
+
+bool Launch::backward(const Tensors& t, const BackwardTensors& g, const Resources& r) const {
+  if (!parts_->backward) throw std::invalid_argument("this launch was planned for the forward.");
+  BackwardArguments a{};
+  set_common(a, parts_->p, parts_->plan, t, r);
+  std::copy_n(g.outputs, kMaxModalities, a.d_outputs);
+  std::copy_n(g.iterates, kMaxModalities, a.d_iterates);
+  std::copy_n(g.iterates_step, kMaxModalities, a.d_iterates_step);
+  std::copy_n(g.gates, kMaxModalities, a.d_gates);
+  std::copy_n(g.features, kMaxModalities, a.d_features);
+  std::copy_n(g.parameters, ParameterIndex{parts_->p}.count(), a.d_parameters);
+  a.weights = parts_->weights;
+  place_gradients(a);
+  return launch(parts_->kernels.backward.address(), a, parts_->steps, r);
+}
+
+#define GRJCA_NUMBER(name) {#name, static_cast<int64_t>(plan.name)}
+
+std::vector<std::pair<const char*, int64_t>> Launch::numbers() const {
+  const Plan& plan = parts_->plan;
+  return {
+      GRJCA_NUMBER(width),
+      GRJCA_NUMBER(blocks),
+      GRJCA_NUMBER(teams),
+      GRJCA_NUMBER(team_blocks),
+      GRJCA_NUMBER(chunk),
+      GRJCA_NUMBER(chunks),
+      GRJCA_NUMBER(frames),
+      GRJCA_NUMBER(tile_rows),
+      GRJCA_NUMBER(tile_columns),
+      GRJCA_NUMBER(tile_weights),
+      GRJCA_NUMBER(streamed),
+      GRJCA_NUMBER(phases),
+      GRJCA_NUMBER(steps),
+      GRJCA_NUMBER(slots.count),
+      GRJCA_NUMBER(slot),
+      GRJCA_NUMBER(team_bytes),
+      GRJCA_NUMBER(correlations),
+      GRJCA_NUMBER(d_scores),
+      GRJCA_NUMBER(values),
+      GRJCA_NUMBER(d_logits),
+      GRJCA_NUMBER(parts),
+      GRJCA_NUMBER(gradients),
+      GRJCA_NUMBER(gradients_at),
+      GRJCA_NUMBER(threshold),
+      GRJCA_NUMBER(workspace_bytes),
+      {"all_steps", parts_->steps},
+      {"threads", kThreads},
+      {"shared", kSharedBytes},
+      {"sharing", kSharing},
+      {"bytes", parts_->kernels.bytes},
+      {"rows", parts_->kernels.of(parts_->backward).rows},
+  };
+}
+
+}  // namespace grjca::cuda

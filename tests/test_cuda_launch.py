@@ -1,0 +1,309 @@
+"""The host side of the CUDA C++ kernels, without a GPU: who may use them, the plan of a launch, what is launched."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from pytest import fixture, mark
+
+from grjca_kernels import backends, cuda, gated_rjca, shapes
+from grjca_kernels.backends import TABLE
+from grjca_kernels.shapes import Layer, Linear, Problem
+
+PROBLEM = Problem(3, 5, (4, 2), 2, "flat", "released", 0.0, 0.1, False, False)
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+BUILT = cuda._not_loaded is None and bool(cuda._native.cuda_architectures)
+needs_nvcc = mark.skipif(not BUILT, reason="built without nvcc")
+without_gpu = mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu.py")
+
+
+# ---- who may use them
+
+
+@without_gpu
+def test_without_a_gpu_it_says_why():
+    reason = backends()["cuda"]
+    assert reason is not None and reason == cuda.why_not()
+    assert ("NVIDIA driver" in reason) if BUILT else ("nvcc" in reason)
+    x = [torch.randn(2, 3, 4) for _ in range(2)]
+
+    def linears(rows, columns):
+        return tuple(Linear(torch.randn(rows, columns)) for _ in x)
+
+    layer = Layer(None, linears(3, 3), linears(4, 4), linears(4, 8))
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: ") as caught:
+        gated_rjca(x, [layer], iterations=1, gating="none", form="paper", backend="cuda")
+    assert reason in str(caught.value)
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace(cuda_why_not=lambda: None, cuda_architectures="80;90"))
+    monkeypatch.setattr(cuda, "_not_loaded", "the native code was not built.")
+    assert cuda.why_not() == "the native code was not built."
+    monkeypatch.setattr(cuda, "_not_loaded", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.why_not() == "PyTorch sees no GPU."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0 (Ampere) or later, and this one has 7.5" in str(cuda.why_not())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert cuda.why_not() is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "AMD" in str(cuda.why_not())
+
+
+@mark.parametrize(
+    "architectures, runs, refused",
+    [
+        ("80;90", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+        ("90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+        ("100f;80", [(8, 0), (10, 0), (12, 0)], []),
+    ],
+)
+def test_which_chips_a_build_runs_on(architectures, runs, refused):
+    assert [cuda._why_not_on(capability, architectures) for capability in runs] == [None] * len(runs)
+    assert all(cuda._why_not_on(capability, architectures) for capability in refused)
+
+
+def test_what_to_do_on_another_chip():
+    assert "GRJCA_CUDA_ARCHITECTURES=80" in str(cuda._why_not_on((8, 0), "90a"))
+
+
+def test_what_it_refuses():
+    assert "these are on cpu" in str(cuda.refusal("cpu", torch.float32))
+    assert "no float64" in str(cuda.refusal("cuda", torch.float64))
+    assert all(cuda.refusal("cuda", dtype) is None for dtype in shapes.DTYPES if dtype != torch.float64)
+    assert TABLE["cuda"].unproven, "no GPU has run it"
+
+
+def test_nothing_to_do():
+    empty = replace(PROBLEM, batch=0)
+    cuda.forward(empty, [], [], None, None, [], torch.empty(0), [])
+    gradients = [torch.ones(2), None]
+    cuda.backward(empty, [], [], None, None, torch.empty(0), [], [], [], [], gradients)
+    assert gradients[0].tolist() == [0, 0]
+
+
+# ---- the plan
+
+
+@some.composite
+def problems(draw) -> Problem:
+    widths = draw(some.lists(some.integers(1, 1024), min_size=2, max_size=4).map(tuple))
+    return Problem(
+        draw(some.integers(1, 512)), draw(some.integers(1, 40) | some.integers(1, 2048)), widths,
+        draw(some.integers(1, 8)), draw(some.sampled_from(shapes.GATINGS)), draw(some.sampled_from(shapes.FORMS)),
+        draw(some.sampled_from([0.0, 0.5])), 0.1, draw(some.booleans()), draw(some.booleans()),
+    )  # fmt: skip
+
+
+def plan(problem: Problem, precision: str, resident: int, backward: bool, weights: bool) -> dict[str, int]:
+    tf32, dtype = precision == "tf32", "float32" if precision == "tf32" else precision
+    launch = cuda.plan(problem, dtype, resident, tf32=tf32, backward=backward, weights=weights)
+    numbers = launch.plan()
+    assert launch.counters == numbers["teams"] + 1 and launch.workspace_bytes == numbers["workspace_bytes"]
+    return numbers
+
+
+def up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def check_plan(problem: Problem, p: dict[str, int], precision: str, resident: int, backward: bool, weights: bool):
+    assert p["bytes"] == (4 if "32" in precision else 2)
+    assert p["width"] == problem.width and p["frames"] == up(problem.length, 16)
+    # Blocks are all resident, or the barrier would wait forever; teams are of equal size.
+    assert 1 <= p["blocks"] == p["teams"] * p["team_blocks"] <= resident
+    assert 1 <= p["teams"] <= p["chunks"] and p["teams"] + 1 <= cuda.MOST_COUNTERS
+    assert 64 <= p["tile_rows"] <= p["rows"] <= 128 and p["tile_rows"] % 16 == 0 and p["tile_columns"] in (64, 128)
+    # Every sample belongs to one chunk, and every chunk to one team in one round. The backward has one team.
+    assert (p["chunks"] - 1) * p["chunk"] < problem.batch <= p["chunks"] * p["chunk"]
+    rounds, rest = divmod(p["all_steps"], p["steps"])
+    assert rounds == -(-p["chunks"] // p["teams"]) and rest == (backward and p["parts"] > 0)
+    assert p["teams"] == 1 or not backward
+    assert p["steps"] >= problem.iterations * p["phases"] + 2
+    # Regions of the workspace: one after another, aligned for copies of 16 bytes, all inside.
+    rows = p["chunk"] * p["frames"]
+    ways = rows * len(problem.widths) * sum(problem.gate_ways)
+    square = 0 if p["streamed"] else p["chunk"] * problem.width**2 * p["bytes"]
+    assert p["slot"] >= rows * problem.width
+    regions = [(0, p["slots.count"] * p["slot"] * p["bytes"]), (p["correlations"], square)]
+    if backward:
+        regions += [(p["d_scores"], square), (p["values"], 4 * ways), (p["d_logits"], ways * p["bytes"])]
+    ends = [*(begin for begin, _ in regions[1:]), p["team_bytes"]]
+    for (begin, size), end in zip(regions, ends, strict=True):
+        assert begin % 16 == 0 and begin + size <= end
+    assert p["team_bytes"] % 16 == 0 and p["teams"] * p["team_bytes"] <= p["gradients_at"]
+    assert p["gradients_at"] + 4 * p["parts"] * p["gradients"] <= p["workspace_bytes"]
+    if backward and weights:
+        assert p["gradients"] >= parameters(problem)
+    else:
+        assert p["parts"] == 0
+
+
+def parameters(problem: Problem) -> int:
+    """Elements of all of them."""
+    d, length, released = problem.width, problem.length, problem.released
+
+    def linear(rows: int, columns: int) -> int:
+        return rows * (columns + released)
+
+    layer = linear(d, d) * released
+    layer += sum(linear(length, length) + linear(d_m, d_m) + linear(d_m, d) for d_m in problem.widths)
+    gates = sum(linear(ways, d_m) for ways in problem.gate_ways for d_m in problem.widths)
+    return layer * (1 if problem.shared else problem.iterations) + gates
+
+
+@needs_nvcc
+@settings(deadline=None, print_blob=True, max_examples=300)
+@given(
+    problems(),
+    some.sampled_from(PRECISIONS),
+    some.sampled_from([1, 3, 72, 216, 264, 296]),
+    some.booleans(),
+    some.booleans(),
+)
+def test_any_plan(problem, precision, resident, backward, weights):
+    p = plan(problem, precision, resident, backward, weights)
+    check_plan(problem, p, precision, resident, backward, weights)
+    assert plan(problem, precision, resident, backward, weights) == p, "no pure function"
+
+
+@needs_nvcc
+@mark.parametrize("backward", [False, True])
+@mark.parametrize("length", [1, 32, 33, 2048])
+@mark.parametrize("batch", [1, 2, 131, 512])
+@mark.parametrize("widths", [(1, 1), (1, 1024), (1024,) * 4, (512, 512), (256, 128)], ids=str)
+def test_plans_at_the_corners(widths, batch, length, backward):
+    for gating in ("none", "hierarchical"):
+        problem = Problem(batch, length, widths, 8, gating, "released", 0.5, 0.1, True, False)
+        for resident in (1, 264):
+            p = plan(problem, "bfloat16", resident, backward, True)
+            check_plan(problem, p, "bfloat16", resident, backward, True)
+
+
+@needs_nvcc
+def test_a_plan_that_cannot_be_is_refused():
+    for change, dtype, resident, said in (
+        ({"batch": 0}, "float32", 3, "at least one sample"),
+        ({}, "float32", 0, "at least one block"),
+        ({}, "float64", 3, "no float64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cuda.plan(replace(PROBLEM, **change), dtype, resident, tf32=False, backward=False, weights=False)
+
+
+# ---- what is launched; the device is pretended
+
+
+@fixture
+def device(monkeypatch):
+    """The CPU in the place of a GPU: launches are kept instead of started."""
+    state = SimpleNamespace(started=[], takes_together=True, stream=7, capturing=False, planned=[])
+
+    def start(**arguments):
+        state.started.append(arguments)
+        return state.takes_together or not arguments["together"]
+
+    def launch_of(*arguments, **options):
+        state.planned.append(options)
+        return SimpleNamespace(workspace_bytes=100, counters=3, forward=start, backward=start)
+
+    monkeypatch.setattr(cuda, "launch_of", launch_of)
+    monkeypatch.setattr(cuda, "_apart", set())
+    monkeypatch.setattr(cuda, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    return state
+
+
+def run(problem=PROBLEM, lengths=None, seed=None):
+    x = [torch.randn(problem.batch, problem.length, d_m) for d_m in problem.widths]
+    weights = [torch.randn(6, 4).t()]
+    iterates = torch.empty(problem.iterations, problem.batch, problem.length, problem.width)
+    cuda.forward(problem, x, weights, lengths, seed, x, iterates, [])
+    return x, weights, iterates
+
+
+def test_the_arguments_of_a_forward(device):
+    lengths, seed = torch.tensor([1, 9, 2, 9, 3], dtype=torch.int32)[::2], torch.tensor(5)
+    x, weights, iterates = run(lengths=lengths, seed=seed)
+    (given,) = device.started
+    assert given["features"] == given["outputs"] == [(x_m.data_ptr(), *x_m.stride()) for x_m in x]
+    assert given["gates"] == [None, None] and given["iterates"] == iterates.data_ptr()
+    assert given["seed"] == seed.data_ptr() and given["lengths"] not in (0, lengths.data_ptr())
+    assert given["parameters"][0] not in (0, weights[0].data_ptr()), "not contiguous, so copied"
+    assert given["together"] and given["stream"] == 7
+
+
+def test_the_arguments_of_a_backward(device):
+    x = [torch.randn(3, 5, d_m) for d_m in PROBLEM.widths]
+    states, weight = torch.randn(2, 3, 5, 6), torch.randn(4, 4)
+    d_states = [states.split(PROBLEM.widths, dim=-1)[0], None]
+    cuda.backward(PROBLEM, x, [weight], None, None, states, [x[0], None], d_states, [], [None, x[1]], [weight])
+    cuda.backward(PROBLEM, x, [weight], None, None, states, x, [], [], x, [None])
+    given, other = device.started
+    assert given["grad_outputs"][1] is given["grad_iterates"][1] is given["grad_features"][0] is None
+    assert given["grad_iterates"][0] == (states.data_ptr(), 30, 6, 1) and given["grad_iterates_steps"] == [90, 0]
+    assert given["lengths"] == given["seed"] == 0 and given["grad_gates"] == [None, None]
+    assert given["grad_parameters"] == [weight.data_ptr()] and other["grad_parameters"] == [0]
+    assert [options["weights"] for options in device.planned] == [True, False]
+
+
+def test_dropout_without_a_seed_has_the_seed_0(device):
+    run(replace(PROBLEM, dropout=0.5))
+    assert device.started[0]["seed"] != 0
+
+
+def test_a_refused_launch_is_taken_apart_and_said_once(device, recwarn):
+    device.takes_together = False
+    run()
+    run()
+    assert [given["together"] for given in device.started] == [True, False, False]
+    (warning,) = recwarn
+    assert "refuses one launch for all steps" in str(warning.message)
+
+
+def test_every_stream_has_counters_and_every_capture(device):
+    for stream, capturing in ((7, False), (8, False), (7, False), (7, True), (7, False)):
+        device.stream, device.capturing = stream, capturing
+        run()
+    at = [given["counters"] for given in device.started]
+    assert at[0] == at[2] == at[4] and at[1] != at[0] and at[3] not in at[:3]
+    assert all(int(counters.count_nonzero()) == 0 for counters in cuda._counters.values())
+
+
+# ---- the addresses
+
+
+@needs_nvcc
+def test_counts_of_tensors_are_checked():
+    launch = cuda.plan(PROBLEM, "float32", 3, tf32=False, backward=False, weights=False)
+    fine = {
+        "features": [None, None], "parameters": [0] * shapes.parameter_count(PROBLEM), "lengths": 0, "seed": 0,
+        "iterates": 0, "outputs": [None, None], "gates": [None, None], "workspace": 0, "counters": 0, "stream": 0,
+        "device": 0, "together": True,
+    }  # fmt: skip
+    for name in ("features", "parameters", "outputs", "gates"):
+        with pytest.raises(ValueError, match=rf"{name}: expected .*, got 1\."):
+            launch.forward(**{**fine, name: fine[name][:1]})
+    with pytest.raises(ValueError, match="planned for the forward"):
+        absent = {f"grad_{name}": [None, None] for name in ("outputs", "iterates", "gates", "features")}
+        rest = {name: value for name, value in fine.items() if name not in ("outputs", "gates")}
+        launch.backward(**rest, **absent, grad_iterates_steps=[], grad_parameters=fine["parameters"])
+
+
+@needs_nvcc
+@without_gpu
+def test_what_the_runtime_says_is_a_sentence():
+    with pytest.raises(RuntimeError, match=r"CUDA: choosing the device failed: .* \(cudaError\w+\)\. "):
+        cuda._native.cuda_resident("bfloat16", False, True, 0)
