@@ -7,6 +7,8 @@ OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
 OLDEST := $(CURDIR)/build/oldest-triton
 NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
+FORMATTED := $(NATIVE) $(wildcard tests/lanes/*)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest-triton test-all-kernels bench lint format clean
 
@@ -26,11 +28,12 @@ install: ## install into .venv, whether or not anything has changed
 demo: .venv/installed ## make data, train, evaluate, predict and plot, by the commands of grjca
 	$(BIN)/python -m grjca demo
 
-test: .venv/installed ## run all tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/installed ## run all tests, a process for each core; ARGS go to pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-oldest-triton: .venv/installed $(OLDEST)/installed ## run the tests of the Triton kernels with the oldest Triton; ARGS go to pytest
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_compiled.py $(ARGS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+		tests/test_triton.py tests/test_triton_compiled.py $(ARGS)
 
 $(OLDEST)/installed: Makefile
 	rm -rf $(OLDEST)
@@ -47,12 +50,12 @@ lint: .venv/installed ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: .venv/installed ## format, and repair what can be repaired
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean: ## remove all that was made here
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

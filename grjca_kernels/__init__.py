@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "dropout_mask", "gated_rjca", "reference", "self_check"]
 
 
-def self_check(backend: str = "triton", device: _torch.device | str | int | None = None) -> bool:
+def self_check(backend: str | None = None, device: _torch.device | str | int | None = None) -> bool:
     """Check a backend's kernels on this machine: small problems, forward and backward, against float64.
 
     This is what ``backend="auto"`` does once, dtype by dtype, on a type of GPU without a committed test record. Called
@@ -24,7 +24,8 @@ def self_check(backend: str = "triton", device: _torch.device | str | int | None
     GPU it takes minutes with Triton, most of them for compiling.
 
     Args:
-        backend: one that has kernels, a name in :func:`backends` other than "reference".
+        backend: one that has kernels, a name in :func:`backends` other than "reference"; by default those for GPUs that
+            can run here.
         device: where to check; by default the current GPU, or the CPU if the backend computes there.
 
     Returns:
@@ -34,5 +35,12 @@ def self_check(backend: str = "triton", device: _torch.device | str | int | None
         ValueError: for an unknown name.
         RuntimeError: for a backend that cannot run here, with its reason.
     """
-    _check_choice("backend", backend, [name for name, row in _TABLE.items() if name != "reference"])
-    return _verification.report(_TABLE[backend], device)
+    if backend is not None:
+        _check_choice("backend", backend, [name for name, row in _TABLE.items() if name != "reference"])
+        return _verification.report(_TABLE[backend], device)
+    of_gpus = [row for row in _TABLE.values() if row.unproven]
+    running = [row for row in of_gpus if row.why_not() is None]
+    if not running:
+        reasons = " ".join(f"{row.name}: {row.why_not()}" for row in of_gpus)
+        raise RuntimeError(f"self_check: no backend for GPUs can run here. {reasons}")
+    return all([_verification.report(row, device) for row in running])

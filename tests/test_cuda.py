@@ -88,8 +88,8 @@ def test_the_self_check(dtype):
     """That of "auto", with the problems it runs on a GPU made smaller."""
     device = torch.device("cpu")
     for case in (
-        verification.Case(5, 20, (72, 40), "hierarchical", True),
-        verification.Case(2, 70, (72, 40), "flat", False),
+        verification.Case(4, 20, (72, 24), "hierarchical", True),
+        verification.Case(2, 38, (72, 24), "flat", False),
     ):
         findings = list(verification.compare(TABLE["cuda"], case, device, dtype))
         assert not [str(finding) for finding in findings if not finding.passes]

@@ -165,8 +165,10 @@ def test_a_report_prints_every_tensor_and_a_verdict(capsys, monkeypatch):
 def test_what_cannot_run_cannot_be_checked(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="'triton' cannot be checked: PyTorch sees no GPU"):
+        with pytest.raises(RuntimeError, match=r"no backend for GPUs can run here.*triton: PyTorch sees no GPU"):
             grjca_kernels.self_check()
+        with pytest.raises(RuntimeError, match="'triton' cannot be checked: PyTorch sees no GPU"):
+            grjca_kernels.self_check("triton")
     with pytest.raises(
         RuntimeError, match="'cpu' cannot be checked: it computes on cpu tensors, and these are on cuda"
     ):

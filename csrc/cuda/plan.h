@@ -23,6 +23,7 @@ namespace planning {
 
 constexpr double kProducts = 600, kBytes = 12, kTanh = 8;  // of a block, per clock
 constexpr double kTask = 1500, kBarrier = 2500;            // clocks
+constexpr int64_t kMostBytes = 512 << 20;                  // of workspace, unless one sample takes more
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -91,24 +92,31 @@ inline Plan common(const Problem& p) {
   return plan;
 }
 
-inline void share_out(Plan& plan, const Problem& p, int resident, int chunk, bool alone) {
+// Of a team's workspace: what grows with the samples that it walks through at once.
+inline int64_t bytes_of_samples(const Plan& plan, int bytes, int64_t samples) {
+  const int64_t correlations = plan.streamed ? 0 : (1 + plan.backward) * static_cast<int64_t>(plan.width);
+  return samples * (plan.slots.count * static_cast<int64_t>(plan.frames) + correlations) * plan.width * bytes;
+}
+
+inline void share_out(Plan& plan, const Problem& p, const Target& target, int chunk) {
+  const int64_t most = std::max<int64_t>(1, kMostBytes / bytes_of_samples(plan, target.bytes, chunk));
   plan.chunk = chunk;
   plan.chunks = tiles(static_cast<int>(p.batch), chunk);
-  plan.teams = alone ? 1 : std::min(plan.chunks, resident);
-  plan.team_blocks = resident / plan.teams;
+  plan.teams = plan.backward ? 1 : static_cast<int>(std::min<int64_t>(most, std::min(plan.chunks, target.resident)));
+  plan.team_blocks = target.resident / plan.teams;
   plan.blocks = plan.teams * plan.team_blocks;
 }
 
 // The cheapest tiles, and unless `chunk` is given about the cheapest number of samples at once: of two that differ by
-// less than a tenth the one that takes less memory. `alone`: there is one team.
-inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk, bool alone) {
+// less than a tenth the one that takes less memory.
+inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk) {
   double least = INFINITY;
   Plan best = plan;
   const int batch = static_cast<int>(p.batch);
   for (int s = chunk ? std::min(chunk, batch) : 1;; s = std::min(2 * s, batch)) {
     double cheapest = INFINITY;
     Plan of_chunk = plan;
-    share_out(of_chunk, p, target.resident, s, alone);
+    share_out(of_chunk, p, target, s);
     Plan tried = of_chunk;
     for (tried.tile_rows = 64; tried.tile_rows <= target.rows; tried.tile_rows += 16)
       for (tried.tile_columns = 64; tried.tile_columns <= kTile; tried.tile_columns *= 2) {
@@ -122,13 +130,13 @@ inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk
       least = cheapest;
       best = of_chunk;
     }
-    if (chunk || s == batch) break;
+    if (chunk || s == batch || bytes_of_samples(plan, target.bytes, 2 * s) > kMostBytes) break;
   }
   plan = best;
 }
 
 // What stands behind the activations in the workspace of a team.
-inline void lay_out(Plan& plan, const Problem& p, int bytes, bool backward) {
+inline void lay_out(Plan& plan, const Problem& p, int bytes) {
   const int64_t samples = plan.chunk, rows = samples * plan.frames, ways = rows * p.modalities * p.all_ways();
   plan.slot = rounded(rows * plan.width, 64);
   int64_t at = plan.slot * plan.slots.count * bytes;
@@ -139,7 +147,7 @@ inline void lay_out(Plan& plan, const Problem& p, int bytes, bool backward) {
   };
   const int64_t correlations = plan.streamed ? 0 : samples * plan.width * plan.width * bytes;
   plan.correlations = take(correlations);
-  if (backward) {
+  if (plan.backward) {
     plan.d_scores = take(correlations);
     plan.values = take(ways * 4);
     plan.d_logits = take(ways * bytes);
@@ -154,7 +162,6 @@ inline void lay_out(Plan& plan, const Problem& p, int bytes, bool backward) {
 // `chunk`: samples at once, 0 for a choice.
 inline Plan plan_forward(const Problem& p, const Target& target, int chunk = 0) {
   Plan plan = planning::common(p);
-  planning::choose(plan, p, target, chunk, false);
   plan.phases = plan.streamed ? 3 : 4;
   plan.steps = p.iterations * plan.phases + 2;
   // Stored, K and J are dead when H is written.
@@ -165,7 +172,8 @@ inline Plan plan_forward(const Problem& p, const Target& target, int chunk = 0) 
   plan.slots.initial = initial;
   plan.slots.hidden = plan.streamed ? initial + 1 : 0;
   plan.slots.count = plan.streamed ? initial + 1 + p.modalities : initial + 1;
-  planning::lay_out(plan, p, target.bytes, false);
+  planning::choose(plan, p, target, chunk);
+  planning::lay_out(plan, p, target.bytes);
   return plan;
 }
 
@@ -203,7 +211,6 @@ inline int parts_of_rows(const Plan& plan, const Problem& p) {
 // The same of the backward; `weights`: whether any gradient of a parameter is wanted; `parts`: -1 for a choice.
 inline Plan plan_backward(const Problem& p, const Target& target, bool weights, int chunk = 0, int parts = -1) {
   Plan plan = planning::common(p);
-  planning::choose(plan, p, target, chunk, true);
   plan.backward = true;
   plan.phases = (plan.streamed ? 5 : 7) + p.released;
   plan.steps = p.iterations * plan.phases + 3;
@@ -211,11 +218,12 @@ inline Plan plan_backward(const Problem& p, const Target& target, bool weights, 
   // H is dead when d J and d K are written, d_update when d V is.
   const int m = p.modalities;
   plan.slots = {0, 2, 1, 3, 4, 4 + m, 4 + 2 * m, 4 + 2 * m, 4, 5, 5 + 2 * m, 7 + 2 * m};
+  planning::choose(plan, p, target, chunk);
   if (weights) {
     plan.parts = parts < 0 ? parts_of_rows(plan, p) : parts;
     each_parameter(p, [&](int, int64_t n) { plan.gradients += planning::rounded(n, kPlaceUnit); });
   }
-  planning::lay_out(plan, p, target.bytes, true);
+  planning::lay_out(plan, p, target.bytes);
   return plan;
 }
 

@@ -6,6 +6,7 @@ This page imports no Triton, and so neither does grjca_kernels: ``launch`` is im
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import metadata
 from typing import Any
@@ -15,6 +16,15 @@ import torch
 OLDEST, CAPABILITY = (3, 6), (8, 0)
 
 
+@functools.cache
+def _version() -> str | None:
+    """Of the Triton that is installed."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def interpreted() -> bool:
     """Whether kernels run in the interpreter, on CPU tensors and with a grid of one program."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -22,9 +32,8 @@ def interpreted() -> bool:
 
 def why_not() -> str | None:
     """Why this backend cannot run here, or None."""
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = _version()
+    if version is None:
         return "Triton is not installed; `pip install triton`, which PyTorch's GPU builds for Linux bring along."
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or later, and {version} is installed; `pip install -U triton`."
