@@ -155,7 +155,7 @@ struct Loader {
 
 // ---- sums
 
-// Of a block: warps 2 x 4, and their fragments alternate, 16 rows and 16 columns each, so that all have work at an
+// Of a block: warps 2 x 2, and their fragments alternate, 16 rows and 16 columns each, so that all have work at an
 // edge.
 template <int kRows>
 struct Sums {
@@ -167,9 +167,13 @@ struct Sums {
   GRJCA_DEVICE Sums() {
     me = this_thread();
     GRJCA_UNROLL
-    for (int i = 0; i < kFragments; ++i) GRJCA_UNROLL
-    for (int j = 0; j < 2 * kPairs; ++j) GRJCA_UNROLL
-    for (int k = 0; k < 4; ++k) values[i][j][k] = 0;
+    for (auto& of_row : values) {
+      GRJCA_UNROLL
+      for (auto& fragment : of_row) {
+        GRJCA_UNROLL
+        for (float& x : fragment) x = 0;
+      }
+    }
   }
 
   GRJCA_DEVICE int row(int i) const { return (me.warp() % kRowWarps + kRowWarps * i) * 16; }
@@ -221,8 +225,7 @@ GRJCA_DEVICE void product(SumsOf<M>& sums, const Matrix<T>& a, const Matrix<T>& 
   const bool whole = rows > M::kRows - 16 && columns > kTile - 16;
   block_barrier();  // whoever used shared memory before is done
   GRJCA_LOOP
-  for (int step = 1 - kStages; step < steps;
-       ++step) {  // the first ones only load, so that the code for it is there once
+  for (int step = 1 - kStages; step < steps; ++step) {  // the first ones only load: the code for it is there once
     if (step >= 0) {
       copy_wait<kStages - 2>();
       block_barrier();
@@ -273,13 +276,15 @@ GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, F f) {
   const int g = sums.me.g(), t = sums.me.t();
   block_barrier();  // all have multiplied what is in the stages
   GRJCA_UNROLL
-  for (int i = 0; i < S::kFragments; ++i) GRJCA_UNROLL
-  for (int j = 0; j < 2 * S::kPairs; ++j)
-    if (sums.row(i) < rows && sums.column(j / 2) < columns) {
-      float* const to = shared + (sums.row(i) + g) * kSumsLine + sums.column(j / 2) + j % 2 * 8 + 2 * t;
-      write_shared(reinterpret_cast<Pair*>(to), Pair{sums.values[i][j][0], sums.values[i][j][1]});
-      write_shared(reinterpret_cast<Pair*>(to + 8 * kSumsLine), Pair{sums.values[i][j][2], sums.values[i][j][3]});
-    }
+  for (int i = 0; i < S::kFragments; ++i) {
+    GRJCA_UNROLL
+    for (int j = 0; j < 2 * S::kPairs; ++j)
+      if (sums.row(i) < rows && sums.column(j / 2) < columns) {
+        float* const to = shared + (sums.row(i) + g) * kSumsLine + sums.column(j / 2) + j % 2 * 8 + 2 * t;
+        write_shared(reinterpret_cast<Pair*>(to), Pair{sums.values[i][j][0], sums.values[i][j][1]});
+        write_shared(reinterpret_cast<Pair*>(to + 8 * kSumsLine), Pair{sums.values[i][j][2], sums.values[i][j][3]});
+      }
+  }
   block_barrier();
   const int pairs = (columns + 1) / 2, groups = (rows + 7) / 8;
   GRJCA_LOOP

@@ -57,7 +57,6 @@ GRJCA_DEVICE void load_frames(const Thread& me, T* to, const Matrix<T>& from, in
 template <class M>
 constexpr int kFrameUnits = kStreamFrames / M::kUnit;
 
-// H_m = relu(tanh(V_m C_m)).
 // 16 columns of all frames, transposed.
 template <class T, class M>
 GRJCA_DEVICE void load_rows(const Thread& me, typename M::A (&to)[kFrameUnits<M>], const T* from, int column,
@@ -73,6 +72,7 @@ GRJCA_DEVICE int attend_tasks(const Common& a, const Team& team) {
   return team.count * a.p.modalities * tiles(a.plan.width, kStreamRows);
 }
 
+// H_m = relu(tanh(V_m C_m)).
 template <class T, class M>
 GRJCA_DEVICE void attend_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
@@ -120,8 +120,10 @@ GRJCA_DEVICE void attend_task(const Common& a, const Team& team, int i) {
       uint32_t kept[2] = {15, 15};
       if (drops) mask.of_columns(me, j + mine, step * kStreamTile + c, kept);
       GRJCA_UNROLL
-      for (int h = 0; h < 2; ++h) GRJCA_UNROLL
-      for (int e = 0; e < 4; ++e) scores[h][e] = tanh_of<T>(scores[h][e]) * (kept[h] >> e & 1 ? plan.kept : 0);
+      for (int h = 0; h < 2; ++h) {
+        GRJCA_UNROLL
+        for (int e = 0; e < 4; ++e) scores[h][e] = tanh_of<T>(scores[h][e]) * (kept[h] >> e & 1 ? plan.kept : 0);
+      }
       GRJCA_UNROLL
       for (int u = 0; u < 16; u += M::kUnit) {
         const typename M::A correlations = M::chain(scores + u / 8);

@@ -6,17 +6,19 @@
 
 namespace grjca::cuda {
 
-// What dropout leaves of two fragments, 0 or 1 / (1 - p), and d (K J): C is before dropout, and becomes what it is
-// after; d is the gradient by that, and becomes the one by K J.
-struct Slopes {
-  float kept;
-
-  GRJCA_DEVICE void operator()(float& c, float& d, bool keep) const {
-    const float factor = keep ? kept : 0;
-    d *= (1 - c * c) * factor;
-    c *= factor;
+// Of two fragments: scores K J become C after dropout, and gradients by that become those by K J.
+template <class T>
+GRJCA_DEVICE void slopes(float (&scores)[2][4], float (&gradients)[2][4], const uint32_t (&kept)[2], float factor) {
+  GRJCA_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    GRJCA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float c = tanh_of<T>(scores[h][e]), left = kept[h] >> e & 1 ? factor : 0;
+      gradients[h][e] *= (1 - c * c) * left;
+      scores[h][e] = c * left;
+    }
   }
-};
+}
 
 // Stores the transpose of what this warp has of [16 rows, frames]: rows are columns of `to`, of which `columns` exist.
 template <class T>
@@ -79,7 +81,6 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
   };
   const bool drops = a.p.dropout > 0;
   const Mask mask = drops ? Mask::at(a, team.t, tile.m, Site::correlation, team.first + s) : Mask{};
-  const Slopes slopes{drops ? plan.kept : 1};
   typename M::A keys[kFrameUnits<M>], values[kFrameUnits<M>];
   float d_value[kStreamFrames / 8][4] = {}, d_key[kStreamFrames / 8][4] = {};
   block_barrier();
@@ -106,12 +107,7 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
       over_frames<T, M>(me, gradients, values, ds, c, lines);
       uint32_t kept[2] = {15, 15};
       if (drops) mask.of_rows(me, tile.column + mine, step * kStreamTile + c, kept);
-      GRJCA_UNROLL
-      for (int h = 0; h < 2; ++h) GRJCA_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        correlations[h][e] = tanh_of<T>(correlations[h][e]);
-        slopes(correlations[h][e], gradients[h][e], kept[h] >> e & 1);
-      }
+      slopes<T>(correlations, gradients, kept, plan.kept);
       add_chained<T, M, Major::terms>(me, d_value, correlations, ds + c, lines);
       add_chained<T, M, Major::terms>(me, d_key, gradients, joints + c, lines);
     }
@@ -122,8 +118,10 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
 
   const int present = frames_of(a, team.first + s);
   GRJCA_UNROLL
-  for (int f = 0; f < kStreamFrames / 8; ++f) GRJCA_UNROLL
-  for (int e = 0; e < 4; ++e) d_key[f][e] = f * 8 + 2 * me.t() + e % 2 < present ? d_key[f][e] * plan.key_scale : 0;
+  for (int f = 0; f < kStreamFrames / 8; ++f) {
+    GRJCA_UNROLL
+    for (int e = 0; e < 4; ++e) d_key[f][e] = f * 8 + 2 * me.t() + e % 2 < present ? d_key[f][e] * plan.key_scale : 0;
+  }
   store_transposed(me, slot<T>(a, team, plan.slots.d_key) + row, plan.width, d_key, mine, tile.columns, length);
   const Matrix<T> w{parameter<T>(a, index_of(a).key(team.t, tile.m)), length};
   load_frames<kStreamTile>(me, columns_block<T>(0, 0), w, present, 0, present);
@@ -162,7 +160,6 @@ GRJCA_DEVICE void joint_backward(const Common& a, const Team& team, int i) {
   const Matrix<T> v = sample_of(activation<T>(a, team, plan.slots.value), s);
   const Matrix<T> d = sample_of(d_attended<T>(a, team), s);
   const bool drops = a.p.dropout > 0;
-  const Slopes slopes{drops ? plan.kept : 1};
   typename M::A joints[kFrameUnits<M>], ds[kFrameUnits<M>];
   float d_joint[kStreamFrames / 8][4] = {};
   GRJCA_LOOP
@@ -196,12 +193,7 @@ GRJCA_DEVICE void joint_backward(const Common& a, const Team& team, int i) {
         over_frames<T, M>(me, gradients, ds, values, c, lines);
         uint32_t kept[2] = {15, 15};
         if (drops) mask.of_columns(me, j + mine, step * kStreamTile + c, kept);
-        GRJCA_UNROLL
-        for (int h = 0; h < 2; ++h) GRJCA_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          correlations[h][e] = tanh_of<T>(correlations[h][e]);
-          slopes(correlations[h][e], gradients[h][e], kept[h] >> e & 1);
-        }
+        slopes<T>(correlations, gradients, kept, plan.kept);
         add_chained<T, M, Major::terms>(me, d_joint, gradients, keys + c, lines);
       }
       block_barrier();  // before the next step's copies

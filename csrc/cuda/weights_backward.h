@@ -25,25 +25,30 @@ struct RowSums {
   GRJCA_DEVICE void add(const Matrix<T>& a, int rows, int terms) {
     Loader<T, kA, kA == Major::terms ? M::kRows : kTile, kGrouped> load;
     load.begin(me, a, rows, terms);
-    T* const stage = reinterpret_cast<T*>(shared_memory());
+    constexpr int kRing = 2 * kStages;  // there is but one operand
+    const auto stage = [](int step) { return reinterpret_cast<T*>(shared_memory() + step % kRing * kStageBytes); };
     const typename M::B ones = M::ones();
+    const int steps = tiles(terms, kTerms<T>);
+    block_barrier();
     GRJCA_LOOP
-    for (int term = 0; term < terms; term += kTerms<T>) {
-      block_barrier();
-      load.load(stage, term);
-      copy_commit();
-      copy_wait<0>();
-      block_barrier();
-      if (me.warp() / 2 == 0) {
-        GRJCA_UNROLL
-        for (int i = 0; i < M::kRows / 32; ++i)
-          if (row(i) < rows) {
-            GRJCA_UNROLL
-            for (int k = 0; k < kTerms<T>; k += M::kUnit)
-              M::add(values[i], M::template load_a<kA>(me, stage + place<kA>(row(i), k, kLine<T, kA>), kLine<T, kA>),
-                     ones, 0);
-          }
+    for (int step = 1 - kRing; step < steps; ++step) {  // as in `product`
+      if (step >= 0) {
+        copy_wait<kRing - 2>();
+        block_barrier();
       }
+      const int next = step + kRing - 1;
+      if (next < steps) load.load(stage(next), next * kTerms<T>);
+      copy_commit();
+      if (step < 0 || me.warp() / 2 != 0) continue;
+      GRJCA_UNROLL
+      for (int i = 0; i < M::kRows / 32; ++i)
+        if (row(i) < rows) {
+          GRJCA_UNROLL
+          for (int k = 0; k < kTerms<T>; k += M::kUnit) {
+            const T* const from = stage(step) + place<kA>(row(i), k, kLine<T, kA>);
+            M::add(values[i], M::template load_a<kA>(me, from, kLine<T, kA>), ones, 0);
+          }
+        }
     }
   }
 
@@ -52,9 +57,11 @@ struct RowSums {
   GRJCA_DEVICE void each(int rows, F f) const {
     if (me.warp() / 2 != 0 || me.t() != 0) return;
     GRJCA_UNROLL
-    for (int i = 0; i < M::kRows / 32; ++i) GRJCA_UNROLL
-    for (int h = 0; h < 2; ++h)
-      if (row(i) + me.g() + 8 * h < rows) f(row(i) + me.g() + 8 * h, values[i][2 * h]);
+    for (int i = 0; i < M::kRows / 32; ++i) {
+      GRJCA_UNROLL
+      for (int h = 0; h < 2; ++h)
+        if (row(i) + me.g() + 8 * h < rows) f(row(i) + me.g() + 8 * h, values[i][2 * h]);
+    }
   }
 };
 
