@@ -13,14 +13,22 @@ import torch
 from pytest import fixture, mark
 
 import on_lanes
-from cases import CASES, SEED, Case, Result, call, cotangents, describe, make, run
+from behaviour import (
+    check_absent_frames,
+    check_bad_number,
+    check_large_float16,
+    check_strides,
+    check_subsets_of_gradients,
+    check_subsets_of_incoming_gradients,
+    check_twice,
+)
+from cases import CASES, SEED, Case, Result, describe, make, run
 from grjca_kernels import gated_rjca, shapes, verification
 from grjca_kernels.backends import TABLE, Backend
 from on_gpu import TF32_ULP, cut_draws
 from on_gpu import check as check_draws
-from test_contract import LAYOUTS, assert_same_results, backward
+from test_contract import LAYOUTS, assert_same_results
 from test_cpu import HALVES, STATISTICAL, Guarded
-from test_triton import filled
 from tolerances import check_rule, exact
 
 pytestmark = mark.skipif(not on_lanes.compiler(), reason="needs g++ or another C++17 compiler with AddressSanitizer")
@@ -171,17 +179,7 @@ def test_all_is_written_and_nothing_else(case, dtype):
 @mark.parametrize("case", BOTH, ids=str)
 def test_strides(name, case):
     """Of features, and of incoming gradients."""
-    inputs, layout = make(case, torch.float32), LAYOUTS[name]
-    strided = [layout(x) for x in inputs.features]
-    results = []
-    for features, bring in ((strided, layout), ([x.contiguous() for x in strided], lambda x: layout(x).contiguous())):
-        leaves = replace(inputs, features=[x.detach().requires_grad_() for x in features])  # keeps the strides
-        values = call(function, case, leaves)
-        incoming = [bring(gradient) for gradient in cotangents([*values.values()])]
-        gradients = torch.autograd.grad([*values.values()], leaves.features, incoming)
-        assert all(gradient.isfinite().all() for gradient in gradients)
-        results.append(Result(values, dict(zip("va", gradients, strict=True))))
-    assert_same_results(*results)
+    check_strides(function, case, LAYOUTS[name])
 
 
 def test_addresses_that_are_not_aligned():
@@ -200,20 +198,7 @@ def test_addresses_that_are_not_aligned():
     (replace(STREAMED, name="streamed-paper", form="paper"), INF),
 ], ids=str)  # fmt: skip
 def test_what_stands_in_absent_rows_reaches_nothing(case, garbage):
-    """In features and in incoming gradients."""
-    clean = make(case, torch.float32)
-    dirty = clean.map(torch.clone)
-    results = []
-    for inputs, fill in ((clean, 0.0), (dirty, garbage)):
-        values = call(function, case, (leaves := filled(case, inputs, fill).leaves()))
-        incoming = cotangents([*values.values()])
-        for gradient in incoming:
-            for b, n in enumerate(case.lengths):
-                gradient.select(-3, b)[..., n:, :] = fill
-        gradients = backward(values, leaves, incoming)
-        results.append([*values.values(), *gradients])
-    assert all(tensor.isfinite().all() for tensor in results[1])
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    check_absent_frames(function, case, garbage)
 
 
 @mark.parametrize("length", [5, 34])
@@ -221,19 +206,7 @@ def test_what_stands_in_absent_rows_reaches_nothing(case, garbage):
 @mark.parametrize("poison", [NAN, INF])
 def test_a_bad_number_stays_in_its_sample(length, form, poison):
     case = Case("bad", 2, length, (3, 2), 2, "flat", form, normalize=True, dropout=0.3)
-    clean = make(case, torch.float32)
-    dirty = clean.map(torch.clone)
-    dirty.features[0][0, 2, 0] = poison
-    expected, result = run(function, case, clean), run(function, case, dirty)
-    theirs = run(partial(gated_rjca, backend="reference"), case, dirty)
-    of_features = [f"d features[{m}]" for m in range(len(case.widths))]
-    for name in (*result.values, *of_features):
-        value, clean_value, same_places = (
-            {**of.values, **of.gradients}[name].movedim(-3, 0) for of in (result, expected, theirs)
-        )
-        assert torch.equal(value[1], clean_value[1]), name
-        if poison != poison:  # and it does not vanish there
-            assert torch.equal(value.isnan(), same_places.isnan()), name
+    check_bad_number(function, case, poison)
 
 
 @mark.parametrize("case", [
@@ -241,12 +214,7 @@ def test_a_bad_number_stays_in_its_sample(length, form, poison):
 ], ids=str)  # fmt: skip
 def test_large_features_of_float16(case):
     """Where PyTorch's float16 has a finite value, so have we."""
-    inputs = make(case, torch.float16)
-    for x in inputs.features:
-        x.copy_((x.double() / x.double().abs().max() * 1e4).half())
-    ours, theirs = run(function, case, inputs), run(partial(gated_rjca, backend="reference"), case, inputs)
-    for name, tensor in ours.values.items():
-        assert (tensor.isfinite() | ~theirs.values[name].isfinite()).all(), name
+    check_large_float16(function, case)
 
 
 # ---- which gradients
@@ -254,42 +222,16 @@ def test_large_features_of_float16(case):
 
 @mark.parametrize("case", BOTH, ids=str)
 def test_any_subset_of_incoming_gradients(case):
-    inputs = make(case, torch.float32).leaves()
-    values = call(function, case, inputs)
-    incoming = dict(zip(values, cotangents([*values.values()]), strict=True))
-    tensors = inputs.features + inputs.parameters
-    for arriving in ("Y[0]", "X[1]", "G[1][0]"):
-        ours = torch.autograd.grad(
-            values[arriving], tensors, incoming[arriving], retain_graph=True, materialize_grads=True
-        )
-        zeros = [incoming[name] if name == arriving else torch.zeros_like(value) for name, value in values.items()]
-        torch.testing.assert_close(list(ours), backward(values, inputs, zeros), rtol=0, atol=0)
+    check_subsets_of_incoming_gradients(function, case)
 
 
 @mark.parametrize("case", BOTH, ids=str)
 def test_any_subset_of_gradients(case):
-    inputs = make(case, torch.float32)
-    everything = list(run(function, case, inputs).gradients.values())
-    count = len(inputs.features)
-    for wanted in ([0], [*range(count)], [*range(count, len(everything))], [count + 1], [len(everything) - 1]):
-        index = iter(range(len(everything)))
-        leaves = inputs.map(lambda x, i=index, w=wanted: x.clone().requires_grad_(next(i) in w))
-        values = call(function, case, leaves)
-        reached = [pair for pair in zip(values.values(), cotangents([*values.values()]), strict=True)]
-        torch.autograd.backward(*zip(*(pair for pair in reached if pair[0].requires_grad), strict=True))
-        for i, tensor in enumerate(leaves.features + leaves.parameters):
-            assert (tensor.grad is not None) == (i in wanted), i
-            assert tensor.grad is None or torch.equal(tensor.grad, everything[i]), i
+    check_subsets_of_gradients(function, case)
 
 
 def test_backward_twice_and_inputs_are_not_written():
-    inputs = make(MOST, torch.float32)
-    leaves = inputs.leaves()
-    values = call(function, MOST, leaves)
-    incoming = cotangents([*values.values()])
-    torch.testing.assert_close(backward(values, leaves, incoming), backward(values, leaves, incoming), rtol=0, atol=0)
-    kept = make(MOST, torch.float32)
-    torch.testing.assert_close(leaves.features + leaves.parameters, kept.features + kept.parameters, rtol=0, atol=0)
+    check_twice(function, MOST)
 
 
 # ---- what stands below
