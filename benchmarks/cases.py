@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from grjca.eager import GatedRJCAEager
 from grjca.measure import Shape
-from grjca_kernels import GatedRJCAFused
-from grjca_kernels.shapes import gate_ways
+from grjca_kernels import GatedRJCAFused, flops, shapes
 
 THREADS = torch.get_num_threads()
 DROPOUT = 0.6
@@ -71,12 +70,10 @@ class Problem:
 
 
 def flop(shape: Shape) -> int:
-    """Of the products of a forward, by the equations of operator.md in the cheaper order: K first, then K J."""
-    length, widths = shape.length, (shape.dim_visual, shape.dim_audio)
-    width = sum(widths)
-    of_modalities = sum(length**2 * d + length * d**2 + 3 * length * d * width for d in widths)  # K; V; C, H and U
-    gates = length * width * sum(gate_ways(shape.gating, shape.iterations))
-    return 2 * shape.batch * (shape.iterations * (length * width**2 + of_modalities) + gates)
+    """Of the products of a forward."""
+    widths = (shape.dim_visual, shape.dim_audio)
+    options = (shape.iterations, shape.gating, "released", 0.0, 1.0, shape.normalize, False)
+    return flops.forward(shapes.Problem(shape.batch, shape.length, widths, *options))
 
 
 def tanhs(shape: Shape) -> int:

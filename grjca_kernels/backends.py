@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from grjca_kernels import cpu, cuda, triton, verification
 from grjca_kernels.shapes import check_choice
 
 ENVIRONMENT = "GRJCA_BACKEND"
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def choose(name: str | None, tensor: Tensor) -> str:
         RuntimeError: for a named backend that cannot run, with its reason.
     """
     if name is None or name == "auto":
-        name = os.environ.get(ENVIRONMENT) or "auto"
+        name = _default()
         check_choice(ENVIRONMENT, name, CHOICES)
     else:
         check_choice("backend", name, CHOICES)
@@ -104,11 +106,25 @@ def choose(name: str | None, tensor: Tensor) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, instead of tracing how devices are looked up
+def constant_when_compiled(function: F) -> F:
+    """torch.compile calls it once, instead of tracing how devices and the environment are looked up.
+
+    It is torch.compiler.assume_constant_result, without the 1.5 seconds that this takes to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def _default() -> str:
+    return os.environ.get(ENVIRONMENT) or "auto"
+
+
+@constant_when_compiled
 def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
     return TABLE[name].refusal(device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _first_that_can(device: str, index: int | None, dtype: torch.dtype) -> str:
     return next(row.name for row in TABLE.values() if _passed_over(row, device, index, dtype) is None)

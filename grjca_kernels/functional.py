@@ -12,6 +12,17 @@ from grjca_kernels import ops, reference, shapes
 from grjca_kernels.backends import choose
 from grjca_kernels.shapes import Gates, Layer, Linear
 
+NO_SCRIPT = (
+    "grjca_kernels: torch.jit can neither script nor trace the kernels. torch.compile speeds a model up with them, and "
+    "torch.export and torch.onnx.export save it."
+)
+
+
+def refuse_tracing() -> None:
+    """Refuse a call in torch.jit.trace, except where ONNX is made by it."""
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():  # type: ignore[attr-defined]
+        raise RuntimeError(NO_SCRIPT)
+
 
 def gated_rjca(
     features: Sequence[Tensor],
@@ -61,6 +72,7 @@ def gated_rjca(
         ValueError, TypeError: for anything outside the above, before anything runs.
         RuntimeError: if a named backend cannot run, with its reason.
     """
+    refuse_tracing()
     shapes.check_structure(features, layers, gates)
     for name, flag in (("concat", concat), ("return_gates", return_gates), ("return_iterates", return_iterates)):
         shapes.check_flag(name, flag)
@@ -78,7 +90,7 @@ def gated_rjca(
         lengths=lengths,
         seed=seed,
     )
-    chosen = choose(backend, features[0])
+    chosen = "reference" if torch.onnx.is_in_onnx_export() else choose(backend, features[0])
     seed = reference.draw_seed(problem, seed, features[0].device)
     gates = gates if problem.gate_ways else ()
     if chosen == "reference":

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from grjca_kernels import released, shapes
 from grjca_kernels.backends import CHOICES
-from grjca_kernels.functional import gated_rjca
-from grjca_kernels.shapes import Gates, Layer, Linear
+from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
+from grjca_kernels.projections import as_linear
+from grjca_kernels.shapes import Gates, Layer
 
 MODALITIES = ("visual", "audio")
 OUTPUTS = ("pair", "concat")
@@ -34,7 +35,8 @@ class GatedRJCAFused(nn.Module):
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         device, dtype: of the parameters.
 
-    Parameters start as the authors' do: xavier_uniform weights, zero biases.
+    Parameters start as the authors' do: xavier_uniform weights, zero biases. ``load_state_dict`` takes the authors'
+    names too. The projections are torch.nn.Linear that hold weights: their forward and hooks on it are never called.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -116,8 +118,11 @@ class GatedRJCAFused(nn.Module):
         modality [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per modality
         [T, B, L, d_m].
         """
+        refuse_tracing()
         for name, x, d_m in zip(MODALITIES, (visual, audio), self.dims, strict=True):
-            if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1:] != (self.length, d_m):
+            if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3:
+                continue  # refused below
+            if x.shape[1] != self.length or x.shape[2] != d_m:
                 raise ValueError(
                     f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; "
                     f"pad shorter sequences to L = {self.length} and pass their true `lengths`."
@@ -141,7 +146,7 @@ class GatedRJCAFused(nn.Module):
     def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
         layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
-        gates = tuple(tuple(_as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
+        gates = tuple(tuple(as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
         return layers, gates
 
     @classmethod
@@ -152,6 +157,7 @@ class GatedRJCAFused(nn.Module):
         prefix: str | None = None,
         normalize: bool | None = None,
         output: str | None = None,
+        keep_parameters: bool = False,
         **overrides: Any,
     ) -> GatedRJCAFused:
         """The module with the weights of the authors' block.
@@ -161,6 +167,8 @@ class GatedRJCAFused(nn.Module):
             prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
             normalize: default True for "flat" and "hierarchical" gating, else False, as in their code.
             output: default "concat", and "pair" for a bare DCNLayer.
+            keep_parameters: take over the very Parameters of ``source``, a module, instead of copies of them, so that
+                an optimiser that holds them trains on, with its state.
             **overrides: any other argument of the constructor that the weights don't fix: dropout, backend, device, ...
 
         L, the widths, T and the gating are read from the shapes. At T = 1 a gate of two ways is "flat" under the name
@@ -169,18 +177,31 @@ class GatedRJCAFused(nn.Module):
 
         Raises:
             ValueError: naming the key that is missing or has the wrong shape.
+            TypeError: for ``keep_parameters`` with a state_dict, or with another device or dtype.
         """
+        shapes.check_flag("keep_parameters", keep_parameters)
         config, weights, theirs = released.read(source, prefix)
         chosen = {"normalize": normalize, "output": output}
         config.update({name: value for name, value in chosen.items() if value is not None}, **overrides)
+        if keep_parameters:
+            weights = released.parameters(source, theirs, overrides)
         module = cls(**config)
-        released.load(module, weights, theirs)
+        released.load(module, weights, theirs, assign=keep_parameters)
         return module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        released.rename(self, state_dict, prefix)  # so that checkpoints of the authors' models load as they are
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __prepare_scriptable__(self) -> None:
+        """Called by torch.jit.script."""
+        raise RuntimeError(NO_SCRIPT)
 
     def to_released(self) -> dict[str, Tensor]:
         """The weights under the authors' names, with the ``coattn.`` of their blocks unless there are no gates.
 
-        The inverse of :meth:`from_released`. Like ``state_dict`` it shares memory with the parameters.
+        The inverse of :meth:`from_released`. Like ``state_dict`` it shares memory with the parameters, except where a
+        projection is parametrized, pruned or adapted: there it holds the weights that count.
 
         Raises:
             ValueError: for the paper form, which the authors' modules cannot hold.
@@ -217,17 +238,5 @@ class _Iteration(nn.Module):
         self.output = nn.ModuleDict({name: linear(width, d_m) for name, d_m in by_name.items()})
 
     def as_layer(self) -> Layer:
-        groups = (
-            tuple(_as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output)
-        )
-        return Layer(None if self.query is None else _as_linear(self.query), *groups)
-
-
-def _as_linear(module: nn.Module) -> Linear:
-    if not isinstance(module, nn.Linear):  # an adapter or quantised layer: its own forward would be passed over
-        raise TypeError(
-            f"GatedRJCAFused: expected its projections to be torch.nn.Linear, got {type(module).__qualname__}. "
-            "The kernels read weights and never call the projections: merge adapters into the weights, or use "
-            "torch.nn.utils.parametrize, which they see."
-        )
-    return Linear(module.weight, module.bias)
+        groups = (tuple(as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output))
+        return Layer(None if self.query is None else as_linear(self.query), *groups)

@@ -1,4 +1,4 @@
-"""The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, autocast.
+"""The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, FLOPs.
 
 Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on
 tensors allocated here. A new backend therefore registers nothing.
@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from grjca_kernels import shapes
-from grjca_kernels.backends import TABLE
+from grjca_kernels import flops, shapes
+from grjca_kernels.backends import TABLE, constant_when_compiled
 from grjca_kernels.shapes import Gates, Layer, Problem
 
 _OPTIONS = (
     "int iterations, str gating, str form, float dropout, float temperature, bool normalize, bool shared, "
     "bool concat, bool return_gates, str backend"
 )
+_PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("grjca", "DEF")
 _library.define(
     f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]"
@@ -60,6 +63,7 @@ def gated_rjca(
     if torch.compiler.is_compiling():  # traced as one operator, whose own gradient is GatedRJCA
         results = torch.ops.grjca.forward(list(features), parameters, lengths, seed, *options)
     else:  # torch.func needs to see the autograd.Function itself
+        _check_plain(*features, *parameters)
         results = GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters)
     count = 1 if concat else len(features)
     values: list[Any] = [None] * len(features)
@@ -71,11 +75,27 @@ def gated_rjca(
     return list(results[:count]), list(iterates), values
 
 
+def _check_plain(*tensors: Tensor) -> None:
+    """Refuse tensors that have no memory of their own: sharded, quantised."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            raise TypeError(
+                f"gated_rjca: expected plain tensors, got a {type(tensor).__name__} of shape {list(tensor.shape)}. The "
+                "kernels read memory: make a plain tensor of it, use backend='reference', or, with FSDP2, apply "
+                "fully_shard to the whole block and not to its projections."
+            )
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast is set to for this device type, or None where it is off or does not exist."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+@constant_when_compiled  # PyTorch 2.4 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 # ---- forward
@@ -85,19 +105,8 @@ def _problem(
     features: Sequence[Tensor], parameters: Sequence[Tensor], lengths: Tensor | None, options: tuple
 ) -> Problem:
     """Checks a raw call of the operator as strictly as the public function does: kernels are handed addresses."""
-    iterations, gating, form, dropout, temperature, normalize, shared = options[:7]
-    problem = Problem(
-        batch=features[0].shape[0],
-        length=features[0].shape[1],
-        widths=tuple(x.shape[2] for x in features),
-        iterations=iterations,
-        gating=gating,
-        form=form,
-        dropout=dropout,
-        temperature=temperature,
-        normalize=normalize,
-        shared=shared,
-    )
+    iterations, gating, form, dropout, temperature, normalize, _ = options[:7]
+    problem = _described([x.shape for x in features], options)
     if len(parameters) != shapes.parameter_count(problem):
         raise ValueError(
             f"parameters: expected {shapes.parameter_count(problem)} tensors in the order of shapes.flatten(), "
@@ -115,6 +124,23 @@ def _problem(
         temperature=temperature,
         normalize=normalize,
         lengths=lengths,
+    )
+
+
+def _described(shapes_of_features: Sequence[Sequence[int]], options: tuple) -> Problem:
+    """As it would be if the call were legal."""
+    iterations, gating, form, dropout, temperature, normalize, shared = options[:7]
+    return Problem(
+        batch=shapes_of_features[0][0],
+        length=shapes_of_features[0][1],
+        widths=tuple(shape[2] for shape in shapes_of_features),
+        iterations=iterations,
+        gating=gating,
+        form=form,
+        dropout=dropout,
+        temperature=temperature,
+        normalize=normalize,
+        shared=shared,
     )
 
 
@@ -192,8 +218,25 @@ for _device in ("CPU", "CUDA"):
 
 # ---- differentiation
 
+_WAY_OUT = "backend='reference' has it, for PyTorch differentiates that any number of times, in any way."
 
-class GatedRJCA(torch.autograd.Function):
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """What is refused of both functions, in a sentence."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "gated_rjca: the kernels have no vmap. Make the mapped dimension part of the batch, or use "
+            "backend='reference'."
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+        raise RuntimeError(f"gated_rjca: the kernels have no forward-mode derivative. {_WAY_OUT}")
+
+
+class GatedRJCA(_OnceDifferentiable):
     """``grjca::forward`` with ``grjca::backward`` as its gradient. Saves the arguments and the iterates only."""
 
     @staticmethod
@@ -221,15 +264,8 @@ class GatedRJCA(torch.autograd.Function):
         )
         return (None, None, None, None, *(next(computed) if wanted else None for wanted in needed))
 
-    @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            "gated_rjca: the kernels have no vmap. Make the mapped dimension part of the batch, or use "
-            "backend='reference'."
-        )
 
-
-class GatedRJCAGradient(torch.autograd.Function):
+class GatedRJCAGradient(_OnceDifferentiable):
     """``grjca::backward``, with a gradient that says that there is none."""
 
     @staticmethod
@@ -244,10 +280,7 @@ class GatedRJCAGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            "gated_rjca: the kernels have no second derivative. For double backward use backend='reference', "
-            "which PyTorch differentiates any number of times."
-        )
+        raise RuntimeError(f"gated_rjca: the kernels have no second derivative. {_WAY_OUT}")
 
 
 for _function in (GatedRJCA, GatedRJCAGradient):  # or apply() would work the signature out at every call
@@ -279,3 +312,21 @@ def _backward_autograd(  # type: ignore[no-untyped-def]
 
 _library.impl("forward", _forward_autograd, "Autograd")
 _library.impl("backward", _backward_autograd, "Autograd")
+
+
+# ---- FLOPs, for torch.utils.flop_counter.FlopCounterMode
+
+
+def _forward_flops(features, parameters, lengths, seed, *options, **_):  # type: ignore[no-untyped-def]
+    return flops.forward(_described(features, options))
+
+
+def _backward_flops(  # type: ignore[no-untyped-def]
+    grads, features, parameters, lengths, seed, iterates, needed, *options, **_
+):
+    return flops.backward(_described(features, options), needed)
+
+
+# Not register_flop_formula: PyTorch 2.4's enters operators that are not its own under a name it does not look for.
+flop_registry[torch.ops.grjca.forward] = shape_wrapper(_forward_flops)
+flop_registry[torch.ops.grjca.backward] = shape_wrapper(_backward_flops)

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from grjca_kernels.projections import as_linear
+
 if TYPE_CHECKING:
     from grjca_kernels.module import GatedRJCAFused
 
-_FIRST = re.compile(r"(.*?)((?:coattn\.)?)dcn_layers\.0\.dense_coattn\.query_linear\.weight")
+_FIRST_KEY = "dcn_layers.0.dense_coattn.query_linear.weight"
+_FIRST = re.compile(rf"(.*?)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
 _DEAD = re.compile(r"text_gating_fc_layer|vregressor\.|aregressor\.|Joint\.")
 _METADATA = "grjca_gating"  # key in the state_dict's metadata: at T = 1 the shapes do not tell "flat" from "dynamic"
 
@@ -93,8 +96,24 @@ def read(
     return config, weights, {ours: prefix + theirs for ours, theirs in ours_to_theirs.items()}
 
 
-def load(module: GatedRJCAFused, weights: Mapping[str, Tensor], theirs: Mapping[str, str]) -> None:
-    """Copy ``weights`` into ``module``; a wrong shape is refused under the authors' name."""
+def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The Parameters of ``source`` themselves, under our names."""
+    if not isinstance(source, nn.Module):
+        raise TypeError(f"keep_parameters: expected a module as source, got {type(source).__name__}.")
+    for name in ("device", "dtype"):
+        if name in overrides:
+            raise TypeError(f"keep_parameters: expected no {name}, which is that of the parameters, got one.")
+    held = dict(source.named_parameters(remove_duplicate=False))
+    missing = [name for name in theirs.values() if name not in held]
+    if missing:
+        raise TypeError(f"keep_parameters: expected source.{missing[0]} to be a Parameter, got another tensor.")
+    return {ours: held[name] for ours, name in theirs.items()}
+
+
+def load(
+    module: GatedRJCAFused, weights: Mapping[str, Tensor], theirs: Mapping[str, str], assign: bool = False
+) -> None:
+    """Copy ``weights`` into ``module``, or put them there; a wrong shape is refused under the authors' name."""
     expected = module.state_dict()
     if expected.keys() != weights.keys():
         differing = sorted(expected.keys() ^ weights.keys())[0]
@@ -108,7 +127,25 @@ def load(module: GatedRJCAFused, weights: Mapping[str, Tensor], theirs: Mapping[
             raise ValueError(
                 f"source[{theirs[ours]!r}]: expected shape {list(expected[ours].shape)}, got {list(tensor.shape)}."
             )
-    module.load_state_dict(weights)
+    if not assign:
+        module.load_state_dict(weights)
+        return
+    for ours, parameter in weights.items():  # load_state_dict(assign=True) would make frozen ones trainable
+        path, _, kind = ours.rpartition(".")
+        setattr(module.get_submodule(path), kind, parameter)
+
+
+def rename(module: GatedRJCAFused, state: dict[str, Any], prefix: str) -> None:
+    """Bring the authors' names under ``prefix`` in a state_dict to ours, and drop what has no effect on the output."""
+    found = [inner for inner in ("coattn.", "") if f"{prefix}{inner}{_FIRST_KEY}" in state]
+    if not found or module.form != "released" or module.share_weights:
+        return
+    for key in [key for key in state if key.startswith(prefix) and _DEAD.match(key, len(prefix))]:
+        del state[key]
+    for ours, theirs in names(module.iterations, module.gating, found[0]):
+        for kind in ("weight", "bias"):
+            if (key := f"{prefix}{theirs}.{kind}") in state:
+                state[f"{prefix}{ours}.{kind}"] = state.pop(key)
 
 
 def write(module: GatedRJCAFused) -> dict[str, Tensor]:
@@ -118,13 +155,13 @@ def write(module: GatedRJCAFused) -> dict[str, Tensor]:
             "to_released: expected form='released', got form='paper', which has no biases; "
             "the authors' modules cannot hold it."
         )
-    state = module.state_dict()
     result: OrderedDict[str, Tensor] = OrderedDict()
     for ours, theirs in names(module.iterations, module.gating, "" if module.gating == "none" else "coattn."):
         if module.share_weights:
             ours = re.sub(r"^layers\.\d+", "layers.0", ours)
-        for kind in ("weight", "bias"):
-            result[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
+        weight, bias = as_linear(module.get_submodule(ours))
+        assert bias is not None
+        result |= {f"{theirs}.weight": weight.detach(), f"{theirs}.bias": bias.detach()}
     result._metadata = {_METADATA: module.gating}  # type: ignore[attr-defined]
     return result
 
@@ -132,7 +169,7 @@ def write(module: GatedRJCAFused) -> dict[str, Tensor]:
 def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
     """The prefix of the block, and "coattn." or "" for what follows it."""
     found = {match.group(1): match.group(2) for key in state if (match := _FIRST.fullmatch(str(key)))}
-    wanted = "[coattn.]dcn_layers.0.dense_coattn.query_linear.weight"
+    wanted = f"[coattn.]{_FIRST_KEY}"
     if prefix is None:
         if len(found) == 1:
             return next(iter(found.items()))

@@ -5,7 +5,6 @@ Letters are those of ``operator.md``: B batch, L sequence length, M modalities o
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,15 +73,11 @@ class Problem:
         return gate_ways(self.gating, self.iterations)
 
 
-@functools.cache
 def gate_ways(gating: str, iterations: int) -> tuple[int, ...]:
     """Number of ways of each gate of one modality, in the order of :data:`Gates`."""
-    return {
-        "none": (),
-        "dynamic": (2,),
-        "flat": (iterations + 1,),
-        "hierarchical": (*range(2, iterations + 2), iterations),
-    }[gating]
+    if gating == "hierarchical":
+        return (*range(2, iterations + 2), iterations)
+    return {"none": (), "dynamic": (2,), "flat": (iterations + 1,)}[gating]
 
 
 def modality_names(count: int) -> tuple[str, ...]:
@@ -178,7 +173,7 @@ def check(
 def _likeness(value: Any) -> Any:
     """All of an argument that its check looks at; equal for no two of which only one is legal."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout
+        return value.is_nested or value.shape, value.dtype, value.device, value.layout  # a nested one may have no shape
     if isinstance(value, (tuple, list)):
         return type(value), *map(_likeness, value)
     return type(value), value
@@ -202,7 +197,7 @@ def _check(
     check_flag("normalize", normalize)
     total = len(layers) if iterations is None else iterations
     check_options(iterations=total, gating=gating, form=form, dropout=dropout, temperature=temperature)
-    if len(layers) not in (1, total):
+    if len(layers) != 1 and len(layers) != total:  # not `in`: PyTorch 2.4 compiles that wrongly where total is symbolic
         raise ValueError(f"layers: expected {total} of them (one per iteration) or 1 (shared), got {len(layers)}.")
 
     batch, length, widths = _check_features(features)
@@ -243,6 +238,11 @@ def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: 
     for name, x in zip(modality_names(len(features)), features, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor [B, L, d], got {_kind(x)}.")
+        if x.is_nested:
+            raise TypeError(
+                f"{name}: expected a strided (dense) tensor, got a nested one (layout {x.layout}); pad it, by "
+                "torch.nested.to_padded_tensor(x, 0.0, (B, L, d)), and pass lengths=x.offsets().diff()."
+            )
     if isinstance(layers, Tensor) or not isinstance(layers, Sequence) or len(layers) == 0:
         raise TypeError(f"layers: expected Layers in a sequence, one per iteration or one shared, got {_kind(layers)}.")
     for t, layer in enumerate(layers):
@@ -295,8 +295,7 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
     for name, x in zip(names, features, strict=True):
         if x.layout is not torch.strided:
             raise TypeError(
-                f"{name}: expected a strided (dense) tensor, got layout {x.layout}; "
-                "pad nested or sparse input and pass `lengths`."
+                f"{name}: expected a strided (dense) tensor, got layout {x.layout}; make it one by x.to_dense()."
             )
         if x.dim() != 3:
             raise ValueError(
@@ -309,7 +308,7 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
             raise ValueError(f"{name}: expected L >= 1 and d >= 1, got shape {list(x.shape)}.")
     first = features[0]
     for name, x in zip(names[1:], features[1:], strict=True):
-        if x.shape[:2] != first.shape[:2]:
+        if x.shape[0] != first.shape[0] or x.shape[1] != first.shape[1]:
             raise ValueError(
                 f"{name}: expected the batch and length of {names[0]}, {list(first.shape[:2])}, "
                 f"got {list(x.shape[:2])} in a tensor of shape {list(x.shape)}."
@@ -362,7 +361,7 @@ def _check_parameter(name: str, given: Tensor | None, shape: tuple[int, ...] | N
         return
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {list(shape)}, got {type(given).__name__}.")
-    if tuple(given.shape) != shape:
+    if given.dim() != len(shape) or any(size != expected for size, expected in zip(given.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(given.shape)}.")
     if given.dtype != like.dtype:
         raise TypeError(

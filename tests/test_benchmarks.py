@@ -275,7 +275,7 @@ def test_whatever_is_measured_of_triton_is_measured_of_cuda():
 
 
 def test_the_plan_names_what_there_is():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from benchmarks import ceilings, gpu_parts
 
     planned = {row for _, plan in gpu.stages().values() for row in plan}
@@ -366,7 +366,7 @@ def test_report_of_a_gpu(published):
 @pytest.mark.parametrize("name", ["abaw", "clip", "light"])
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_every_step_has_a_name(name, form):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from benchmarks import gpu_parts
     from grjca_kernels import config
 
@@ -389,7 +389,7 @@ def test_every_step_has_a_name(name, form):
 @pytest.mark.parametrize("name", ["abaw", "clip", "light"])
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_every_step_of_cuda_has_a_name(name, form):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from benchmarks import gpu_parts
 
     shape = SHAPES[name]
@@ -412,7 +412,7 @@ def plan_of(shape, backward, resident, form="released"):
 @pytest.mark.skipif(not hasattr(cuda._native, "CudaLaunch"), reason="built without nvcc")
 def test_what_the_sanitizers_run_reaches_every_kind_of_launch():
     """If csrc/cuda/plan.h chooses otherwise, gpu_parts.RESIDENT wants other numbers."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from benchmarks import gpu_parts
 
     forward, backward = (
@@ -431,7 +431,7 @@ def test_what_the_sanitizers_run_reaches_every_kind_of_launch():
 
 def test_ceilings_in_the_interpreter():
     """That the small kernels run at all; their times here say nothing."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     if not triton_is_interpreted():
         pytest.skip("on a GPU they are measured")
     from benchmarks import ceilings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,10 @@ from cuda_build import KERNELS, KIB, REGISTERS, SHARED, Built, count
 from grjca_kernels import cuda
 from grjca_kernels.shapes import Problem
 
-pytestmark = pytest.mark.skipif(cuda_build.nvcc() is None, reason="needs nvcc, which compiles the CUDA C++ kernels")
+pytestmark = [
+    pytest.mark.skipif(cuda_build.nvcc() is None, reason="needs nvcc, which compiles the CUDA C++ kernels"),
+    pytest.mark.skipif(not Path(__file__).parents[1].joinpath("csrc").exists(), reason="needs the sources"),
+]
 NAMES = getattr(cuda._native, "cuda_architectures", "") or "80;90"
 ALL = [f"{kernel}-sm_{name}" for kernel in KERNELS for name in NAMES.split(";")]
 OLDEST = min((name for name in NAMES.split(";") if name.isdecimal()), key=int, default=None)

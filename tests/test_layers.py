@@ -11,9 +11,10 @@ import grjca_kernels
 
 ROOT = Path(__file__).parent.parent
 KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
+pytestmark = mark.skipif(not KERNELS.exists(), reason="needs the sources")
 ORDER = [
     "shapes", "dropout", "reference", "derivation", "precision", "config", "triton", "cuda", "cpu", "verification",
-    "backends", "ops", "functional", "released", "module", "__init__",
+    "backends", "flops", "ops", "functional", "projections", "released", "module", "__init__",
 ]  # fmt: skip
 
 

@@ -212,16 +212,15 @@ def step(module: torch.nn.Module, x: tuple[Tensor, ...], incoming: list[Tensor],
     return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves), *gradients]
 
 
-@mark.parametrize("compiler", ["aot_eager", "inductor"])
 @mark.parametrize("gating, with_lengths", [("flat", False), ("hierarchical", True)])
-def test_compile_without_graph_breaks(compiler, gating, with_lengths):
+def test_compile_without_graph_breaks(gating, with_lengths):
     torch.compiler.reset()
     module = GatedRJCAFused(5, 3, 4, gating=gating, normalize=True, backend="cpu", dropout=0.0)
     x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
     incoming = cotangents(x)
     lengths = torch.tensor([4, 2]) if with_lengths else None
     expected = step(module, x, incoming, lengths)
-    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(compiled, x, incoming, lengths), expected, rtol=0, atol=0)
 
 

@@ -370,3 +370,72 @@ def test_what_goes_out_is_a_state_dict(tmp_path):
 def test_the_paper_form_cannot_go_out():
     with pytest.raises(ValueError, match=r"to_released: expected form='released', got form='paper'"):
         GatedRJCAFused(D_V, D_A, L, form="paper").to_released()
+
+
+# ---- the Parameters themselves, and the authors' names in load_state_dict
+
+
+@mark.parametrize("name", SOURCES)
+def test_parameters_are_kept(name):
+    source = SOURCES[name][0]()
+    held = {id(parameter) for parameter in source.parameters()}
+    module = load(source, keep_parameters=True)
+    assert {id(parameter) for parameter in module.parameters()} == held
+    assert_same_weights(module, load(source))
+    source.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in load(source, keep_parameters=True).parameters())
+
+
+def test_parameters_that_are_tied_stay_so():
+    source = GRJCA()
+    source.coattn.dcn_layers[1].linears[0][0].weight = source.coattn.dcn_layers[0].linears[0][0].weight
+    module = load(source, keep_parameters=True)
+    assert module.layers[0].output["visual"].weight is module.layers[1].output["visual"].weight
+
+
+@mark.parametrize(
+    "source, options, part",
+    [
+        (lambda: GRJCA().state_dict(), {}, "expected a module as source, got OrderedDict"),
+        (GRJCA, {"dtype": torch.float64}, "expected no dtype"),
+        (GRJCA, {"device": "meta"}, "expected no device"),
+    ],
+    ids=["state_dict", "dtype", "device"],
+)
+def test_parameters_that_cannot_be_kept(source, options, part):
+    with pytest.raises(TypeError, match=f"keep_parameters: {part}"):
+        load(source(), keep_parameters=True, **options)
+
+
+def test_a_buffer_is_no_parameter():
+    source = GRJCA()
+    query = source.coattn.dcn_layers[0].dense_coattn.query_linear
+    weight = query.weight.detach()
+    del query.weight
+    query.register_buffer("weight", weight)
+    with pytest.raises(TypeError, match=r"source\.coattn.*query_linear\.weight to be a Parameter"):
+        load(source, keep_parameters=True)
+
+
+@mark.parametrize("name", SOURCES)
+def test_load_state_dict_takes_their_names(name):
+    source = SOURCES[name][0]()
+    module = load(SOURCES[name][0]())
+    state = source.state_dict()
+    before = list(state)
+    assert module.load_state_dict(state) == ([], [])
+    assert_same_weights(module, load(source))
+    assert list(state) == before  # the caller's own is left alone
+
+
+def test_load_state_dict_takes_what_has_no_effect_for_nothing():
+    module = load(GRJCA())
+    assert module.load_state_dict(GRJCAWithLeftovers().state_dict()) == ([], [])
+    unknown = {**GRJCA().state_dict(), "coattn.other.weight": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*coattn\.other\.weight"):
+        module.load_state_dict(unknown)
+
+
+def test_load_state_dict_of_another_gating_is_refused():
+    with pytest.raises(RuntimeError, match=r"Missing key.*gates\.visual"):
+        load(GRJCA()).load_state_dict(HGRJCA().state_dict())

@@ -79,8 +79,9 @@ FEATURES = [
     param(lambda x: None, 2, TypeError, "a tensor", "NoneType", id="None"),
     param(lambda x: x.to_sparse(), 1, TypeError, "dense", "sparse", id="sparse"),
     param(
-        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), 1, TypeError, "dense", "jagged", id="nested"
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), 1, TypeError, "dense", "jagged", id="jagged"
     ),
+    param(lambda x: torch.nested.nested_tensor(list(x)), 2, TypeError, "dense", "nested", id="nested"),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from pytest import fixture, importorskip, mark
 from torch import Tensor
 
-importorskip("triton")
+importorskip("triton", minversion="3.6")
 from behaviour import (
     check_absent_frames,
     check_bad_number,

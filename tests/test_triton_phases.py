@@ -14,7 +14,7 @@ import torch
 from pytest import fixture, importorskip, mark
 from torch import Tensor
 
-importorskip("triton")
+importorskip("triton", minversion="3.6")
 import triton
 import triton.language as tl
 

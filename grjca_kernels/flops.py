@@ -1,0 +1,64 @@
+"""What a call costs in floating-point operations, as torch.utils.flop_counter counts: a product [m, k] [k, n] is 2mkn.
+
+K J comes first, and then V C, as in every backend. Frames that ``lengths`` marks as absent count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from grjca_kernels.shapes import Problem
+
+
+class Product(NamedTuple):
+    """One for every sample: ``size`` is m k n; ``reads`` is t if an operand is X^t; ``weight`` counts the weights."""
+
+    size: int
+    reads: int | None = None
+    weight: int | None = None
+    recomputed: bool = True
+
+
+def forward(problem: Problem) -> int:
+    """Of all iterations and gates."""
+    return 2 * problem.batch * sum(product.size for product in _products(problem))
+
+
+def backward(problem: Problem, needed: Sequence[bool]) -> int:
+    """Recomputing what the forward did not keep, and two products for each of its own, less those nobody asks for.
+
+    ``needed`` says of every feature and parameter, in the order of :func:`shapes.flatten`, whether its gradient is.
+    """
+    of_features, of_parameters = needed[: len(problem.widths)], needed[len(problem.widths) :]
+    of_weights = of_parameters[:: 2 if problem.released else 1]
+
+    def times(product: Product) -> int:
+        into_features = product.reads != 0 or any(of_features)
+        into_weight = product.weight is None or of_weights[product.weight]
+        return product.recomputed + into_features + into_weight
+
+    return 2 * problem.batch * sum(product.size * times(product) for product in _products(problem))
+
+
+def _products(problem: Problem) -> Iterator[Product]:
+    length, width, widths = problem.length, problem.width, problem.widths
+    weight = 0
+    for t in range(problem.iterations):
+        weight = 0 if problem.shared else weight
+        sizes = [length * width**2] * problem.released  # J
+        sizes += [length**2 * d_m for d_m in widths] + [length * d_m**2 for d_m in widths]  # K, V
+        for size in sizes:
+            yield Product(size, reads=t, weight=weight)
+            weight += 1
+        for d_m in widths:
+            yield Product(length * d_m * width, reads=None if problem.released else t)  # K J
+            yield Product(length * d_m * width)  # V C
+            yield Product(
+                length * width * d_m, weight=weight, recomputed=problem.released
+            )  # U, for the sign in its relu
+            weight += 1
+    for d_m in widths:
+        for ways in problem.gate_ways:
+            yield Product(length * d_m * ways, reads=problem.iterations, weight=weight)
+            weight += 1

@@ -1,0 +1,105 @@
+"""Tools of PyTorch"""
+
+import pytest
+import torch
+from pytest import fixture, mark, param
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import BACKENDS
+from grjca_kernels import GatedRJCAFused
+from test_released import D_A, D_V, L
+
+on_devices = mark.parametrize("device", ["cpu", param("cuda", marks=mark.gpu)])
+
+
+def inputs(device: str = "cpu", requires_grad: bool = True) -> list[torch.Tensor]:
+    return [torch.randn(3, L, d_m, device=device, requires_grad=requires_grad) for d_m in (D_V, D_A)]
+
+
+def count(requires_grad: bool, frozen: str, **options) -> list[int]:
+    """FLOPs of a forward and a backward."""
+    module = GatedRJCAFused(D_V, D_A, L, dropout=0.0, **options)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
+    counts = []
+    with FlopCounterMode(display=False) as counter:
+        y = module(*inputs(requires_grad=requires_grad))
+    counts.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        sum(t.sum() for t in y).backward()
+    return [*counts, counter.get_total_flops()]
+
+
+OPTIONS = [
+    {"gating": "none"},
+    {"gating": "flat", "iterations": 3},
+    {"gating": "hierarchical", "iterations": 3},
+    {"gating": "dynamic", "share_weights": True, "iterations": 4},
+    {"form": "paper"},
+]
+
+
+@mark.parametrize("frozen, requires_grad", [("", True), ("", False), ("key", True), ("gates", False)])
+@mark.parametrize("options", OPTIONS, ids=str)
+def test_flops(options, frozen, requires_grad):
+    """`FlopCounterMode`: the products of the reference, and in the backward those that recompute besides"""
+    forward, backward = count(requires_grad, frozen, backend="reference", **options)
+    ours = count(requires_grad, frozen, **options)
+    if "cpu" not in BACKENDS:
+        assert ours == [forward, backward]
+        return
+    kept = sum(2 * 3 * L * (D_V + D_A) * d_m for d_m in (D_V, D_A)) * 2 if options.get("form") == "paper" else 0  # U
+    assert ours == [forward, backward + forward - kept]
+
+
+@on_devices
+def test_profiler(device):
+    """`torch.profiler` shows `grjca::forward` and `grjca::backward`, each once per call"""
+    module, x = GatedRJCAFused(D_V, D_A, L, device=device), inputs(device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    sum(y.sum() for y in module(*x)).backward()
+    with profile(activities=activities) as profiler:
+        sum(y.sum() for y in module(*x)).backward()
+    shown = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("grjca::")}
+    assert shown == ({"grjca::forward": 1, "grjca::backward": 1} if device == "cuda" or "cpu" in BACKENDS else {})
+
+
+@fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@on_devices
+def test_deterministic(deterministic, device):
+    """`torch.use_deterministic_algorithms(True)`: runs, and gives the same bits every time"""
+    module, x = GatedRJCAFused(D_V, D_A, L, gating="hierarchical", device=device), inputs(device)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        y = module(*x)
+        results.append([*y, *torch.autograd.grad(sum(t.square().sum() for t in y), [*x, *module.parameters()])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_anomaly_mode():
+    """`torch.autograd.detect_anomaly` finds the NaN, and is silent without one"""
+    module = GatedRJCAFused(D_V, D_A, L, dropout=0.0)
+    x = inputs()
+    with torch.autograd.detect_anomaly():
+        sum(y.sum() for y in module(*x)).backward()
+        with torch.no_grad():
+            x[0][0, 0, 0] = torch.nan
+        with pytest.raises(RuntimeError, match="returned nan"):
+            sum(y.sum() for y in module(*x)).backward()
+
+
+def test_skeleton():
+    """The meta device: shapes without memory, as `accelerate` and `FakeTensorMode` use it"""
+    module = GatedRJCAFused(256, 128, 300, gating="hierarchical", output="concat", device="meta")
+    y = module(torch.empty(12, 300, 256, device="meta"), torch.empty(12, 300, 128, device="meta"))
+    assert y.shape == (12, 300, 384) and y.device.type == "meta"
+    assert isinstance(module.to_empty(device="cpu"), nn.Module)
