@@ -12,7 +12,7 @@ from pytest import mark
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from grjca_kernels import GatedRJCAFused, ops, reference
+from grjca_kernels import GatedRJCAFused, Layer, Linear, gated_rjca, ops, reference
 from grjca_kernels.backends import choose
 from hosts import HOSTS, batches, build, train
 from test_released import D_A, D_V, L
@@ -295,3 +295,56 @@ def test_norm_by_hooks():
         )
         optimizer.step()
         optimizer.zero_grad()
+
+
+# ---- more than two modalities
+
+
+class ThreeModalities(nn.Module):
+    """Video, audio and text as RJCMA fuses them, with the gates of GRJCA, written around the functional form."""
+
+    widths, iterations = (D_V, D_A, 6), 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = sum(self.widths)
+        self.query = nn.ModuleList(nn.Linear(width, width) for _ in range(self.iterations))
+        self.key, self.value, self.output = (
+            nn.ModuleList(nn.ModuleList(nn.Linear(*size(d_m)) for d_m in self.widths) for _ in range(self.iterations))
+            for size in (lambda _: (L, L), lambda d_m: (d_m, d_m), lambda d_m: (width, d_m))
+        )
+        self.gates = nn.ModuleList(nn.Linear(d_m, self.iterations + 1) for d_m in self.widths)
+
+    def forward(self, *x: torch.Tensor, **options) -> torch.Tensor:
+        def linear(module: nn.Module) -> Linear:
+            return Linear(module.weight, module.bias)
+
+        layers = [
+            Layer(linear(query), *(tuple(map(linear, group)) for group in groups))
+            for query, *groups in zip(self.query, self.key, self.value, self.output, strict=True)
+        ]
+        gates = [(linear(gate),) for gate in self.gates]
+        return gated_rjca(x, layers, gates, gating="flat", normalize=True, concat=True, **options)
+
+
+def test_third_modality():
+    """A third modality, as in RJCMA (video, audio, text): a module around `gated_rjca`, with `lengths`, trained"""
+    torch.manual_seed(0)
+    model = ThreeModalities().double()
+    x = [torch.randn(4, L, d_m, dtype=torch.float64, requires_grad=True) for d_m in model.widths]
+    lengths = torch.tensor([L, 2, 1, L])
+    tensors = [*x, *model.parameters()]
+    results = []
+    for backend in ("auto", "reference"):
+        y = model(*x, lengths=lengths, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    assert_close(*results)
+    optimizer = adam(model.parameters())
+    losses = []
+    for _ in range(30):
+        loss = (model(*x, lengths=lengths) - 0.1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,5 +1,7 @@
 """Tools of PyTorch"""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from pytest import fixture, mark, param
@@ -103,3 +105,41 @@ def test_skeleton():
     y = module(torch.empty(12, 300, 256, device="meta"), torch.empty(12, 300, 128, device="meta"))
     assert y.shape == (12, 300, 384) and y.device.type == "meta"
     assert isinstance(module.to_empty(device="cpu"), nn.Module)
+
+
+def test_threads():
+    """Called from several threads at once, forward and backward: the same bits as alone"""
+    module, x = GatedRJCAFused(D_V, D_A, L, gating="hierarchical", dropout=0.0), inputs()
+
+    def call(_: int = 0) -> list[torch.Tensor]:
+        y = module(*x)
+        return [*y, *torch.autograd.grad(sum(t.square().sum() for t in y), [*x, *module.parameters()])]
+
+    expected = call()
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(call, range(64)):
+            torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+class Fused(torch.utils.data.Dataset):
+    """Samples that are fused where they are loaded."""
+
+    def __init__(self) -> None:
+        self.module = GatedRJCAFused(D_V, D_A, L, output="concat").eval()
+        self.x = [x.detach() for x in inputs()]
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.module(*(x[i : i + 1] for x in self.x))[0]
+
+
+def test_data_loader():
+    """In the worker processes of a `DataLoader`, forked after the block has run: the same bits"""
+    data = Fused()
+    with torch.no_grad():
+        expected = data.module(*data.x)
+    loaded = [*torch.utils.data.DataLoader(data, num_workers=2, timeout=60)]
+    torch.testing.assert_close(torch.cat(loaded), expected, rtol=0, atol=0)
