@@ -10,7 +10,7 @@ NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -nam
 FORMATTED := $(NATIVE) $(wildcard tests/lanes/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest-triton test-all-kernels bench lint format clean
+.PHONY: help install demo test test-oldest-triton test-all-kernels works-with bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ $(OLDEST)/installed: Makefile
 
 test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes an hour
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/compiled.py $(ARGS)
+
+works-with: .venv/installed ## run every test, and publish what passed in README's "Works with"
+	$(BIN)/python tests/works_with/record.py --all
 
 bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -49,11 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     code = 0
     if not arguments.readme:
-        outcomes = Outcomes()
+        outcomes, commit = Outcomes(), arguments.commit or _commit()
         code = int(pytest.main(["-q", *options(), str(FOLDER.parent if arguments.all else FOLDER)], plugins=[outcomes]))
         if not outcomes.counts:
             return code or 1
-        path = keep(outcomes, arguments.commit)
+        path = keep(outcomes, commit)
         print(f"wrote {path}")
     text = README.read_text(encoding="utf-8")
     README.write_text(replaced(text, table(read())), encoding="utf-8")
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def options() -> list[str]:
-    return ["--numprocesses", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    checks = FOLDER.with_name("test_works_with.py")  # of what is about to be written
+    return ["--numprocesses", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", f"--ignore={checks}"]
 
 
 class Outcomes:
@@ -91,13 +92,13 @@ class Outcomes:
         self.uses[key] = list(properties.get("uses", ()))
 
 
-def keep(outcomes: Outcomes, commit: str | None) -> Path:
+def keep(outcomes: Outcomes, commit: str) -> Path:
     record = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "compiler": any(map(shutil.which, ("c++", "g++", "clang++"))),
         "date": datetime.date.today().isoformat(),
-        "commit": commit or _commit(),
+        "commit": commit,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         **{name: outcomes.counts.get(name, 0) for name in ("passed", "failed", "skipped")},
         "tests": dict(sorted(outcomes.tests.items())),
