@@ -222,12 +222,11 @@ def call(function: Callable[..., Any], case: Case, inputs: Inputs, **options: An
         **{**case.options, **options},
     )
     named = {f"Y[{m}]": y for m, y in enumerate(outputs)}
-    named |= {f"X[{m}]": x for m, x in enumerate(extras["iterates"])}
+    named.update({f"X[{m}]": x for m, x in enumerate(extras["iterates"])})
     for m, values in enumerate(extras["gates"]):
         if values is not None:
-            named |= {
-                f"G[{m}][{g}]": value for g, value in enumerate(values if isinstance(values, tuple) else (values,))
-            }
+            stages = values if isinstance(values, tuple) else (values,)
+            named.update({f"G[{m}][{g}]": value for g, value in enumerate(stages)})
     return named
 
 

@@ -162,19 +162,21 @@ def table(records: list[Record]) -> str:
     lines += ["", "| with | what | test | passed with |", "|---|---|---|---|"]
     before = None
     for row in rows():
-        for suffix in ("", GPU):
-            key = f"{row.file}::{row.test}{suffix}"
-            if not any(key in record["tests"] for record in records):
-                continue
-            area = "" if row.area == before else row.area
+        key = f"{row.file}::{row.test}"
+        ran = [_passed_with(name, records) for name in (key, key + GPU)]
+        if any(ran):
+            test = f"[`{row.test}`](tests/works_with/{row.file})"
+            passed = "; ".join(where + said for where, said in zip(("", "on a GPU: "), ran, strict=True) if said)
+            passed = passed.replace("on a GPU: not run: needs a GPU", "**on a GPU: not run**")
+            lines.append(f"| {'' if row.area == before else row.area} | {row.claim} | {test} | {passed} |")
             before = row.area
-            link = f"[{row.file.removesuffix('.py')}](tests/works_with/{row.file}) `{row.test}`"
-            lines.append(f"| {area} | {row.claim}{suffix} | {link} | {_passed_with(key, records)} |")
     return "\n".join(lines)
 
 
 def _passed_with(key: str, records: list[Record]) -> str:
     ran = [record for record in records if key in record["tests"]]
+    if not ran:
+        return ""
     failed = [record["packages"]["torch"] for record in ran if record["tests"][key] == "failed"]
     passed = [record for record in ran if record["tests"][key] == "passed"]
     if not passed and not failed:
