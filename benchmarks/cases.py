@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grjca.eager import GatedRJCAEager
+from benchmarks.baselines import FORMULATIONS
 from grjca.measure import Shape
 from grjca_kernels import GatedRJCAFused, flops, shapes
 
@@ -26,22 +27,35 @@ ROTATED = 4  # sets of inputs that take turns
 SCORES = 1.5  # root mean square of K J / sqrt(d): the whole of tanh, which near zero is linear and hides mistakes
 
 IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {
-    "eager": lambda problem, **options: problem.block(GatedRJCAEager, **options),
-    "compiled": lambda problem, **options: torch.compile(problem.block(GatedRJCAEager, **options), dynamic=False),
+    "eager": lambda problem, **options: problem.block(FORMULATIONS["eager"], **options),
+    "strong": lambda problem, **options: problem.block(FORMULATIONS["strong"], **options),
+    "compiled": lambda problem, **options: compiled(problem, **options),
     "fused": lambda problem, **options: problem.block(GatedRJCAFused, **options),
 }
 
 
+def compiled(problem: Problem, formulation: str = "eager", **options: object) -> nn.Module:
+    """One of the formulations by torch.compile.
+
+    Not with mode="max-autotune": on a processor it timed candidates for more than four minutes without an end, seven
+    seconds for each product of a training step, and took the product of MKL every time that was looked at.
+    """
+    return cast(nn.Module, torch.compile(problem.block(FORMULATIONS[formulation], **options), dynamic=False))
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A shape with its tensors, in float32."""
+    """A shape with its tensors; what ``dtype`` holds of them is what float64 computes with too."""
 
     shape: Shape
+    dtype: torch.dtype = torch.float32
 
     def block(self, kind: type[GatedRJCAFused], **options: object) -> GatedRJCAFused:
         """A block with the weights of this problem."""
-        block = self.shape.block(kind, **options)
+        block = self.shape.block(kind, **{"dtype": self.dtype, **options})
         block.load_state_dict(self.weights)
+        if self.dtype != torch.float32:
+            block.register_forward_pre_hook(_to_its_dtype)  # gate.py brings the inputs in float32
         return block
 
     @cached_property
@@ -55,18 +69,27 @@ class Problem:
                 for x_m, key in zip(x, layer.key, strict=True):
                     scores = F.linear(x_m.mT, *key) @ joint / math.sqrt(joint.shape[-1])
                     key.weight.mul_(SCORES / scores.square().mean().sqrt())
-        return block.state_dict()
+        return {name: value.to(self.dtype) for name, value in block.state_dict().items()}
 
     @cached_property
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
-        return [self.shape.inputs(seed, requires_grad=True) for seed in range(ROTATED)]
+        return [self._input(seed) for seed in range(ROTATED)]
+
+    def _input(self, seed: int) -> tuple[Tensor, Tensor]:
+        visual, audio = (x.to(self.dtype).requires_grad_() for x in self.shape.inputs(seed))
+        return visual, audio
 
     @cached_property
     def gradient(self) -> Tensor:
         """Of the output, [B, L, d]."""
         generator = torch.Generator().manual_seed(ROTATED)
         size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator).to(self.dtype)
+
+
+def _to_its_dtype(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(block.parameters()).dtype
+    return tuple(x.to(dtype) for x in inputs)
 
 
 def flop(shape: Shape) -> int:

@@ -15,6 +15,7 @@ from grjca.measure import SHAPES
 
 SECONDS = 3.0  # of measuring per case, unless FEWEST rounds take longer
 FEWEST, MOST = 5, 50
+CASES = [*((name, torch.float32) for name in SHAPES), ("abaw", torch.bfloat16), ("clip", torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +26,20 @@ def clean() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.fixture(scope="session", params=SHAPES)  # of this scope, so that cases of one shape follow one another
-def shape(request: pytest.FixtureRequest) -> str:
+def _name(case: tuple[str, torch.dtype]) -> str:
+    return f"{case[0]}-{str(case[1]).removeprefix('torch.')}"
+
+
+# Of this scope, so that what is measured of one shape and dtype follows one another.
+@pytest.fixture(scope="session", params=CASES, ids=_name)
+def case(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     return request.param
 
 
 @pytest.fixture(scope="session")
-def subject(shape: str) -> Problem:
-    return Problem(SHAPES[shape])
+def subject(case: tuple[str, torch.dtype]) -> Problem:
+    shape, dtype = case
+    return Problem(SHAPES[shape], dtype)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -41,7 +48,9 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def measure(benchmark: Any, shape: str, subject: Problem, implementation: str) -> Callable[..., None]:
+def measure(
+    benchmark: Any, case: tuple[str, torch.dtype], subject: Problem, implementation: str
+) -> Callable[..., None]:
     """``measure(pass_name, call, before)`` times ``call(visual, audio)`` on inputs that take turns."""
 
     def run(pass_name: str, call: Callable[..., object], before: Callable[[], object]) -> None:
@@ -57,13 +66,14 @@ def measure(benchmark: Any, shape: str, subject: Problem, implementation: str) -
         start = time.perf_counter()
         call(*next(turns))
         rounds = int(SECONDS / (time.perf_counter() - start))
-        benchmark.group = f"{shape}, {pass_name}"
+        dtype = str(subject.dtype).removeprefix("torch.")
+        benchmark.group = f"{case[0]}, {dtype}, {pass_name}"
         benchmark.extra_info.update(
-            shape=shape,
+            shape=case[0],
             batch=subject.shape.batch,
             **{"pass": pass_name},
             implementation=implementation,
-            dtype="float32",
+            dtype=dtype,
             **provenance(),
         )
         benchmark.pedantic(call, setup=setup, rounds=min(max(rounds, FEWEST), MOST))

@@ -1,6 +1,7 @@
 """Publish the benchmarks: ``python -m benchmarks.report``.
 
-It runs them, keeps the rows of this machine in ``results/``, and rewrites the tables of README.md between two markers.
+It runs them, then those of whole_step, roofline and scaling that have not been run yet, keeps the rows of this machine
+in ``results/``, and rewrites the tables of README.md between two markers.
 ``--check`` only fails where those tables are not the ones of the rows. Rows of GPUs, which ``benchmarks.gpu`` keeps in
 ``results/*.jsonl``, get tables too; there need not be any.
 """
@@ -13,19 +14,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from benchmarks import ledger
+from benchmarks import ledger, roofline, scaling, whole_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 MARKERS = "<!-- results -->", "<!-- /results -->"
-COLUMNS = {"eager": "eager", "compiled": "torch.compile", "fused": "fused"}
+COLUMNS = {"eager": "eager, released", "strong": "eager, strong", "compiled": "torch.compile", "fused": "fused"}
 
 Row = dict[str, Any]
 
@@ -40,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.check:
         path = store(rows(arguments.json) if arguments.json else measure(), RESULTS)
         print(f"wrote {path.relative_to(ROOT)}")
+    if not arguments.check and not arguments.json:
+        for part in (whole_step, roofline, scaling):
+            part.main([])
     try:
         text = README.read_text()
         fresh = replaced(text, tables(RESULTS))
@@ -70,54 +74,83 @@ def measure() -> list[Row]:
 
 
 def rows(path: Path) -> list[Row]:
-    """One flat row per case of a file that pytest-benchmark wrote."""
+    """One flat row per case of a file that pytest-benchmark wrote.
+
+    ``samples_ms`` are its times in the order in which they were taken, at most 50, evenly spaced: benchmarks.compare
+    wants them.
+    """
     result = []
     for case in json.loads(path.read_text())["benchmarks"]:
         times = numpy.array(case["stats"]["data"]) * 1e3
         p20, median, p80 = (float(f"{value:.4g}") for value in numpy.percentile(times, [20, 50, 80]))
-        result.append({**case["extra_info"], "rounds": len(times), "ms": median, "ms_p20": p20, "ms_p80": p80})
+        kept = times[numpy.linspace(0, len(times) - 1, min(len(times), 50)).round().astype(int)]
+        samples = [float(f"{value:.4g}") for value in kept]
+        measured = {"rounds": len(times), "ms": median, "ms_p20": p20, "ms_p80": p80, "samples_ms": samples}
+        result.append({**case["extra_info"], **measured})
     return result
 
 
 def store(rows: list[Row], folder: Path) -> Path:
-    """Keep the rows of one machine, a line each."""
+    """Keep the rows of one machine, a line each; the file is the old one or the new one, never a part."""
+    from grjca import files  # here, because it takes safetensors, and reading rows does not
+
     name = re.sub(r"[^a-z0-9]+", "-", f"{rows[0]['device']} {rows[0]['threads']} threads".lower()).strip("-")
     path = folder / f"{name}.json"
     folder.mkdir(exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    files.write_text(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return path
 
 
 def tables(folder: Path) -> str:
-    """A table for every machine; first those of GPUs, if there are any."""
+    """A table for every machine, first those of GPUs; then those of whole steps, ceilings and growth."""
     of_gpus = [gpu_table(ledger.current(ledger.read(path))) for path in sorted(folder.glob("*.jsonl"))]
     of_processors = [table(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    return "\n\n".join([*of_gpus, *of_processors])
+    others = [text(path) for name, text in PARTS.items() for path in sorted((folder / name).glob("*.json"))]
+    return "\n\n".join([*of_gpus, *of_processors, *others])
+
+
+def growth(path: Path) -> str:
+    """What benchmarks.scaling found on a machine."""
+    rows = json.loads(path.read_text())
+    first, plots = rows[0], f"benchmarks/results/{path.parent.name}/{path.stem}"
+    about = (
+        f"Growth around abaw: {first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
+        f"{whole_step.commits(rows)}. The exponent is the slope in the plots of [time]({plots}/scaling.svg) and "
+        f"[memory]({plots}/memory.svg)."
+    )
+    return "\n\n".join([about, scaling.exponents_table(rows).strip(), scaling.capacity_table(rows).strip()])
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "whole_step": lambda path: whole_step.table(json.loads(path.read_text())),
+    "roofline": lambda path: roofline.table(json.loads(path.read_text())),
+    "scaling": growth,
+}
 
 
 def table(rows: list[Row]) -> str:
-    """A line for every shape and pass, with what the fused block gains over each of the others."""
+    """A line for every shape, dtype and pass, with what the fused block gains over the released formulation and over
+    the best of the others."""
     first = rows[0]
+    columns = [name for name in COLUMNS if any(row["implementation"] == name for row in rows)]
     lines = [
-        f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
-        f"commit {first['commit']}: median in milliseconds, and MB saved for the backward.",
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}: "
+        "median in milliseconds, and MB saved for the backward.",
         "",
-        f"| shape | pass | {' | '.join(COLUMNS.values())} | against eager | against compile | saved: eager | fused |",
-        "|---|---|" + "--:|" * (len(COLUMNS) + 4),
+        f"| shape | dtype | pass | {' | '.join(COLUMNS[name] for name in columns)} | against eager | against the best "
+        "other | saved: eager | fused |",
+        "|---|---|---|" + "--:|" * (len(columns) + 4),
     ]
-    for shape, name in dict.fromkeys((row["shape"], row["pass"]) for row in rows):
-        cell = {row["implementation"]: row for row in rows if (row["shape"], row["pass"]) == (shape, name)}
-        ms = {key: cell[key]["ms"] if key in cell else None for key in COLUMNS}
+    places = ("shape", "batch", "dtype", "pass")
+    for place in dict.fromkeys(tuple(row[name] for name in places) for row in rows):
+        cell = {row["implementation"]: row for row in rows if tuple(row[name] for name in places) == place}
+        ms = {key: cell[key]["ms"] if key in cell else None for key in columns}
+        others = [value for key, value in ms.items() if key != "fused" and value is not None]
         saved = [cell[key].get("saved_bytes") if key in cell else None for key in ("eager", "fused")]
-        batch = next(iter(cell.values()))["batch"]
-        lines.append(
-            _line(
-                [f"{shape}, B = {batch}", name]
-                + [_number(ms[key]) for key in COLUMNS]
-                + [_ratio(ms[key], ms["fused"]) for key in ("eager", "compiled")]
-                + [_number(value and value / 1e6) for value in saved]
-            )
-        )
+        shape, batch, dtype, name = place
+        cells = [f"{shape}, B = {batch}", dtype, name, *(_number(ms[key]) for key in columns)]
+        cells += [_ratio(ms.get("eager"), ms.get("fused")), _ratio(min(others, default=None), ms.get("fused"))]
+        lines.append(_line([*cells, *(_number(value and value / 1e6) for value in saved)]))
     return "\n".join(lines)
 
 

@@ -172,7 +172,7 @@ def test_report(published):
     assert [(row["implementation"], row["ms"], row["rounds"]) for row in rows] == [("eager", 200, 3), ("fused", 100, 2)]
     assert rows[0]["ms_p20"] == 140 and rows[0]["ms_p80"] == 260 and rows[0]["commit"] == "abc"
     text = (folder / "README.md").read_text()
-    assert "| abaw, B = 12 | step | 200 |  | 100 | 2.0x |  | 6 | 1 |" in text
+    assert "| abaw, B = 12 | float32 | step | 200 | 100 | 2.0x | 2.0x | 6 | 1 |" in text
     assert text.startswith("before\n<!-- results -->\n") and text.endswith("\n<!-- /results -->\nafter\n")
     assert "old" not in text
 

@@ -1,0 +1,408 @@
+"""What is counted and not timed, against what is recorded: ``python -m benchmarks.counted``.
+
+The same on every run and under any load: memory, operators, FLOP, and instructions of the native kernels under
+valgrind. Whatever differs from ``counted.json`` is printed, and the exit status is 1: what grew is a regression or has
+a reason, and what shrank is to be recorded, so that it cannot grow back. ``--update`` rewrites the file;
+``tests/test_counted.py`` compares with it in CI.
+
+A count is compared only where what made it is what made the recorded one: this PyTorch, or this compiler. PyTorch's
+operators are those that reach the dispatcher below autograd, views among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cases import DROPOUT
+from grjca.eager import GatedRJCAEager
+from grjca.measure import SHAPES, Shape, saved_bytes, threads
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, shapes
+
+RECORDED = Path(__file__).with_name("counted.json")
+UPDATE = "python -m benchmarks.counted --update"
+GATINGS = ("none", "flat", "hierarchical")
+BATCH = 2  # of what autograd does: its memory is per sample, and its operators are the same for any
+DTYPES = (torch.float32, torch.bfloat16)
+
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Counts that the same things decide.
+
+    ``why_not()`` is why they cannot be counted here, or None; ``made_by()`` what they depend on besides the sources.
+    They may grow by a share of ``allowed``.
+    """
+
+    count: Callable[[], Counts]
+    why_not: Callable[[], str | None]
+    made_by: Callable[[], dict[str, str]]
+    allowed: float = 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print every count that changed; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description="Compare counts with the record.")
+    parser.add_argument("--update", action="store_true", help=f"rewrite {RECORDED.name}")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS], metavar="SECTION")
+    arguments = parser.parse_args(argv)
+    with threads(1):  # on these sizes, more would wait for each other
+        return run(arguments.only, arguments.update)
+
+
+def run(names: Iterable[str], update: bool) -> int:
+    """Compare these sections, and record them if ``update``; the exit status."""
+    recorded, changed = read(), 0
+    for name in names:
+        reason = why_not(name, {} if update else recorded)
+        if reason is not None:
+            print(f"{name}: not compared: {reason}")
+            continue
+        counts = SECTIONS[name].count()
+        if name not in recorded:
+            sentences = [f"{name}: nothing is recorded. Run {UPDATE}."]
+        else:
+            sentences = changes(name, recorded[name]["counts"], counts)
+        print("\n".join(sentences) if sentences else f"{name}: {len(counts)} counts, as recorded")
+        changed += len(sentences)
+        if update:
+            recorded[name] = {"made_by": SECTIONS[name].made_by(), "counts": counts}
+    if update:
+        write({name: recorded[name] for name in SECTIONS if name in recorded})
+        print(f"wrote {RECORDED}")
+    return 0 if update else int(changed > 0)
+
+
+# ---- the record
+
+
+def read() -> dict[str, Any]:
+    """Section -> what made its counts, and the counts."""
+    return json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+
+
+def write(recorded: dict[str, Any]) -> None:
+    """A line each, so that a change of one shows as such."""
+    from grjca import files  # here, because it takes safetensors, and comparing does not
+
+    files.write_json(RECORDED, recorded)
+
+
+def why_not(name: str, recorded: dict[str, Any]) -> str | None:
+    """Why a section cannot be counted here, or not be compared with what is recorded; or None."""
+    section = SECTIONS[name]
+    reason = section.why_not()
+    if reason is not None or name not in recorded:
+        return reason
+    was, now = recorded[name]["made_by"], section.made_by()
+    if was == now:
+        return None
+    return f"the record was made by {_described(was)}, and here is {_described(now)}."
+
+
+def changes(name: str, recorded: Counts, counts: Counts) -> list[str]:
+    """A sentence for every count that is not the recorded one, or further off than is allowed."""
+    result = []
+    for key in dict.fromkeys([*recorded, *counts]):
+        was, now = recorded.get(key), counts.get(key)
+        if was is None or now is None:
+            fate = f"is not recorded, and is {now}" if was is None else f"was {was}, and is counted no more"
+            result.append(f"{name}: {key} {fate}. If that is meant, run {UPDATE}.")
+        elif abs(now - was) > SECTIONS[name].allowed * was:
+            result.append(f"{name}: {key} was {was}, and is {now}{_percent(was, now)}. {_advice(now > was)}")
+    return result
+
+
+def _advice(grew: bool) -> str:
+    if grew:
+        return f"It grew: repair that, or, if it is meant, run {UPDATE} and say why in the commit."
+    return f"It shrank: run {UPDATE}, so that it cannot grow back."
+
+
+def _percent(was: int, now: int) -> str:
+    return f" ({100 * (now - was) / was:+.1f} %)" if was else ""
+
+
+def _described(made_by: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made_by.items())
+
+
+# ---- PyTorch
+
+
+class Operators(TorchDispatchMode):
+    """Counts the calls that reach the dispatcher, below autograd, within a ``with`` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.total += 1
+        return func(*args, **(kwargs or {}))
+
+
+def eager() -> Counts:
+    return dict(_of_autograd(GatedRJCAEager))
+
+
+def fused() -> Counts:
+    return dict(_of_autograd(GatedRJCAFused, backend="cpu"))
+
+
+def _of_autograd(kind: type[GatedRJCAFused], **options: Any) -> Iterator[tuple[str, int]]:
+    """Of a training step with dropout, without what adds gradients to those that are there."""
+    for name, shape in _shapes():
+        shape = replace(shape, batch=BATCH)
+        block = shape.block(kind, dropout=DROPOUT, **options).train()
+        inputs = shape.inputs(0, requires_grad=True)
+        yield f"{name}, saved bytes", saved_bytes(lambda block=block, inputs=inputs: block(*inputs), block.parameters())
+        with Operators() as operators, FlopCounterMode(display=False) as flop:
+            output = block(*inputs)
+        yield f"{name}, operators of the forward", operators.total
+        yield f"{name}, FLOP of the forward", flop.get_total_flops()
+        gradient, leaves = torch.ones_like(output), (*inputs, *block.parameters())
+        with Operators() as operators, FlopCounterMode(display=False) as flop:
+            torch.autograd.grad(output, leaves, gradient)
+        yield f"{name}, operators of the backward", operators.total
+        yield f"{name}, FLOP of the backward", flop.get_total_flops()
+
+
+def _shapes() -> Iterator[tuple[str, Shape]]:
+    for name, shape in SHAPES.items():
+        for gating in GATINGS:
+            yield f"{name} {gating}", replace(shape, gating=gating)
+
+
+# ---- workspaces: of the whole batch, for they are only computed
+
+
+def cpu_workspaces() -> Counts:
+    """Bytes by thread count, of the instruction set that every processor has."""
+    return {
+        f"{name}, {count} threads, bytes": cpu._native.cpu_workspace(
+            cpu._native.Problem(**native(shape, dtype)), backward, count, "baseline"
+        )
+        for name, shape, dtype, backward in _launches()
+        for count in (1, 2)
+    }
+
+
+DEVICE = config.Device("cuda", 90, 132, 227 * config.KIB)
+RESIDENT = 2 * DEVICE.multiprocessors
+"""An H100, and blocks of the CUDA C++ kernels that it holds at once, by two on a multiprocessor. Assumed: no plan asks
+for a device."""
+
+
+def triton_plans() -> Counts:
+    """Bytes of the workspace, and how often the grid waits."""
+    result = {}
+    for name, shape, dtype, backward in _launches():
+        problem, common = described(shape), {"tf32": False, "lengths": False}
+        if backward:
+            launch = config.backward(problem, dtype, DEVICE, **common, weights=True, d_iterates=False)
+        else:
+            launch = config.forward(problem, dtype, DEVICE, **common, return_gates=False)
+        result[f"{name}, bytes"] = launch.work * dtype.itemsize + 4 * launch.wide + launch.bits
+        result[f"{name}, steps"] = launch.steps
+    return result
+
+
+def cuda_plans() -> Counts:
+    """The same of the CUDA C++ kernels."""
+    result = {}
+    for name, shape, dtype, backward in _launches():
+        options = {"tf32": False, "backward": backward, "weights": backward}
+        launch = cuda.plan(described(shape), _name(dtype), RESIDENT, **options)
+        result[f"{name}, bytes"] = launch.workspace_bytes
+        result[f"{name}, steps"] = launch.plan()["all_steps"]
+    return result
+
+
+def _launches() -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
+    for name, shape in _shapes():
+        for dtype in DTYPES:
+            for backward in (False, True):
+                yield f"{name} {_name(dtype)} {_direction(backward)}", shape, dtype, backward
+
+
+def described(shape: Shape) -> shapes.Problem:
+    """The problem of a training step."""
+    widths = (shape.dim_visual, shape.dim_audio)
+    options = (shape.iterations, shape.gating, "released", DROPOUT, 0.1, shape.normalize, False)
+    return shapes.Problem(shape.batch, shape.length, widths, *options)
+
+
+def native(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """The same as the native code wants it."""
+    return {**vars(described(shape)), "dtype": _name(dtype)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _direction(backward: bool) -> str:
+    return "backward" if backward else "forward"
+
+
+# ---- instructions
+
+TINY = Shape(20, 24, 12, 2, 2, normalize=True)
+WITHOUT_AVX512 = ("avx2", "baseline")  # valgrind 3.19 does not know AVX-512
+PROGRAM = r"""
+# The native code without PyTorch, which under valgrind would take a minute to import.
+import importlib.util, json, math, sys
+from array import array
+
+path, calls = sys.argv[1], json.loads(sys.argv[2])
+spec = importlib.util.spec_from_file_location("grjca_kernels._native", path)
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+values = array("f", (math.sin(7 * i) for i in range(8192)))
+kept = []
+
+def memory(values):
+    kept.append(values)
+    return values.buffer_info()[0]
+
+def filled(count):
+    start = len(kept)
+    assert start + count <= len(values)
+    return memory(values[start : start + count])
+
+for call in calls:
+    problem, isa = native.Problem(**call["problem"]), call["instruction_set"]
+    batch, length, widths = (call["problem"][name] for name in ("batch", "length", "widths"))
+    given, taken = ([(filled(batch * length * d), length * d, d, 1) for d in widths] for _ in range(2))
+    parameters = [filled(count) for count in call["parameters"]]
+    workspace = memory(array("b", bytes(native.cpu_workspace(problem, call["backward"], 1, isa))))
+    common = dict(
+        problem=problem, features=given, parameters=parameters, lengths=0, seed=1, workspace=workspace, threads=1,
+        iterates=filled(call["problem"]["iterations"] * batch * length * sum(widths)), instruction_set=isa,
+    )
+    absent = [None for _ in widths]
+    if call["backward"]:
+        gradients = [filled(count) for count in call["parameters"]]
+        native.cpu_backward(
+            **common, grad_outputs=given, grad_iterates=absent, grad_iterates_steps=[], grad_gates=absent,
+            grad_features=taken, grad_parameters=gradients,
+        )
+    else:
+        native.cpu_forward(**common, outputs=taken, gates=absent)
+"""
+
+
+# Of patterns, valgrind 3.19 follows the first for --toggle-collect and none for --dump-after.
+CALLGRIND = [
+    "--toggle-collect=grjca::cpu::*ward(*",
+    *(
+        f"--dump-after=grjca::cpu::{name}(grjca::Problem const&, grjca::Tensors const&, grjca::{results} const&, "
+        "grjca::Resources const&)"
+        for name, results in (("forward", "ForwardOutputs"), ("backward", "BackwardTensors"))
+    ),
+]
+
+
+def instructions() -> Counts:
+    """Of one call each, on one thread: all that runs within it, and nothing of Python."""
+    calls = {
+        f"{gating} {_direction(backward)}, {isa}": {
+            "problem": native(replace(TINY, gating=gating), torch.float32),
+            "parameters": _elements(replace(TINY, gating=gating)),
+            "backward": backward,
+            "instruction_set": isa,
+        }
+        for isa in WITHOUT_AVX512
+        if isa in cpu.instruction_sets()
+        for gating in GATINGS
+        for backward in (False, True)
+    }
+    return dict(zip(calls, callgrind([*calls.values()]), strict=True))
+
+
+def callgrind(calls: list[dict[str, Any]]) -> list[int]:
+    """Instructions of each call; RuntimeError with what valgrind said, where it did not count all."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--callgrind-out-file={folder}/counts", *CALLGRIND]
+        program = [sys.executable, "-I", "-S", "-c", PROGRAM, cpu._native.__file__, json.dumps(calls)]
+        ran = subprocess.run(["valgrind", "--tool=callgrind", *options, *program], capture_output=True, text=True)
+        parts = [Path(folder, f"counts.{part}") for part in range(1, 1 + len(calls))]
+        if (
+            ran.returncode
+            or Path(folder, f"counts.{1 + len(calls)}").exists()
+            or not all(part.exists() for part in parts)
+        ):
+            raise RuntimeError(
+                f"instructions: expected valgrind to count {len(calls)} calls of {cpu._native.__file__}, got status "
+                f"{ran.returncode}. It needs the symbols of the library, which strip takes away. It said:\n"
+                f"{ran.stderr[-2000:]}"
+            )
+        return [_total(part) for part in parts]
+
+
+def _total(part: Path) -> int:
+    found = re.search(r"^(?:summary|totals): (\d+)", part.read_text(), re.MULTILINE)
+    if found is None or found[1] == "0":
+        raise RuntimeError(f"instructions: expected a total in what callgrind wrote, got {found and found[0]!r}.")
+    return int(found[1])
+
+
+def _elements(shape: Shape) -> list[int]:
+    """Of every parameter, in the order of the kernels."""
+    parameters: list[Tensor] = shapes.flatten(*shape.block(GatedRJCAFused).parameters_by_role())
+    return [parameter.numel() for parameter in parameters]
+
+
+# ---- what decides
+
+
+def of_torch() -> dict[str, str]:
+    return {"torch": torch.__version__.partition("+")[0]}
+
+
+def of_compiler() -> dict[str, str]:
+    """The compiler has left its name in the library; the first is that of what it was linked by."""
+    name = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(cpu._native.__file__).read_bytes())
+    compiler = name[0].decode() if name else "unknown"
+    sets = " and ".join(isa for isa in WITHOUT_AVX512 if isa in cpu.instruction_sets())
+    return {"processor": platform.machine(), "instruction sets": sets, "compiler": compiler}
+
+
+def without_valgrind() -> str | None:
+    return cpu.why_not() or (None if shutil.which("valgrind") else "valgrind is not installed.")
+
+
+def without_cuda() -> str | None:
+    built = cpu.why_not() is None and hasattr(cpu._native, "CudaLaunch")
+    return None if built else "the CUDA C++ kernels are not built; that takes nvcc."
+
+
+SECTIONS = {
+    "eager": Section(eager, lambda: None, of_torch),
+    "fused": Section(fused, cpu.why_not, of_torch),
+    "cpu workspace": Section(cpu_workspaces, cpu.why_not, lambda: {"processor": platform.machine()}),
+    "triton plan": Section(triton_plans, lambda: None, dict),
+    "cuda plan": Section(cuda_plans, without_cuda, dict),
+    "instructions": Section(instructions, without_valgrind, of_compiler, allowed=0.02),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
