@@ -1,6 +1,9 @@
 """The figures that are published: what is counted, what is refused, and the memory that is promised."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -449,3 +452,12 @@ def triton_is_interpreted():
     from grjca_kernels.triton import interpreted
 
     return interpreted()
+
+
+@pytest.mark.skipif(not report.README.exists(), reason="needs the sources")
+def test_the_readme_is_that_of_the_rows():
+    """By the command, which finds its modules without pytest's help."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "benchmarks.report", "--check"]
+    result = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
