@@ -37,8 +37,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {
 def compiled(problem: Problem, formulation: str = "eager", **options: object) -> nn.Module:
     """One of the formulations by torch.compile.
 
-    Not with mode="max-autotune": on a processor it timed candidates for more than four minutes without an end, seven
-    seconds for each product of a training step, and took the product of MKL every time that was looked at.
+    Not with mode="max-autotune": on a loaded processor it took about seven seconds for each product of a training step,
+    did not end within five minutes that the default mode shared, and took MKL's product in all four cases seen.
     """
     return cast(nn.Module, torch.compile(problem.block(FORMULATIONS[formulation], **options), dynamic=False))
 
