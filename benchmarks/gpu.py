@@ -27,8 +27,6 @@ from pathlib import Path
 from benchmarks import cases, ledger
 from benchmarks.ledger import ROOT, Row
 
-sys.path.insert(0, str(ROOT / "tests"))  # tolerances.py, which pytest finds by itself
-
 Plan = dict[str, Callable[[], Row]]
 NO_GPU = "benchmarks.gpu: PyTorch sees no GPU here, and nothing is timed without one; --dry-run shows what would be."
 PASSES = {"forward": False, "training": True}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.row_files import ROOT, Row, state_of
+
 TIMED = (
     *("grjca_kernels/**/*.py", "csrc/*.*", "csrc/cuda/*", "setup.py"),
     *("python/grjca/eager.py", "python/grjca/measure.py", "benchmarks/*.py"),
 )
 """What a time depends on. A lent machine has no git, and a dirty tree no commit of its own: sources are compared."""
-
-Row = dict[str, Any]
 
 # ---- names
 
@@ -37,12 +34,8 @@ def host_row(implementation: str) -> str:
 
 
 def source(root: Path = ROOT) -> str:
-    """A short name for the state of the sources."""
-    digest = hashlib.sha256()
-    for glob in TIMED:
-        for path in sorted(root.glob(glob)):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """The state of what a time depends on."""
+    return state_of(TIMED, root)
 
 
 def append(path: Path, row: Row) -> None:

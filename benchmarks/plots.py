@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.scaling import COMPARED, FIELDS, PASSES, SIZES, Fit, Row, curve, exponents, read
+from benchmarks.row_files import Row, read
+from benchmarks.scaling import COMPARED, FIELDS, PASSES, SIZES, Fit, curve, exponents
 from grjca import files
 
 if TYPE_CHECKING:

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy
 
-from benchmarks import ledger, roofline, scaling, whole_step
+from benchmarks import ledger, roofline, row_files, scaling, whole_step
+from benchmarks.row_files import ROOT, Row
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 MARKERS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {"eager": "eager, released", "strong": "eager, strong", "compiled": "torch.compile", "fused": "fused"}
-
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,27 +87,23 @@ def rows(path: Path) -> list[Row]:
 
 
 def store(rows: list[Row], folder: Path) -> Path:
-    """Keep the rows of one machine, a line each; the file is the old one or the new one, never a part."""
-    from grjca import files  # here, because it takes safetensors, and reading rows does not
-
-    name = re.sub(r"[^a-z0-9]+", "-", f"{rows[0]['device']} {rows[0]['threads']} threads".lower()).strip("-")
-    path = folder / f"{name}.json"
-    folder.mkdir(exist_ok=True)
-    files.write_text(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    """Keep the rows of one machine."""
+    path = row_files.file_of(folder, rows[0])
+    row_files.write(path, rows)
     return path
 
 
 def tables(folder: Path) -> str:
     """A table for every machine, first those of GPUs; then those of whole steps, ceilings and growth."""
     of_gpus = [gpu_table(ledger.current(ledger.read(path))) for path in sorted(folder.glob("*.jsonl"))]
-    of_processors = [table(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    of_processors = [table(row_files.read(path)) for path in sorted(folder.glob("*.json"))]
     others = [text(path) for name, text in PARTS.items() for path in sorted((folder / name).glob("*.json"))]
     return "\n\n".join([*of_gpus, *of_processors, *others])
 
 
 def growth(path: Path) -> str:
     """What benchmarks.scaling found on a machine."""
-    rows = json.loads(path.read_text())
+    rows = row_files.read(path)
     first, plots = rows[0], f"benchmarks/results/{path.parent.name}/{path.stem}"
     about = (
         f"Growth around abaw: {first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
@@ -122,8 +114,8 @@ def growth(path: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
-    "whole_step": lambda path: whole_step.table(json.loads(path.read_text())),
-    "roofline": lambda path: roofline.table(json.loads(path.read_text())),
+    "whole_step": lambda path: whole_step.table(row_files.read(path)),
+    "roofline": lambda path: roofline.table(row_files.read(path)),
     "scaling": growth,
 }
 

@@ -31,19 +31,8 @@ from torch import Tensor
 
 from benchmarks.cases import IMPLEMENTATIONS, SCORES, THREADS, Problem, flop, provenance, tanhs
 from benchmarks.gate import check_forward
-from benchmarks.whole_step import (
-    ROOT,
-    Row,
-    commits,
-    is_known,
-    keep,
-    path_of,
-    percentiles,
-    read,
-    remove,
-    rounded,
-    source,
-)
+from benchmarks.row_files import ROOT, Row, file_of, is_known, keep, read, remove
+from benchmarks.whole_step import commits, percentiles, rounded, source
 from grjca import environment, files
 from grjca.measure import SHAPES, Shape
 from grjca_kernels import GatedRJCAFused, cpu
@@ -75,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description="Measure against ceilings.")
     parser.parse_args(argv)
     torch.set_num_threads(THREADS)
-    path, code = path_of(RESULTS), 0
+    path, code = file_of(RESULTS, provenance()), 0
     for name, measure in CEILINGS.items():
         place = {"row": f"ceiling {name}", "dtype": "float32", "settings": {"seconds": SECONDS}, "source": source()}
         if is_known(read(path), place):

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import multiprocessing
 import re
@@ -33,16 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, THREADS, Problem, provenance
-from grjca import files
+from benchmarks.row_files import ROOT, Row, file_of, read, state_of, write
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
 from grjca_kernels import GatedRJCAFused
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
-sys.path.insert(0, str(ROOT / "tests"))  # tolerances.py, which pytest finds by itself
 
-Row = dict[str, Any]
 Call = Callable[[], object]
 
 BASE = SHAPES["abaw"]
@@ -94,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"longest call to measure, in seconds ({LIMIT:g})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows, the tables and the plots")
     arguments = parser.parse_args(argv)
-    path = arguments.out / f"{name_of_device()}.json"
+    path = file_of(arguments.out, provenance())
     complete = run(path, arguments.axis, time.monotonic() + 60 * arguments.minutes, arguments.limit)
     rows = read(path)
     if not rows:
@@ -114,11 +109,6 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from benchmarks import plots
 
     plots.write_all(rows, folder)
-
-
-def name_of_device() -> str:
-    about = provenance()
-    return re.sub(r"[^a-z0-9]+", "-", f"{about['device']} {about['threads']} threads".lower()).strip("-")
 
 
 # ---- which points, in which order
@@ -169,21 +159,8 @@ def about() -> Row:
 
 
 def source() -> str:
-    """A short name for the state of the sources. Not ledger.source: that is of what GPUs run."""
-    digest = hashlib.sha256()
-    for path in sorted({path for glob in TIMED for path in ROOT.glob(glob) if path.is_file()}):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def read(path: Path) -> list[Row]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def store(path: Path, rows: Sequence[Row]) -> None:
-    """A line for each row; the file is whole whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
+    """The state of what a time depends on. Not ledger.source: that is of what GPUs run."""
+    return state_of(TIMED)
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -211,7 +188,7 @@ class Book:
         for implementation, of in figures.items():
             row = {"axes": list(axes), **described(shape), "pass": what, "implementation": implementation}
             self.rows[key(row)] = {**row, **self.about, **of}
-        store(self.path, list(self.rows.values()))
+        write(self.path, list(self.rows.values()))
 
 
 def run(path: Path, axes: Sequence[str], deadline: float, limit: float = LIMIT) -> bool:

@@ -7,17 +7,13 @@ PyTorch's own, and fused take turns, each training on. ``marked`` tells how the 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -25,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks import gate
 from benchmarks.cases import ROTATED, THREADS, provenance
-from grjca import environment, files
+from benchmarks.row_files import ROOT, Row, file_of, is_known, keep, read, remove, state_of
+from grjca import environment
 from grjca.config import ModelConfig, TrainConfig
 from grjca.eager import GatedRJCAEager
 from grjca.losses import ccc_loss
@@ -33,11 +30,10 @@ from grjca.measure import saved_bytes
 from grjca.model import AudioVisualModel
 from tolerances import check_draws, largest, length
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "whole_step"
 SOURCES = (
     *("grjca_kernels/*.py", "csrc/*.*", "csrc/cpu/*", "setup.py", "python/grjca/*.py", "tests/tolerances.py"),
-    *(f"benchmarks/{name}.py" for name in ("cases", "gate", "roofline", "whole_step")),
+    *(f"benchmarks/{name}.py" for name in ("cases", "gate", "roofline", "row_files", "whole_step")),
 )
 """What a time on a processor depends on: a dirty tree has no commit of its own, so sources are compared as well."""
 
@@ -50,8 +46,6 @@ SEED = TrainConfig.seed
 WARM_UP, FEWEST, MOST = 2, 5, 200  # rounds
 GATE_BATCH = 4  # of the check: in float64, and making the reference's masks takes long
 RESAMPLES = 10_000
-
-Row = dict[str, Any]
 
 
 class Batch(NamedTuple):
@@ -75,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.batch < 1 or not arguments.minutes > 0:
         parser.error("expected --batch of 1 or more and --minutes above 0.")
     torch.set_num_threads(THREADS)
-    path, code = path_of(RESULTS), 0
+    path, code = file_of(RESULTS, provenance()), 0
     for fusion in FUSIONS:
         place = described(fusion, arguments.batch, arguments.minutes)
         if is_known(read(path), place):
@@ -342,52 +336,9 @@ def _spread(times: Mapping[str, float]) -> str:
     return f"{p50} ({p20} to {p80})"
 
 
-# ---- rows, which benchmarks.roofline keeps in the same way
-
-
-def path_of(folder: Path) -> Path:
-    """The file of this machine."""
-    about = provenance()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{about['device']} {about['threads']} threads".lower()).strip("-")
-    return folder / f"{name}.json"
-
-
-def read(path: Path) -> list[Row]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def keep(path: Path, row: Row) -> None:
-    """Write ``row``, in the place of an older one of its name; whoever kills this leaves the file as it was."""
-    rows = read(path)
-    place = next((i for i, other in enumerate(rows) if other["row"] == row["row"]), len(rows))
-    _write(path, [*rows[:place], row, *rows[place + 1 :]])
-
-
-def remove(path: Path, name: str) -> None:
-    rows = read(path)
-    if any(row["row"] == name for row in rows):
-        _write(path, [row for row in rows if row["row"] != name])
-
-
-def is_known(rows: Sequence[Row], place: Row) -> bool:
-    """Whether what ``place`` describes has been measured with these sources, settings and versions."""
-    about = provenance()
-    # A row that is written makes the tree dirty, so that the sources, not the commit, have to be the same.
-    wanted = {**place, **{name: about[name] for name in about if name != "commit"}}
-    return any(wanted.items() <= row.items() for row in rows)
-
-
 def source() -> str:
-    """A short name for the state of the sources."""
-    digest = hashlib.sha256()
-    for path in sorted(set(itertools.chain.from_iterable(map(ROOT.glob, SOURCES)))):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
+    """The state of what a time depends on."""
+    return state_of(SOURCES, ROOT)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import roofline
+from benchmarks.cases import provenance
 from benchmarks.roofline import Ceilings
-from benchmarks.whole_step import keep, path_of, read
+from benchmarks.row_files import file_of, keep, read
 from grjca.measure import Shape
 from grjca_kernels import GatedRJCAFused, cpu
 
@@ -27,7 +28,7 @@ def small(tmp_path, monkeypatch):
 
 
 def written():
-    return read(path_of(roofline.RESULTS))
+    return read(file_of(roofline.RESULTS, provenance()))
 
 
 def points(rows):
@@ -89,7 +90,7 @@ def test_rows(capsys, monkeypatch):
         )
     out = capsys.readouterr().out
     assert "| one, B = 3 | fused |" in out and "| tanh, torch.tanh |" in out
-    assert path_of(roofline.RESULTS).with_suffix(".svg").exists()
+    assert file_of(roofline.RESULTS, provenance()).with_suffix(".svg").exists()
 
     monkeypatch.setattr(roofline, "check_forward", lambda *_: pytest.fail("it was there already"))
     monkeypatch.setattr(roofline, "timed", lambda *_: pytest.fail("it was there already"))
@@ -113,16 +114,16 @@ def test_a_wrong_block_has_no_row(monkeypatch, capsys):
             return super().forward(visual, audio) * 1.0001
 
     place = {"row": "one B=3 fused", "of": "an older commit"}
-    keep(path_of(roofline.RESULTS), place)
+    keep(file_of(roofline.RESULTS, provenance()), place)
     made = {**roofline.IMPLEMENTATIONS, "fused": lambda problem: problem.block(Wrong)}
     monkeypatch.setattr(roofline, "IMPLEMENTATIONS", made)
-    assert roofline.measure_shape(path_of(roofline.RESULTS), "one", Ceilings(1.0, 1.0, 1.0)) == 1
+    assert roofline.measure_shape(file_of(roofline.RESULTS, provenance()), "one", Ceilings(1.0, 1.0, 1.0)) == 1
     assert [row["row"] for row in written()] == ["one B=3 eager"]
     assert "one B=3 fused: no time" in (said := capsys.readouterr().err) and "is allowed" in said
 
 
 def test_a_wrong_ceiling_has_no_row(monkeypatch, capsys):
-    keep(path_of(roofline.RESULTS), {"row": "ceiling tanh, torch.tanh", "G/s": 1e9})
+    keep(file_of(roofline.RESULTS, provenance()), {"row": "ceiling tanh, torch.tanh", "G/s": 1e9})
     tanh = torch.tanh
     monkeypatch.setattr(torch, "tanh", lambda x, out: tanh(x, out=out).mul_(1.0001))
     monkeypatch.setattr(roofline, "CEILINGS", {"tanh, torch.tanh": roofline.torch_tanh})

@@ -11,6 +11,7 @@ import torch
 from benchmarks import whole_step
 from grjca.config import ModelConfig
 from grjca_kernels import GatedRJCAFused
+from test_benchmarks import Slightly
 
 pytest.importorskip("scipy")
 
@@ -33,7 +34,7 @@ def main(*more):
 
 
 def written():
-    return whole_step.read(whole_step.path_of(whole_step.RESULTS))
+    return whole_step.read(whole_step.file_of(whole_step.RESULTS, whole_step.provenance()))
 
 
 def test_rows(capsys, monkeypatch):
@@ -61,26 +62,13 @@ def test_rows(capsys, monkeypatch):
     assert [row["rounds"] for row in written()] == [99, 99], "other sources are measured anew, in the same place"
 
 
-class Slightly(torch.autograd.Function):
-    """Multiplies the value, or the gradient, by nearly 1."""
-
-    @staticmethod
-    def forward(ctx, x, value, gradient):
-        ctx.gradient = gradient
-        return x * value
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.gradient, None, None
-
-
 @pytest.mark.parametrize(("value", "gradient"), [(1.0001, 1.0), (1.0, 1.001), (float("nan"), 1.0)])
 def test_a_wrong_block_has_no_row(value, gradient, monkeypatch, capsys):
     class Wrong(GatedRJCAFused):
         def forward(self, visual, audio, lengths=None):
             return Slightly.apply(super().forward(visual, audio, lengths), value, gradient)
 
-    path = whole_step.path_of(whole_step.RESULTS)
+    path = whole_step.file_of(whole_step.RESULTS, whole_step.provenance())
     whole_step.keep(path, {"row": "grjca B=4", "of": "an older commit"})
     monkeypatch.setattr("grjca.model.GatedRJCAFused", Wrong)
     assert main() == 1

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A test: where it stands, what it shows, and the packages that it uses besides torch."""
+    """A test: where it stands, and what it shows."""
 
     area: str
     file: str
