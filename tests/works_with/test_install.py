@@ -78,7 +78,7 @@ def test_wheel(distributions, tmp_path):
     assert Path(ours).is_relative_to(environment.packages) and Path(theirs).is_relative_to(environment.packages)
     assert reason == "None"
     layers = [f"tests/test_{name}.py" for name in ("reference", "derivation", "cpu", "module")]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "hierarchical or kept or backends"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "released-hierarchical or everything or backends"]
     environment.run(environment.python, "-m", "pytest", *options, *layers, cwd=tmp_path)
     if find_spec("jsonargparse"):
         assert "train" in environment.run(environment.bin / "grjca", "--help")
