@@ -54,8 +54,6 @@ class Problem:
         """A block with the weights of this problem."""
         block = self.shape.block(kind, **{"dtype": self.dtype, **options})
         block.load_state_dict(self.weights)
-        if self.dtype != torch.float32:
-            block.register_forward_pre_hook(_to_its_dtype)  # gate.py brings the inputs in float32
         return block
 
     @cached_property
@@ -85,11 +83,6 @@ class Problem:
         generator = torch.Generator().manual_seed(ROTATED)
         size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
         return torch.randn(size, generator=generator).to(self.dtype)
-
-
-def _to_its_dtype(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    dtype = next(block.parameters()).dtype
-    return tuple(x.to(dtype) for x in inputs)
 
 
 def flop(shape: Shape) -> int:

@@ -15,7 +15,8 @@ from grjca.measure import SHAPES
 
 SECONDS = 3.0  # of measuring per case, unless FEWEST rounds take longer
 FEWEST, MOST = 5, 50
-CASES = [*((name, torch.float32) for name in SHAPES), ("abaw", torch.bfloat16), ("clip", torch.bfloat16)]
+HALVES = [("abaw", torch.bfloat16), ("clip", torch.bfloat16), ("abaw", torch.float16)]
+CASES = [*((name, torch.float32) for name in SHAPES), *HALVES]
 
 
 @pytest.fixture(autouse=True)

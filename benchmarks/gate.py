@@ -44,7 +44,7 @@ def check_training(block: nn.Module, problem: Problem, dropout: float = 0.0) -> 
     truth, draws = expected(problem, dropout)
     failing = list(truth.gradients)
     for attempt in range(1 + RETRIES):
-        result = run(block.train(), problem, torch.float32)
+        result = run(block.train(), problem, problem.dtype)
         if attempt == 0:
             check_draws("output", result.output, truth.output, [draw.output for draw in draws], largest)
         failures = {}
@@ -63,16 +63,16 @@ def check_training(block: nn.Module, problem: Problem, dropout: float = 0.0) -> 
 
 def small(problem: Problem) -> Problem:
     """The problem at the batch of the check with dropout."""
-    return Problem(replace(problem.shape, batch=min(problem.shape.batch, DROPOUT_BATCH)))
+    return replace(problem, shape=replace(problem.shape, batch=min(problem.shape.batch, DROPOUT_BATCH)))
 
 
 @lru_cache(maxsize=2)
 def expected(problem: Problem, dropout: float) -> tuple[Result, list[Result]]:
-    """The reference in float64, and draws of its errors in float32: at the weights, and half an ulp away."""
+    """The reference in float64, and draws of its errors in the dtype: at the weights, and half an ulp away."""
     block = problem.block(GatedRJCAFused, backend="reference", dropout=dropout)
     draws = []
     for draw in range(DRAWS):
-        draws.append(run(block, problem, torch.float32))
+        draws.append(run(block, problem, problem.dtype))
         nudge(block, draw)
     exact = problem.block(GatedRJCAFused, backend="reference", dropout=dropout, dtype=torch.float64)
     return run(exact, problem, torch.float64), draws

@@ -26,7 +26,6 @@ from tolerances import check_draws, largest, length
 Call = Callable[[list[Tensor]], list[Tensor]]
 """Inputs to an output, followed by all gradients if it is a training step."""
 
-ALL_SHAPES = {**SHAPES, "long": Shape(1024, 512, 512, 2, 8, "flat")}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 TF32_ULP = 2.0**-10
 SEED = 1
@@ -262,7 +261,7 @@ def measure(call: Call, inputs: Sequence[list[Tensor]], repetitions: int = 40) -
 
 def timed(name: str, batch: int, of_precision: str, implementation: str, training: bool) -> dict[str, Any]:
     """A row: checked, then timed."""
-    subject = Subject(replace(ALL_SHAPES[name], batch=batch), of_precision)
+    subject = Subject(replace(SHAPES[name], batch=batch), of_precision)
     with precision(of_precision):
         check(make(subject, implementation, training, dropout=0.0), subject, training)
         if implementation in KERNELS and training:
@@ -293,7 +292,7 @@ def described(name: str, batch: int, of_precision: str, implementation: str, tra
 
 def weighed(name: str, batch: int, implementation: str) -> dict[str, Any]:
     """Bytes that a training step needs at its peak beyond inputs, weights and the gradients that it returns."""
-    subject = Subject(replace(ALL_SHAPES[name], batch=batch), "bfloat16")
+    subject = Subject(replace(SHAPES[name], batch=batch), "bfloat16")
     call, x = make(subject, implementation, training=True), subject.inputs[0]
     call(x)
     torch.cuda.synchronize()

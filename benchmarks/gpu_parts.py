@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import gpu_block
 from benchmarks.gpu import NAMES, VARIANTS
-from benchmarks.gpu_block import ALL_SHAPES, Clock, Subject, described, measure, plain
+from benchmarks.gpu_block import Clock, Subject, described, measure, plain
+from grjca.measure import SHAPES
 from grjca_kernels import GatedRJCAFused, config, cuda
 from grjca_kernels.triton import launch
 
@@ -70,7 +71,7 @@ def names_of_steps(
 
 def phases(name: str, batch: int) -> dict[str, Any]:
     """Microseconds of every step alone, and of all in one launch."""
-    subject = Subject(replace(ALL_SHAPES[name], batch=batch), "bfloat16")
+    subject = Subject(replace(SHAPES[name], batch=batch), "bfloat16")
     block = subject.block(GatedRJCAFused, backend="triton", dropout=0.0)
     noted = launches(lambda: plain(block, subject.gradient)(subject.inputs[0]))
     result: dict[str, Any] = {"kind": "phases", "shape": name, "batch": batch}
@@ -91,7 +92,7 @@ def phases(name: str, batch: int) -> dict[str, Any]:
 
 def cuda_phases(name: str, batch: int) -> dict[str, Any]:
     """The same of the CUDA C++ kernels, by the profiler: each step launched alone, then all in one; caches are warm."""
-    subject = Subject(replace(ALL_SHAPES[name], batch=batch), "bfloat16")
+    subject = Subject(replace(SHAPES[name], batch=batch), "bfloat16")
     call = plain(subject.block(GatedRJCAFused, backend="cuda", dropout=0.0), subject.gradient)
     planned, launch_of = [], cuda.launch_of
 
@@ -160,7 +161,7 @@ def variant(changes: dict[str, Any]) -> Iterator[None]:
 
 def tried(name: str, batch: int, of_variant: str, training: bool) -> dict[str, Any]:
     """A row of a variant: checked, then timed."""
-    subject = Subject(replace(ALL_SHAPES[name], batch=batch), "bfloat16")
+    subject = Subject(replace(SHAPES[name], batch=batch), "bfloat16")
     with variant(VARIANTS[of_variant]):
         call = gpu_block.make(subject, "fused", training, dropout=0.0)
         gpu_block.check(call, subject, training)
@@ -215,7 +216,7 @@ def held_to(resident: int) -> Iterator[None]:
 
 def overhead(implementation: str, calls: int = 200) -> dict[str, float]:
     """Microseconds that the host needs for a call of the block, at a size that the device does in no time."""
-    shape = replace(ALL_SHAPES["light"], batch=1)
+    shape = replace(SHAPES["light"], batch=1)
     subject = Subject(shape, "bfloat16")
     result = {}
     for name, training in (("forward", False), ("training", True)):

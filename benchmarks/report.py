@@ -1,8 +1,8 @@
 """Publish the benchmarks: ``python -m benchmarks.report``.
 
 It runs them, then those of whole_step, roofline and scaling that have not been run yet, keeps the rows of this machine
-in ``results/``, and rewrites the tables of README.md between two markers.
-``--check`` only fails where those tables are not the ones of the rows. Rows of GPUs, which ``benchmarks.gpu`` keeps in
+in ``results/``, and rewrites what stands between two markers in README.md and in RESULTS.md. ``--render`` does the last
+alone, and ``--check`` only fails where that is not what the rows say. Rows of GPUs, which ``benchmarks.gpu`` keeps in
 ``results/*.jsonl``, get tables too; there need not be any.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.row_files import ROOT, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DETAILS = ROOT / "benchmarks" / "RESULTS.md"
 MARKERS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {"eager": "eager, released", "strong": "eager, strong", "compiled": "torch.compile", "fused": "fused"}
 
@@ -32,28 +33,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "json", nargs="?", type=Path, help="of pytest --benchmark-json; without it the benchmarks are run"
     )
-    parser.add_argument("--check", action="store_true", help="only compare README.md with the rows that are kept")
+    parser.add_argument("--check", action="store_true", help="only compare both files with the rows that are kept")
+    parser.add_argument("--render", action="store_true", help="only rewrite both files from the rows that are kept")
     arguments = parser.parse_args(argv)
-    if not arguments.check:
+    only_text = arguments.check or arguments.render
+    if not only_text:
         path = store(rows(arguments.json) if arguments.json else measure(), RESULTS)
         print(f"wrote {path.relative_to(ROOT)}")
-    if not arguments.check and not arguments.json:
+    if not only_text and not arguments.json:
         for part in (whole_step, roofline, scaling):
             part.main([])
+    return max(publish(path, text_of, arguments.check) for path, text_of in ((README, summary), (DETAILS, details)))
+
+
+def publish(path: Path, text_of: Callable[[Path], str], check: bool) -> int:
+    """Bring what stands between the markers of ``path`` up to date, or only say whether it is; 1 where it is not."""
+    name = path.relative_to(ROOT)
     try:
-        text = README.read_text()
-        fresh = replaced(text, tables(RESULTS))
+        text = path.read_text()
+        fresh = replaced(text, text_of(RESULTS))
     except (OSError, ValueError) as error:
-        print(f"README.md: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     if fresh == text:
-        print("README.md is up to date")
-    elif arguments.check:
-        print("README.md is not the table of benchmarks/results; run python -m benchmarks.report", file=sys.stderr)
+        print(f"{name} is up to date")
+    elif check:
+        print(f"{name} does not show benchmarks/results; run python -m benchmarks.report", file=sys.stderr)
         return 1
     else:
-        README.write_text(fresh)
-        print("wrote README.md")
+        path.write_text(fresh)
+        print(f"wrote {name}")
     return 0
 
 
@@ -93,57 +102,87 @@ def store(rows: list[Row], folder: Path) -> Path:
     return path
 
 
-def tables(folder: Path) -> str:
-    """A table for every machine, first those of GPUs; then those of whole steps, ceilings and growth."""
+def summary(folder: Path) -> str:
+    """Times of every machine, first those of GPUs; then whole steps."""
     of_gpus = [gpu_table(ledger.current(ledger.read(path))) for path in sorted(folder.glob("*.jsonl"))]
-    of_processors = [table(row_files.read(path)) for path in sorted(folder.glob("*.json"))]
-    others = [text(path) for name, text in PARTS.items() for path in sorted((folder / name).glob("*.json"))]
-    return "\n\n".join([*of_gpus, *of_processors, *others])
+    of_processors = [f"{_where(rows)}: median in milliseconds.\n\n{times(rows)}" for rows in _files(folder)]
+    return "\n\n".join([*of_gpus, *of_processors, *map(whole_step.table, _files(folder / "whole_step"))])
 
 
-def growth(path: Path) -> str:
+def details(folder: Path) -> str:
+    """Memory, ceilings and growth, on every machine."""
+    weighed = [f"{_where(rows)}, in MB.\n\n{memory(rows)}" for rows in _files(folder)]
+    ceilings = [ceilings_of(path) for path in sorted((folder / "roofline").glob("*.json"))]
+    growths = [growth_of(path) for path in sorted((folder / "scaling").glob("*.json"))]
+    parts = {"Memory": weighed, "Ceilings": ceilings, "Growth": growths}
+    return "\n\n".join(text for title, texts in parts.items() if texts for text in [f"## {title}", *texts])
+
+
+def ceilings_of(path: Path) -> str:
+    """What benchmarks.roofline found on a machine."""
+    plot = path.with_suffix(".svg").relative_to(DETAILS.parent)
+    return f"{roofline.table(row_files.read(path))}\n\n![GFLOP per second of every shape under the roof]({plot})"
+
+
+def growth_of(path: Path) -> str:
     """What benchmarks.scaling found on a machine."""
     rows = row_files.read(path)
-    first, plots = rows[0], f"benchmarks/results/{path.parent.name}/{path.stem}"
-    about = (
-        f"Growth around abaw: {first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, "
-        f"{whole_step.commits(rows)}. The exponent is the slope in the plots of [time]({plots}/scaling.svg) and "
-        f"[memory]({plots}/memory.svg)."
-    )
-    return "\n\n".join([about, scaling.exponents_table(rows).strip(), scaling.capacity_table(rows).strip()])
+    plots = path.with_suffix("").relative_to(DETAILS.parent)
+    about = f"Around abaw, {rows[0]['dtype']}: {_where(rows)}. Exponents are slopes in these plots."
+    images = [f"![{text} along B, L, width and T]({plots}/{name}.svg)" for name, text in PLOTS.items()]
+    return "\n\n".join([about, *images, scaling.exponents_table(rows).strip(), scaling.capacity_table(rows).strip()])
 
 
-PARTS: dict[str, Callable[[Path], str]] = {
-    "whole_step": lambda path: whole_step.table(row_files.read(path)),
-    "roofline": lambda path: roofline.table(row_files.read(path)),
-    "scaling": growth,
-}
+PLOTS = {"scaling": "Time of a call", "memory": "Memory saved for the backward"}
 
 
-def table(rows: list[Row]) -> str:
-    """A line for every shape, dtype and pass, with what the fused block gains over the released formulation and over
-    the best of the others."""
+def _files(folder: Path) -> list[list[Row]]:
+    return [row_files.read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _where(rows: list[Row]) -> str:
     first = rows[0]
+    return f"{first['device']}, {first['threads']} threads, torch {first['torch']}, {whole_step.commits(rows)}"
+
+
+def times(rows: list[Row]) -> str:
+    """With what the fused block gains over the released formulation and over the best of the others."""
     columns = [name for name in COLUMNS if any(row["implementation"] == name for row in rows)]
     lines = [
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}: "
-        "median in milliseconds, and MB saved for the backward.",
-        "",
         f"| shape | dtype | pass | {' | '.join(COLUMNS[name] for name in columns)} | against eager | against the best "
-        "other | saved: eager | fused |",
-        "|---|---|---|" + "--:|" * (len(columns) + 4),
+        "other |",
+        "|---|---|---|" + "--:|" * (len(columns) + 2),
     ]
-    places = ("shape", "batch", "dtype", "pass")
-    for place in dict.fromkeys(tuple(row[name] for name in places) for row in rows):
-        cell = {row["implementation"]: row for row in rows if tuple(row[name] for name in places) == place}
-        ms = {key: cell[key]["ms"] if key in cell else None for key in columns}
-        others = [value for key, value in ms.items() if key != "fused" and value is not None]
-        saved = [cell[key].get("saved_bytes") if key in cell else None for key in ("eager", "fused")]
-        shape, batch, dtype, name = place
-        cells = [f"{shape}, B = {batch}", dtype, name, *(_number(ms[key]) for key in columns)]
-        cells += [_ratio(ms.get("eager"), ms.get("fused")), _ratio(min(others, default=None), ms.get("fused"))]
-        lines.append(_line([*cells, *(_number(value and value / 1e6) for value in saved)]))
+    for place, cell in _places(rows).items():
+        ms = {name: cell[name]["ms"] if name in cell else None for name in columns}
+        others = [value for name, value in ms.items() if name != "fused" and value is not None]
+        ratios = [_ratio(base, ms.get("fused")) for base in (ms.get("eager"), min(others, default=None))]
+        lines.append(_line([*place, *map(_number, ms.values()), *ratios]))
     return "\n".join(lines)
+
+
+WEIGHED = {"saved_bytes": "saved for the backward", "peak_bytes": "peak of the call"}
+
+
+def memory(rows: list[Row]) -> str:
+    """What autograd keeps until the backward, and by how much a call lifts the peak of the resident set."""
+    known = {(key, row["implementation"]) for key in WEIGHED for row in rows if row.get(key) is not None}
+    columns = [(key, name) for key in WEIGHED for name in COLUMNS if (key, name) in known]
+    heads = [f"{WEIGHED[key]}: {COLUMNS[name]}" for key, name in columns]
+    lines = [f"| shape | dtype | pass | {' | '.join(heads)} |", "|---|---|---|" + "--:|" * len(columns)]
+    for place, cell in _places(row for row in rows if any(row.get(key) for key in WEIGHED)).items():
+        values = [cell[name].get(key) if name in cell else None for key, name in columns]
+        lines.append(_line([*place, *(_number(value and value / 1e6) for value in values)]))
+    return "\n".join(lines)
+
+
+def _places(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """Shape, dtype and pass as a table shows them, with the row of each implementation."""
+    places: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        place = f"{row['shape']}, B = {row['batch']}", row["dtype"], row["pass"]
+        places.setdefault(place, {})[row["implementation"]] = row
+    return places
 
 
 GPU_COLUMNS = {

@@ -13,14 +13,11 @@ import bisect
 import importlib.util
 import itertools
 import math
-import multiprocessing
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +27,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, THREADS, Problem, provenance
+from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, Problem, provenance
+from benchmarks.memory import OUT_OF_MEMORY, ProcessError, apart, available_memory, ready, sentence, weighed
 from benchmarks.row_files import ROOT, Row, file_of, read, state_of, write
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
-from grjca_kernels import GatedRJCAFused
 
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 
-Call = Callable[[], object]
 
 BASE = SHAPES["abaw"]
 SIZES: dict[str, tuple[int, ...]] = {
@@ -57,7 +53,6 @@ SECONDS = 2.0  # of measuring per point and pass, unless FEWEST rounds take long
 FEWEST, MOST = 5, 50
 OVERHEAD = 5  # calls of a point that are not rounds: weighing, check, warm-up, counts
 LIMIT = 8.0  # seconds of a call; a point that is predicted to take longer is left out
-HANGS = 1800.0  # seconds after which a process is given up
 CHECKED = 2  # samples whose gradients are compared with the reference
 TRIED = 0.9  # share of the available memory that a point may be predicted to need
 GROWTH = {"B": 1, "L": 2, "width": 2, "T": 1}  # exponents of a curve with one point so far
@@ -76,6 +71,7 @@ TIMED = (
         "benchmarks/baselines.py",
         "benchmarks/cases.py",
         "benchmarks/gate.py",
+        "benchmarks/memory.py",
         "benchmarks/scaling.py",
     ),
 )
@@ -254,78 +250,9 @@ def expected_seconds(book: Book, shape: Shape, axes: Sequence[str], what: str, n
     return max(SECONDS, FEWEST * calls) + OVERHEAD * calls
 
 
-def available_memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else None
-
-
 def held_bytes(shape: Shape) -> int:
     """Of all inputs that take turns, and of the gradient of the output."""
     return 4 * (ROTATED + 1) * shape.batch * shape.length * (shape.dim_visual + shape.dim_audio)
-
-
-# ---- a process for everything that may not survive
-
-OUT_OF_MEMORY = "out of memory"
-
-
-class ProcessError(RuntimeError):
-    """What went wrong in a process, in a sentence."""
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a fresh process, whose end is not that of this one. ProcessError if there is none."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["torch", "benchmarks.cases"])  # once; nothing computes there, so forks are safe
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(HANGS):
-            raise ProcessError(f"no result after {HANGS:g} s.")
-        result, error = ours.recv()
-    except EOFError:
-        process.join()
-        hint = ", as the system does when memory runs out" if process.exitcode == -9 else ""
-        raise ProcessError(f"the process ended with exit code {process.exitcode}{hint}.") from None
-    finally:
-        process.kill()
-        process.join()
-    if error:
-        raise ProcessError(error)
-    return result
-
-
-def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    limit_memory()
-    torch.set_num_threads(THREADS)
-    try:
-        answer = function(*arguments), None
-    except Exception as error:
-        answer = None, sentence(error)
-    connection.send(answer)
-
-
-def limit_memory() -> None:
-    """Let an allocation beyond what is available fail, before the system kills a process of its own choice."""
-    memory = available_memory()
-    if sys.platform == "linux" and memory is not None:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
-
-
-def sentence(error: Exception) -> str:
-    """Type and first line, or that memory ran out."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    without = isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text
-    return f"{OUT_OF_MEMORY}: {text}" if without else text
 
 
 def measured(shape: Shape, names: Sequence[str], training: bool) -> dict[str, Row]:
@@ -379,50 +306,6 @@ class Ends(Problem):
     @cached_property
     def gradient(self) -> Tensor:
         return self.whole.gradient[self.places]
-
-
-class Raw(Problem):
-    """With weights as they are initialised: computing others would leave traces in the peak of memory."""
-
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        return self.shape.block(GatedRJCAFused).state_dict()
-
-
-def ready(problem: Problem, implementation: str, training: bool, inputs: Sequence[tuple[Tensor, Tensor]]) -> Call:
-    """A call to measure, on inputs that take turns."""
-    block = IMPLEMENTATIONS[implementation](problem, dropout=DROPOUT).train(training)
-    turns, parameters = itertools.cycle(inputs), list(block.parameters())
-    gradient = problem.gradient if training else None
-
-    def call() -> object:
-        x = next(turns)
-        if gradient is None:
-            with torch.no_grad():
-                return block(*x)
-        return torch.autograd.grad(block(*x), [*x, *parameters], gradient)  # which adds to no gradient that is there
-
-    return call
-
-
-def weighed(shape: Shape, implementation: str, training: bool) -> Row:
-    """By how much the first call lifts the peak of the resident set, its results included, and how long it takes."""
-    tiny = Raw(replace(shape, length=4, dim_visual=8, dim_audio=4, batch=2))
-    ready(tiny, implementation, training, tiny.inputs)()  # loads code and starts threads, which are no part of a call
-    call = ready(Raw(shape), implementation, training, [shape.inputs(0, requires_grad=True)])
-    before, start = peak_resident(), time.perf_counter()
-    call()
-    seconds, after = time.perf_counter() - start, peak_resident()
-    return {"peak_bytes": None if before is None or after is None else after - before, "seconds": seconds}
-
-
-def peak_resident() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def timed(shape: Shape, names: Sequence[str], training: bool, rounds: int) -> dict[str, Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from benchmarks.baselines import FORMULATIONS
 from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, Problem
 from benchmarks.gate import check_forward, check_training, small
+from benchmarks.memory import apart, weighed
 from grjca.measure import alternate, saved_bytes
 
 TRIALS = 5  # of each formulation, to choose which one torch.compile is to be measured with
@@ -32,6 +32,7 @@ def test_forward(implementation: str, subject: Problem, measure: Callable[..., N
     check_forward(block, subject)
     with torch.no_grad():
         measure("forward", block, lambda: None)
+    note_peak(implementation, subject, False, benchmark)
 
 
 def test_training(implementation: str, subject: Problem, measure: Callable[..., None], benchmark: Any) -> None:
@@ -44,7 +45,7 @@ def test_training(implementation: str, subject: Problem, measure: Callable[..., 
     make = chosen(implementation, subject, call, benchmark, dropout=DROPOUT)
     check_training(make(subject, dropout=0.0), subject)
     if implementation == "fused":
-        fewer = replace(subject, shape=small(subject).shape)
+        fewer = small(subject)
         check_training(make(fewer, dropout=DROPOUT), fewer, DROPOUT)
     block = make(subject, dropout=DROPOUT).train()
 
@@ -54,6 +55,14 @@ def test_training(implementation: str, subject: Problem, measure: Callable[..., 
     measure("training step", step, lambda: forget(block, subject))
     # Last, because torch.compile may compile anew where tensors are watched.
     benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: block(*subject.inputs[0]), block.parameters())
+    note_peak(implementation, subject, True, benchmark)
+
+
+def note_peak(implementation: str, subject: Problem, training: bool, benchmark: Any) -> None:
+    """Not of torch.compile: its first call compiles, and with that the peak is another."""
+    if implementation != "compiled":
+        figures = apart(weighed, subject.shape, implementation, training, subject.dtype)
+        benchmark.extra_info["peak_bytes"] = figures["peak_bytes"]
 
 
 def chosen(

@@ -160,11 +160,16 @@ def case(implementation, times, **extra):
 def published(tmp_path, monkeypatch):
     """A repository in which the report can write, and a file of pytest-benchmark."""
     measured = tmp_path / "measured.json"
-    cases = [case("eager", [0.3, 0.1, 0.2], saved_bytes=6_000_000), case("fused", [0.1, 0.1], saved_bytes=1_000_000)]
+    cases = [
+        case("eager", [0.3, 0.1, 0.2], saved_bytes=6_000_000),
+        case("fused", [0.1, 0.1], saved_bytes=1_000_000, peak_bytes=2_000_000),
+    ]
     measured.write_text(json.dumps({"benchmarks": cases}))
-    for name, path in (("ROOT", tmp_path), ("RESULTS", tmp_path / "results"), ("README", tmp_path / "README.md")):
-        monkeypatch.setattr(report, name, path)
-    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    paths = {"ROOT": ".", "RESULTS": "results", "README": "README.md", "DETAILS": "DETAILS.md"}
+    for name, path in paths.items():
+        monkeypatch.setattr(report, name, tmp_path / path)
+    for name in ("README.md", "DETAILS.md"):
+        (tmp_path / name).write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     return tmp_path, measured
 
 
@@ -175,9 +180,10 @@ def test_report(published):
     assert [(row["implementation"], row["ms"], row["rounds"]) for row in rows] == [("eager", 200, 3), ("fused", 100, 2)]
     assert rows[0]["ms_p20"] == 140 and rows[0]["ms_p80"] == 260 and rows[0]["commit"] == "abc"
     text = (folder / "README.md").read_text()
-    assert "| abaw, B = 12 | float32 | step | 200 | 100 | 2.0x | 2.0x | 6 | 1 |" in text
+    assert "| abaw, B = 12 | float32 | step | 200 | 100 | 2.0x | 2.0x |\n" in text
     assert text.startswith("before\n<!-- results -->\n") and text.endswith("\n<!-- /results -->\nafter\n")
     assert "old" not in text
+    assert "| abaw, B = 12 | float32 | step | 6 | 1 | 2 |\n" in (folder / "DETAILS.md").read_text()
 
 
 def test_report_check(published, capsys):
@@ -188,6 +194,7 @@ def test_report_check(published, capsys):
     readme.write_text(readme.read_text().replace("200", "20"))
     assert report.main(["--check"]) == 1
     assert "| 20 |" in readme.read_text()  # a check repairs nothing
+    assert report.main(["--render"]) == 0 and "| 200 |" in readme.read_text() and report.main(["--check"]) == 0
     readme.write_text("no markers")
     assert report.main(["--check"]) == 1
     readme.unlink()

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gate, scaling
+from benchmarks import gate, memory, scaling
 from benchmarks.cases import IMPLEMENTATIONS, Problem, flop
 from grjca.measure import Shape, saved_bytes
 from grjca_kernels import GatedRJCAFused
@@ -39,7 +39,7 @@ def inline(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        raise scaling.ProcessError(scaling.sentence(error)) from None
+        raise memory.ProcessError(memory.sentence(error)) from None
 
 
 def in_an_hour():
@@ -199,21 +199,21 @@ def test_who_runs_out_of_memory_has_a_row(tiny, tmp_path, monkeypatch):
 
 def test_a_process_of_its_own():
     """Results come back, errors as a sentence, and a death as well."""
-    peak = scaling.apart(scaling.weighed, TINY, "eager", True)
+    peak = memory.apart(memory.weighed, TINY, "eager", True)
     assert peak["seconds"] > 0 and (peak["peak_bytes"] is None or 0 <= peak["peak_bytes"] < 1 << 30)
-    with pytest.raises(scaling.ProcessError, match="out of memory: RuntimeError"):
-        scaling.apart(torch.empty, 1 << 60)
-    with pytest.raises(scaling.ProcessError, match="exit code 3"):
-        scaling.apart(os._exit, 3)
+    with pytest.raises(memory.ProcessError, match="out of memory: RuntimeError"):
+        memory.apart(torch.empty, 1 << 60)
+    with pytest.raises(memory.ProcessError, match="exit code 3"):
+        memory.apart(os._exit, 3)
 
 
 def test_peak_is_that_of_the_call():
-    if scaling.peak_resident() is None:
+    if memory.peak_resident() is None:
         pytest.skip("the system does not say")
     shape = Shape(64, 64, 32, 2, 128, "flat", normalize=True)
-    block = IMPLEMENTATIONS["eager"](scaling.Raw(shape)).train()
+    block = IMPLEMENTATIONS["eager"](memory.Raw(shape)).train()
     saved = saved_bytes(lambda: block(*shape.inputs(0, requires_grad=True)), block.parameters())
-    peak = scaling.apart(scaling.weighed, shape, "eager", True)["peak_bytes"]
+    peak = memory.apart(memory.weighed, shape, "eager", True)["peak_bytes"]
     assert 0.8 * saved < peak < 3 * saved
 
 
@@ -289,7 +289,7 @@ def test_saved_bytes_are_linear_in_length():
         saved = []
         for length in (8, 16, 24):
             shape = Shape(length, 8, 4, 2, 2, "flat", normalize=True)
-            block = IMPLEMENTATIONS[name](scaling.Raw(shape), dropout=0.6).train()
+            block = IMPLEMENTATIONS[name](memory.Raw(shape), dropout=0.6).train()
             inputs = shape.inputs(0, requires_grad=True)
             saved.append(saved_bytes(lambda b=block, x=inputs: b(*x), block.parameters()))
         assert saved[2] - saved[1] == saved[1] - saved[0]

@@ -58,6 +58,7 @@ SHAPES = {
     "abaw": Shape(300, 256, 128, 2, 12, "flat", normalize=True),  # the authors' GRJCA on Aff-Wild2
     "clip": Shape(16, 512, 512, 2, 64),  # RJCA
     "light": Shape(300, 128, 64, 3, 32, "flat"),  # small widths, more iterations
+    "long": Shape(1024, 512, 512, 2, 8, "flat"),
 }
 
 
