@@ -29,6 +29,7 @@ INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its 
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx512bf16": "-mavx512bf16 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
@@ -138,8 +139,12 @@ def ninja_file(cxx, library):
     if nvcc:
         names = ";".join(architectures())
         once += f""" '-DGRJCA_CUDA="{names}"'"""
-    tools = [("once", "", once + " -DGRJCA_X86=1" * X86)]
-    for isa, flags in INSTRUCTION_SETS.items() if X86 else [("baseline", "")]:
+    sets = INSTRUCTION_SETS if X86 else {"baseline": ""}
+    if X86 and not works(cxx, "-mavx512bf16", "immintrin.h"):  # GCC before 10, Clang before 9
+        sets = {isa: flags for isa, flags in sets.items() if isa != "avx512bf16"}
+    once += " -DGRJCA_X86=1" * X86 + " -DGRJCA_AVX512BF16=1" * ("avx512bf16" in sets)
+    tools = [("once", "", once)]
+    for isa, flags in sets.items():
         tools.append(("per instruction set", f".{isa}", f"{host} {flags} -DGRJCA_ISA={isa}"))
     link = f"{host} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'}"
     if nvcc:

@@ -9,7 +9,7 @@ namespace grjca::GRJCA_ISA {
 namespace {
 
 // The work on some samples: all equations of an iteration in reverse, up to the sums over the batch.
-template <class S, class R = Compute<S>>
+template <class S, class E = Operand<S>, class R = Compute<S>>
 struct Backward {
   const Problem& p;
   const Tensors& tensors;
@@ -26,7 +26,7 @@ struct Backward {
 
   R* thread_scratch(int thread) const { return scratch + thread * scratch_step; }
   const LayerWeights<R>& layer(int t) const { return weights[p.shared ? 0 : t]; }
-  Iteration<R> iteration(int t) const {
+  Iteration<E> iteration(int t) const {
     return {p, samples, layer(t), a, tensors.seed, t, threads, scratch, scratch_step};
   }
 
@@ -87,15 +87,16 @@ struct Backward {
   // ---- one iteration
 
   void iteration_backward(int t) const {
-    const Iteration<R> forward = iteration(t);
+    const Iteration<E> forward = iteration(t);
     load_states(t);
     forward.project_joint();
+    transpose_joint(forward);
+    forward.pack_joint();
     forward.mix_time();
     forward.project_value();
     forward.attend();
     output_backward(forward);
     attended_backward(t);
-    transpose_joint(forward);
     correlation_backward(forward);
     each_frame(p, samples, threads, [&](int64_t, int64_t, int64_t row, int) {  // the residual
       if (row >= 0) add_scaled(kept.d_state[t] + row * a.ld, R(1), kept.d_state[t + 1] + row * a.ld, p.width());
@@ -106,7 +107,7 @@ struct Backward {
   }
 
   // d_update = d X^(t+1) through dropout and relu.
-  void output_backward(const Iteration<R>& iteration) const {
+  void output_backward(const Iteration<E>& iteration) const {
     R* const d_update = kept.d_update;
     const R* const d_next = kept.d_state[iteration.t + 1];
     if (p.released) iteration.project_output(d_update);
@@ -130,7 +131,7 @@ struct Backward {
     for (int m = 0; m < p.modalities; ++m) {
       R* const to = d_attended_panel(m, 0);
       const R* const hidden = a.hidden + m * d;
-      project<R>(threads, rows, p.widths[m], {kept.d_update + p.offset(m), a.ld, 1}, layer(t).output_back[m], d,
+      project<E>(threads, rows, p.widths[m], {kept.d_update + p.offset(m), a.ld, 1}, layer(t).output_back[m], d,
                  [=](int64_t r, int64_t c, Vector<R> v) {
                    const Vector<R> h = load_some<R>(hidden + r * a.hidden_ld + c, d - c);
                    if (p.released) v *= 1 - h * h;
@@ -140,11 +141,13 @@ struct Backward {
     parallel_for(threads, samples.count * p.modalities * all, [&](int64_t task, int) {
       const int64_t b = task / all / p.modalities, q = task % all;
       const int m = static_cast<int>(task / all % p.modalities);
-      transpose_panel(d_attended_t(m, b), d_attended_panel(m, q) + samples.row(b) * kPanel<R>, q, samples.frames(b));
+      R* const panel = d_attended_panel(m, q) + samples.row(b) * kPanel<R>;
+      transpose_panel(d_attended_t(m, b), panel, q, samples.frames(b));
+      pack<E>(panel, panel, samples.frames(b));
     });
   }
 
-  void transpose_joint(const Iteration<R>& iteration) const {
+  void transpose_joint(const Iteration<E>& iteration) const {
     const int64_t all = panels<R>(p.width());
     parallel_for(threads, samples.count * all, [&](int64_t task, int) {
       const int64_t b = task / all, q = task % all;
@@ -157,12 +160,11 @@ struct Backward {
   void transpose_panel(R* to, const R* from, int64_t q, int64_t frames) const {
     const int64_t d = p.width(), columns = smaller(kPanel<R>, d - q * kPanel<R>);
     for (int64_t l = 0; l < frames; l += kPanel<R>)
-      pack_columns(to + (l / kPanel<R> * d + q * kPanel<R>)*kPanel<R>, from + l * kPanel<R>, kPanel<R>, columns,
-                   frames - l);
+      pack_columns<E>(to + l * d + place_of<E>(q * kPanel<R>), from + l * kPanel<R>, kPanel<R>, columns, frames - l);
   }
 
   // From d (V C): d V and d K (transposed) and, in parts, d J. C is recomputed block by block and never leaves scratch.
-  void correlation_backward(const Iteration<R>& iteration) const {
+  void correlation_backward(const Iteration<E>& iteration) const {
     const int64_t all = Passing<R>::correlation_blocks(p);
     parallel_for(threads, samples.count * all, [&](int64_t task, int thread) {
       int64_t i = task % all;
@@ -174,7 +176,7 @@ struct Backward {
   }
 
   // Rows [i, i + kCorrelationRows) of C_m of sample b.
-  void correlation_block(const Iteration<R>& iteration, int64_t b, int m, int64_t i, R* d_joint_part,
+  void correlation_block(const Iteration<E>& iteration, int64_t b, int m, int64_t i, R* d_joint_part,
                          R* scratch) const {
     constexpr int64_t kPanels = kCorrelationColumns / kPanel<R>;
     const int64_t d = p.width(), n = samples.frames(b), start = samples.row(b), rows_of_chunk = samples.rows();
@@ -183,6 +185,7 @@ struct Backward {
     const int64_t transposed = (p.offset(m) + i) * kept.frames_ld + start;
     R* const correlations = scratch;                                       // drop(tanh(K J)), [panel][row][kPanel]
     R* const d_scores = scratch + kCorrelationRows * kCorrelationColumns;  // d (K J), the same
+    R packed[kPaired<E> ? kCorrelationRows * kPanel<R> / 2 : 1];           // a panel of that
     for (int64_t first = 0; first < panels<R>(d); first += kPanels) {
       const int64_t count = smaller(kPanels, panels<R>(d) - first);
       for (int64_t q = first; q < first + count; ++q) {
@@ -191,18 +194,20 @@ struct Backward {
         R* const d_score = d_scores + (q - first) * block;
         iteration.correlate(b, m, q, i, rows, correlation);
         iteration.drop_correlation(b, m, q, i, rows, correlation, d_score);
-        product<R>(rows, columns, {a.value + place, 1, ld}, d_attended_panel(m, q) + start * kPanel<R>, n,
+        product<E>(rows, columns, {a.value + place, 1, ld}, d_attended_panel(m, q) + start * kPanel<R>, n,
                    [=](int64_t r, int64_t c, Vector<R> v) {
                      R* const at = d_score + r * kPanel<R> + c;
                      store(at, load(at) * v);
                    });
         R* const d_joint = d_joint_part + (q * rows_of_chunk + start) * kPanel<R>;
-        product<R>(n, columns, {a.key + place, ld, 1}, d_score, rows,
+        R* const panel = kPaired<E> ? packed : d_score;
+        pack<E>(panel, d_score, rows);
+        product<E>(n, columns, {a.key + place, ld, 1}, panel, rows,
                    [=](int64_t l, int64_t c, Vector<R> v) { store(d_joint + l * kPanel<R> + c, v); });
       }
       const int64_t column = first * kPanel<R>, terms = smaller(kCorrelationColumns, d - column);
       for (int64_t l = 0; l < n; l += kPanel<R>) {
-        const int64_t at = (l / kPanel<R> * d + column) * kPanel<R>;
+        const int64_t at = l * d + place_of<E>(column);
         accumulate(kept.d_value_t + transposed + l, rows, n - l, correlations, block, d_attended_t(m, b) + at, terms,
                    first > 0);
         accumulate(kept.d_key_t + transposed + l, rows, n - l, d_scores, block, joint_t(b) + at, terms, first > 0);
@@ -220,15 +225,15 @@ struct Backward {
       else
         store_some<R>(to + r * ld + c, v, frames - c);
     };
-    if (whole) product<R>(rows, frames, {a, kPanel<R>, 1, split}, b, kPanel<R>, keep, whole);
+    if (whole) product<E>(rows, frames, {a, kPanel<R>, 1, split}, b, kPanel<R>, keep, whole);
     if (terms % kPanel<R> == 0) return;
     const auto add_rest = [=](int64_t r, int64_t c, Vector<R> v) { add<R>(to + r * ld + c, v, frames - c); };
     const Left<R> rest{a + whole * split, kPanel<R>, 1};
-    const R* const b_rest = b + whole * kPanel<R> * kPanel<R>;
+    const R* const b_rest = b + place_of<E>(whole * kPanel<R>);
     if (whole)
-      product<R>(rows, frames, rest, b_rest, terms % kPanel<R>, add_rest);
+      product<E>(rows, frames, rest, b_rest, terms % kPanel<R>, add_rest);
     else
-      product<R>(rows, frames, rest, b_rest, terms % kPanel<R>, keep);
+      product<E>(rows, frames, rest, b_rest, terms % kPanel<R>, keep);
   }
 
   // d X += d V W_v.
@@ -236,22 +241,22 @@ struct Backward {
     for (int m = 0; m < p.modalities; ++m) {
       const int64_t d_m = p.widths[m], ld = a.ld;
       R* const d_x = kept.d_state[t] + p.offset(m);
-      project<R>(threads, samples.rows(), d_m, {kept.d_value_t + p.offset(m) * kept.frames_ld, 1, kept.frames_ld},
+      project<E>(threads, samples.rows(), d_m, {kept.d_value_t + p.offset(m) * kept.frames_ld, 1, kept.frames_ld},
                  layer(t).value_back[m], d_m,
                  [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d_m - c); });
     }
   }
 
   // d X += (d K W_k)^T. K was divided by sqrt(d).
-  void key_backward(const Iteration<R>& forward) const {
+  void key_backward(const Iteration<E>& forward) const {
     const R scale = Iteration<R>::key_scale(p);
     const int64_t ld = a.ld, frames_ld = kept.frames_ld;
     forward.each_modality_panel([&](int64_t b, int m, int64_t column, int64_t columns, int thread) {
       const int64_t n = samples.frames(b), row = p.offset(m) + column;
       R* const panel = thread_scratch(thread);
-      pack_columns(panel, kept.d_key_t + row * frames_ld + samples.row(b), frames_ld, n, columns);
+      pack_columns<E>(panel, kept.d_key_t + row * frames_ld + samples.row(b), frames_ld, n, columns);
       R* const d_x = kept.d_state[forward.t] + samples.row(b) * ld + row;
-      product<R>(n, columns, {forward.weights.key[m], 1, p.length}, panel, n,
+      product<E>(n, columns, {forward.weights.key[m], 1, p.length}, panel, n,
                  [=](int64_t l, int64_t c, Vector<R> v) { add<R>(d_x + l * ld + c, v * scale, columns - c); });
     });
   }
@@ -274,7 +279,7 @@ struct Backward {
         }
     });
     if (!p.released) return;
-    project<R>(threads, rows, d, {d_joint, ld, 1}, layer(t).query_back, d,
+    project<E>(threads, rows, d, {d_joint, ld, 1}, layer(t).query_back, d,
                [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d - c); });
   }
 
@@ -307,13 +312,13 @@ struct Backward {
 };
 
 // Adds the gradients of iteration t's weights, where t < T, and of the gates computed from X^t.
-template <class R>
+template <class E, class R = Compute<E>>
 void add_sums(const Problem& p, const BackwardMemory<R>& w, const Samples& chunk, int t, R scale, int threads) {
   const ParameterIndex index{p};
   const Activations<R>& a = w.activations;
   const Kept<R>& kept = w.kept;
   const int64_t d = p.width();
-  Sums<R> sums(p, chunk);
+  Sums<E> sums(p, chunk);
   const auto to = [&](int i) { return w.parameters[i]; };
   const auto bias = [&](int i) { return p.released ? w.parameters[i + 1] : nullptr; };
   for (int m = 0; m < p.modalities; ++m) {
@@ -374,7 +379,7 @@ void run(const Problem& p, const Tensors& tensors, const BackwardTensors& gradie
         backward.iteration_backward(t);
         if (t == 0) backward.write_features();
       });
-      add_sums(p, w, chunk, t, Iteration<R>::key_scale(p), threads);
+      add_sums<Operand<S>>(p, w, chunk, t, Iteration<R>::key_scale(p), threads);
     }
   }
   BackwardMemory<R>::each_parameter(p, [&](int i, int64_t size) {
@@ -386,6 +391,9 @@ void run(const Problem& p, const Tensors& tensors, const BackwardTensors& gradie
 }  // namespace
 
 void backward(const Problem& p, const Tensors& tensors, const BackwardTensors& gradients, const Resources& resources) {
+#ifdef __AVX512BF16__  // built for bfloat16 alone
+  return run<BFloat16>(p, tensors, gradients, resources);
+#else
   switch (p.dtype) {
     case Dtype::float32:
       return run<float>(p, tensors, gradients, resources);
@@ -396,6 +404,7 @@ void backward(const Problem& p, const Tensors& tensors, const BackwardTensors& g
     case Dtype::float16:
       return run<Float16>(p, tensors, gradients, resources);
   }
+#endif
 }
 
 size_t backward_workspace(const Problem& p, const Resources& resources) {

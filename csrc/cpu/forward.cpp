@@ -85,7 +85,7 @@ struct Forward {
   }
 
   // X^(t+1) = X^t + U, rounded to the storage type, from which the next iteration goes on.
-  void add_residual(const Iteration<R>& iteration, R* update) const {
+  void add_residual(const Iteration<Operand<S>>& iteration, R* update) const {
     R* const x = a.x;
     const int64_t ld = a.ld;
     iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor) {
@@ -142,9 +142,10 @@ void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs
     const Forward<S> forward{p, tensors, outputs, samples, w.gates, a, w.split.threads_each, scratch, w.scratch_step};
     forward.load_features();
     for (int t = 0; t < p.iterations; ++t) {
-      const Iteration<R> iteration{
+      const Iteration<Operand<S>> iteration{
           p, samples, w.weights[p.shared ? 0 : t], a, tensors.seed, t, w.split.threads_each, scratch, w.scratch_step};
       iteration.project_joint();
+      iteration.pack_joint();
       iteration.mix_time();
       iteration.project_value();
       iteration.attend();
@@ -159,6 +160,9 @@ void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs
 }  // namespace
 
 void forward(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs, const Resources& resources) {
+#ifdef __AVX512BF16__  // built for bfloat16 alone
+  return run<BFloat16>(p, tensors, outputs, resources);
+#else
   switch (p.dtype) {
     case Dtype::float32:
       return run<float>(p, tensors, outputs, resources);
@@ -169,6 +173,7 @@ void forward(const Problem& p, const Tensors& tensors, const ForwardOutputs& out
     case Dtype::float16:
       return run<Float16>(p, tensors, outputs, resources);
   }
+#endif
 }
 
 size_t forward_workspace(const Problem& p, const Resources& resources) {

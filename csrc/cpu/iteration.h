@@ -39,7 +39,7 @@ struct Activations {
 constexpr int64_t kRowBlock = 128, kPanelBlock = 4;
 
 // Rows times packed weights: epilogue(row, column, vector).
-template <class R, class Epilogue>
+template <class E, class R = Compute<E>, class Epilogue>
 inline void project(int threads, int64_t rows, int64_t terms, Left<R> a, const R* weights, int64_t columns,
                     Epilogue epilogue) {
   const int64_t panel_blocks = blocks(panels<R>(columns), kPanelBlock);
@@ -48,14 +48,14 @@ inline void project(int threads, int64_t rows, int64_t terms, Left<R> a, const R
     const Left<R> block{a.data + i * a.row, a.row, a.column};
     for (int64_t panel = q; panel < smaller(q + kPanelBlock, panels<R>(columns)); ++panel) {
       const int64_t column = panel * kPanel<R>;
-      product<R>(smaller(kRowBlock, rows - i), smaller(kPanel<R>, columns - column), block,
+      product<E>(smaller(kRowBlock, rows - i), smaller(kPanel<R>, columns - column), block,
                  weights + panel * terms * kPanel<R>, terms,
                  [=](int64_t r, int64_t c, Vector<R> v) { epilogue(i + r, column + c, v); });
     }
   });
 }
 
-template <class R>
+template <class E, class R = Compute<E>>
 struct Iteration {
   const Problem& p;
   const Samples& samples;
@@ -86,13 +86,24 @@ struct Iteration {
     R* const joint = a.joint;
     if (!p.released) {
       parallel_for(threads, panels<R>(d), [&](int64_t q, int) {
-        pack_rows(joint + q * rows * kPanel<R>, a.x + q * kPanel<R>, a.ld, rows, d - q * kPanel<R>);
+        copy_rows(joint + q * rows * kPanel<R>, a.x + q * kPanel<R>, a.ld, rows, d - q * kPanel<R>);
       });
       return;
     }
     const R* const bias = weights.query_bias;
-    project<R>(threads, rows, d, {a.x, a.ld, 1}, weights.query, d, [=](int64_t r, int64_t c, Vector<R> v) {
+    project<E>(threads, rows, d, {a.x, a.ld, 1}, weights.query, d, [=](int64_t r, int64_t c, Vector<R> v) {
       store(joint + (c / kPanel<R> * rows + r) * kPanel<R> + c % kPanel<R>, v + load(bias + c));
+    });
+  }
+
+  // J as the correlation takes it, from here on: the terms of a sample begin with its first row.
+  void pack_joint() const {
+    if (!kPaired<E>) return;
+    const int64_t all = panels<R>(p.width());
+    parallel_for(threads, samples.count * all, [&](int64_t task, int) {
+      const int64_t b = task / all;
+      R* const panel = a.joint + (task % all * samples.rows() + samples.row(b)) * kPanel<R>;
+      pack<E>(panel, panel, samples.frames(b));
     });
   }
 
@@ -102,10 +113,10 @@ struct Iteration {
     each_modality_panel([&](int64_t b, int m, int64_t column, int64_t columns, int thread) {
       R* const panel = thread_scratch(thread);
       const int64_t n = samples.frames(b), place = samples.row(b) * a.ld + p.offset(m) + column;
-      pack_rows(panel, a.x + place, a.ld, n, columns);
+      pack_rows<E>(panel, a.x + place, a.ld, n, columns);
       const R* const bias = weights.key_bias[m];
       R* const key = a.key + place;
-      product<R>(n, columns, {weights.key[m], p.length, 1}, panel, n, [=](int64_t l, int64_t c, Vector<R> v) {
+      product<E>(n, columns, {weights.key[m], p.length, 1}, panel, n, [=](int64_t l, int64_t c, Vector<R> v) {
         if (bias) v += bias[l];
         store_some<R>(key + l * a.ld + c, v * scale, columns - c);
       });
@@ -118,7 +129,7 @@ struct Iteration {
       const int64_t d_m = p.widths[m], offset = p.offset(m);
       const R* const bias = weights.value_bias[m];
       R* const value = a.value + offset;
-      project<R>(threads, samples.rows(), d_m, {a.x + offset, a.ld, 1}, weights.value[m], d_m,
+      project<E>(threads, samples.rows(), d_m, {a.x + offset, a.ld, 1}, weights.value[m], d_m,
                  [=](int64_t r, int64_t c, Vector<R> v) {
                    store_some<R>(value + r * a.ld + c, bias ? v + load(bias + c) : v, d_m - c);
                  });
@@ -135,8 +146,9 @@ struct Iteration {
       R* const correlation = thread_scratch(thread);
       correlate(b, m, q, 0, p.widths[m], correlation);
       drop_correlation(b, m, q, 0, p.widths[m], correlation, nullptr);
+      pack<E>(correlation, correlation, p.widths[m]);
       R* const hidden = a.hidden + samples.row(b) * a.hidden_ld + m * d + q * kPanel<R>;
-      product<R>(n, columns, {a.value + place, a.ld, 1}, correlation, p.widths[m],
+      product<E>(n, columns, {a.value + place, a.ld, 1}, correlation, p.widths[m],
                  [=](int64_t l, int64_t c, Vector<R> v) {
                    store_some<R>(hidden + l * a.hidden_ld + c, relu<R>(p.released ? tanh(v) : v), columns - c);
                  });
@@ -146,7 +158,7 @@ struct Iteration {
   // tanh(K_m J / sqrt(d)) for rows [i, i + rows) of C_m and panel q, as a panel [rows][kPanel].
   void correlate(int64_t b, int m, int64_t q, int64_t i, int64_t rows, R* correlation) const {
     const R* const key = a.key + samples.row(b) * a.ld + p.offset(m) + i;
-    product<R>(rows, p.width() - q * kPanel<R>, {key, 1, a.ld}, joint_panel(q, b), samples.frames(b),
+    product<E>(rows, p.width() - q * kPanel<R>, {key, 1, a.ld}, joint_panel(q, b), samples.frames(b),
                [=](int64_t r, int64_t c, Vector<R> v) { store(correlation + r * kPanel<R> + c, tanh(v)); });
   }
 
@@ -178,7 +190,7 @@ struct Iteration {
       const int64_t d_m = p.widths[m];
       const R* const bias = weights.output_bias[m];
       R* const to = update + p.offset(m);
-      project<R>(threads, samples.rows(), d, {a.hidden + m * d, a.hidden_ld, 1}, weights.output[m], d_m,
+      project<E>(threads, samples.rows(), d, {a.hidden + m * d, a.hidden_ld, 1}, weights.output[m], d_m,
                  [=](int64_t r, int64_t c, Vector<R> v) {
                    store_some<R>(to + r * a.ld + c, bias ? v + load(bias + c) : v, d_m - c);
                  });

@@ -1,6 +1,10 @@
-// Matrix products on packed panels: a tile of kTileRows x two vectors stays in registers while the sum runs.
+// Matrix products on packed panels: a tile of kTileRows x two vectors stays in registers while the sum runs. E is the
+// type of the operands (storage.h), R that of sums and of all that is kept.
 #pragma once
 
+#include <type_traits>
+
+#include "pairs.h"
 #include "storage.h"
 #include "vector.h"
 
@@ -23,8 +27,18 @@ int64_t leading(int64_t columns) {
   return padded * sizeof(R) % 1024 ? padded : padded + kPanel<R>;
 }
 
-// Element (i, k) of a left operand: at data[i * row + k * column]. If the sum is split, part s of `depth` terms begins
-// at data + s * split.
+// Whether panels hold words of two terms, each in the place of an R. They take half the room of the same panel of R.
+template <class E>
+constexpr bool kPaired = !std::is_same_v<E, Compute<E>>;
+
+// Where an even term of a panel stands.
+template <class E, class R = Compute<E>>
+int64_t place_of(int64_t term) {
+  return (kPaired<E> ? term / 2 : term) * kPanel<R>;
+}
+
+// Element (i, k) of a left operand: at data[i * row + k * column], and one of these steps is 1. If the sum is split,
+// part s of `depth` terms begins at data + s * split.
 template <class R>
 struct Left {
   const R* data;
@@ -68,18 +82,53 @@ GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows],
   }
 }
 
-template <class R, int V, class Epilogue>
-GRJCA_INLINE void product_of_width(int64_t rows, Left<R> a, const R* panel, int64_t terms, int64_t splits,
+#ifdef __AVX512BF16__
+// The same in pairs: those of the left operand are made here, a run at a time. A part of a split sum is one run.
+template <int V>
+GRJCA_INLINE void tile_of_pairs(Vector<float> (&acc)[kTileRows][V], const Left<float>& a, int64_t i, int64_t rows,
+                                const float* panel, int64_t terms, int64_t splits) {
+  constexpr int64_t kWords = kRun / 2;
+  uint32_t words[kTileRows * kWords];
+  for (int64_t s = 0; s < splits; ++s)
+    for (int64_t k = 0; k < terms; k += kRun) {
+      const int64_t count = smaller(kRun, terms - k);
+      const float* const from = a.data + s * a.split + i * a.row + k * a.column;
+      if (a.column == 1)
+        for (int64_t r = 0; r < kTileRows; ++r)
+          pair_along(words + r * kWords, from + smaller(r, rows - 1) * a.row, count);
+      else
+        pair_across(words, from, a.column, count, rows);
+      const int64_t row = a.column == 1 ? kWords : 1, step = a.column == 1 ? 1 : kTileRows;
+      const float* b = panel + place_of<BFloat16>(s * terms + k);
+      Vector<float> run[kTileRows][V] = {};
+      for (int64_t pair = 0; pair < blocks(count, 2); ++pair, b += kPanel<float>) {
+        Vector<float> right[V];
+        for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<float>);
+        for (int r = 0; r < kTileRows; ++r)
+          for (int v = 0; v < V; ++v) run[r][v] = add_products(run[r][v], words[r * row + pair * step], right[v]);
+      }
+      for (int r = 0; r < kTileRows; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] += run[r][v];
+    }
+}
+#endif
+
+template <class E, int V, class R, class Epilogue>
+GRJCA_INLINE void product_of_width(int64_t rows, const Left<R>& a, const R* panel, int64_t terms, int64_t splits,
                                    Epilogue epilogue) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
     Vector<R> acc[kTileRows][V] = {};
-    const R* row[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row;
-    if (a.column == 1)
-      tile<R, V>(acc, row, 1, a.split, panel, terms, splits);
-    else
-      tile<R, V>(acc, row, a.column, a.split, panel, terms, splits);
     const int64_t present = smaller(kTileRows, rows - i);
+    if constexpr (kPaired<E>) {
+      tile_of_pairs<V>(acc, a, i, present, panel, terms, splits);
+    } else {
+      const R* row[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row;
+      if (a.column == 1)
+        tile<R, V>(acc, row, 1, a.split, panel, terms, splits);
+      else
+        tile<R, V>(acc, row, a.column, a.split, panel, terms, splits);
+    }
     for (int r = 0; r < kTileRows; ++r)
       if (r < present)
         for (int v = 0; v < V; ++v) epilogue(i + r, v * kLanes<R>, acc[r][v]);
@@ -87,18 +136,18 @@ GRJCA_INLINE void product_of_width(int64_t rows, Left<R> a, const R* panel, int6
 }
 
 // [rows x columns] = A * panel, columns <= kPanel; epilogue(row, column, vector) receives it vector by vector.
-template <class R, class Epilogue>
+template <class E, class R = Compute<E>, class Epilogue>
 inline void product(int64_t rows, int64_t columns, Left<R> a, const R* panel, int64_t terms, Epilogue epilogue,
                     int64_t splits = 1) {
   if (columns > kLanes<R>)
-    product_of_width<R, 2>(rows, a, panel, terms, splits, epilogue);
+    product_of_width<E, 2>(rows, a, panel, terms, splits, epilogue);
   else
-    product_of_width<R, 1>(rows, a, panel, terms, splits, epilogue);
+    product_of_width<E, 1>(rows, a, panel, terms, splits, epilogue);
 }
 
-// panel[k][c] = from[k * step + c], zero beyond `columns`.
+// rows[k][c] = from[k * step + c], zero beyond `columns`.
 template <class S, class R>
-inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+inline void copy_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
   columns = smaller(columns, kPanel<R>);
   for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>, from += step) {
     for (int64_t c = 0; c < columns; ++c) panel[c] = widen(from[c]);
@@ -106,9 +155,9 @@ inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int6
   }
 }
 
-// panel[k][c] = from[c * step + k], zero beyond `columns`.
+// rows[k][c] = from[c * step + k], zero beyond `columns`.
 template <class S, class R>
-inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+inline void copy_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
   columns = smaller(columns, kPanel<R>);
   int64_t done = 0;  // columns
 #ifdef GRJCA_SHUFFLES
@@ -133,6 +182,47 @@ inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, i
     for (int64_t c = done; c < columns; ++c) panel[k * kPanel<R> + c] = widen(from[c * step + k]);
     for (int64_t c = columns; c < kPanel<R>; ++c) panel[k * kPanel<R> + c] = 0;
   }
+}
+
+// The panel of rows [terms][kPanel]. It may begin where they do.
+template <class E, class R = Compute<E>>
+inline void pack(R* panel, const R* rows, int64_t terms) {
+  if constexpr (kPaired<E>) {
+    for (int64_t k = 0; k < terms; k += 2)
+      for (int64_t c = 0; c < kPanel<R>; c += kLanes<R>) {
+        const R* const even = rows + k * kPanel<R> + c;
+        store(panel + place_of<E>(k) + c, pair(load(even), k + 1 < terms ? load(even + kPanel<R>) : Vector<R>{}));
+      }
+  } else if (panel != rows) {
+    std::memcpy(panel, rows, terms * kPanel<R> * sizeof(R));
+  }
+}
+
+// The panel of what copy(rows, first term, terms) copies.
+template <class E, class R, class Copy>
+inline void pack_by(R* panel, int64_t terms, Copy copy) {
+  if constexpr (kPaired<E>) {
+    R rows[kPanel<R> * kPanel<R>];
+    for (int64_t k = 0; k < terms; k += kPanel<R>) {
+      const int64_t count = smaller(kPanel<R>, terms - k);
+      copy(rows, k, count);
+      pack<E>(panel + place_of<E>(k), rows, count);
+    }
+  } else {
+    copy(panel, 0, terms);
+  }
+}
+
+// The panel whose term k is from[k * step + column].
+template <class E, class S, class R>
+inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  pack_by<E>(panel, terms, [=](R* rows, int64_t k, int64_t n) { copy_rows(rows, from + k * step, step, n, columns); });
+}
+
+// The panel whose term k is from[column * step + k].
+template <class E, class S, class R>
+inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  pack_by<E>(panel, terms, [=](R* rows, int64_t k, int64_t n) { copy_columns(rows, from + k, step, n, columns); });
 }
 
 }  // namespace grjca::GRJCA_ISA

@@ -23,6 +23,20 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
+// What products take their operands as: bfloat16 where the processor multiplies that, the arithmetic type elsewhere.
+template <class S>
+struct OperandOf {
+  using type = Compute<S>;
+};
+#ifdef __AVX512BF16__
+template <>
+struct OperandOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <class S>
+using Operand = typename OperandOf<S>::type;
+
 GRJCA_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

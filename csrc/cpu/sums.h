@@ -12,7 +12,7 @@ GRJCA_INLINE void add(R* to, Vector<R> v, int64_t lanes) {
   store_some<R>(to, load_some<R>(to, lanes) + v, lanes);
 }
 
-template <class R>
+template <class E, class R = Compute<E>>
 class Sums {
  public:
   Sums(const Problem& p, const Samples& samples) : p_(p), samples_(samples) {}
@@ -72,8 +72,8 @@ class Sums {
     const int64_t column = task / out_blocks * kPanel<R>, i = task % out_blocks * kOut;
     R* const to = s.to + i * in + column;
     samples_.each_block([&](int64_t k, int64_t terms) {
-      pack_rows(panel, s.x + k * s.x_ld + column, s.x_ld, terms, in - column);
-      product<R>(smaller(kOut, s.out - i), in - column, {s.d.data + i * s.d.row + k * s.d.column, s.d.row, s.d.column},
+      pack_rows<E>(panel, s.x + k * s.x_ld + column, s.x_ld, terms, in - column);
+      product<E>(smaller(kOut, s.out - i), in - column, {s.d.data + i * s.d.row + k * s.d.column, s.d.row, s.d.column},
                  panel, terms, [=](int64_t r, int64_t c, Vector<R> v) { add<R>(to + r * in + c, v, in - column - c); });
     });
   }
@@ -106,7 +106,7 @@ class Sums {
   void key_weight(const Sum& s, int64_t task, R* panel) const {
     const int64_t length = p_.length, column = task * kPanel<R>, columns = smaller(kPanel<R>, length - column);
     R* const sum_t = panel + kTerms * kPanel<R>;
-    pack_columns(sum_t, s.to + column * length, length, length, columns);
+    copy_columns(sum_t, s.to + column * length, length, length, columns);
     for (int64_t b = 0; b < samples_.count; ++b)
       add_sample(s, b, column, smaller(columns, samples_.frames(b) - column), panel, sum_t);
     for (int64_t c = 0; c < columns; ++c)
@@ -117,8 +117,8 @@ class Sums {
     const int64_t first = samples_.row(b);
     for (int64_t k = 0; k < s.in && columns > 0; k += kTerms) {
       const int64_t terms = smaller(kTerms, s.in - k);
-      pack_rows(panel, s.d.data + k * s.d.row + first + column, s.d.row, terms, columns);
-      product<R>(samples_.frames(b), columns, {s.x + first * s.x_ld + k, s.x_ld, 1}, panel, terms,
+      pack_rows<E>(panel, s.d.data + k * s.d.row + first + column, s.d.row, terms, columns);
+      product<E>(samples_.frames(b), columns, {s.x + first * s.x_ld + k, s.x_ld, 1}, panel, terms,
                  [=](int64_t r, int64_t c, Vector<R> v) {
                    R* const at = sum_t + r * kPanel<R> + c;
                    store<R>(at, load(at) + v * s.scale);

@@ -49,8 +49,7 @@ struct LayerWeights {
       const S* const weight = static_cast<const S*>(parameters[i]);
       pieces.add({Piece<S>::kTransposed, forward, weight, out, in}, panels<R>(out));
       if (backward) pieces.add({Piece<S>::kPlain, backward, weight, out, in}, panels<R>(in));
-      if (bias)
-        pieces.add({Piece<S>::kTransposed, bias, static_cast<const S*>(parameters[i + 1]), out, 1}, panels<R>(out));
+      if (bias) pieces.add({Piece<S>::kBias, bias, static_cast<const S*>(parameters[i + 1]), out, 1}, panels<R>(out));
     };
     if (p.released) add(query, query_back, query_bias, index.query(t), d, d);
     for (int m = 0; m < p.modalities; ++m) {
@@ -58,8 +57,7 @@ struct LayerWeights {
       const void* const* of_key = parameters + index.key(t, m);
       pieces.add({Piece<S>::kCopy, key[m], static_cast<const S*>(of_key[0]), p.length, p.length}, p.length);
       if (p.released)
-        pieces.add({Piece<S>::kTransposed, key_bias[m], static_cast<const S*>(of_key[1]), p.length, 1},
-                   panels<R>(p.length));
+        pieces.add({Piece<S>::kBias, key_bias[m], static_cast<const S*>(of_key[1]), p.length, 1}, panels<R>(p.length));
       add(value[m], value_back[m], value_bias[m], index.value(t, m), d_m, d_m);
       add(output[m], output_back[m], output_bias[m], index.output(t, m), d_m, d);
     }
@@ -69,15 +67,16 @@ struct LayerWeights {
  private:
   template <class S>
   struct Piece {
-    enum Kind { kTransposed, kPlain, kCopy } kind;
+    enum Kind { kTransposed, kPlain, kCopy, kBias } kind;
     R* to;
     const S* from;  // [out, in]
     int64_t out, in;
 
     void fill(int64_t task) const {
       const int64_t c = task * kPanel<R>;
-      if (kind == kTransposed) pack_columns(to + c * in, from + c * in, in, in, out - c);
-      if (kind == kPlain) pack_rows(to + c * out, from + c, in, out, in - c);
+      if (kind == kTransposed) pack_columns<Operand<S>>(to + c * in, from + c * in, in, in, out - c);
+      if (kind == kPlain) pack_rows<Operand<S>>(to + c * out, from + c, in, out, in - c);
+      if (kind == kBias) copy_columns(to + c, from + c, 1, 1, out - c);
       if (kind == kCopy) load_row(to + task * in, from + task * in, 1, in);
     }
   };
