@@ -29,7 +29,7 @@ INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its 
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
-    "avx512bf16": "-mavx512bf16 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx512bf16": "-mavx512bf16 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"

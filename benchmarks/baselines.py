@@ -110,9 +110,13 @@ class GatedRJCAStrong(GatedRJCAEager):
 
 
 def _linear(x: Tensor, parameters: Linear, scale: float = 1.0) -> Tensor:
-    """scale (x W^T + b). The scale goes into the weights: as alpha and beta it would cost the backward more."""
+    """scale (x W^T + b). The scale goes into the weights: as alpha and beta it would cost the backward more. Not in
+    float16, where the gradient of scaled weights, which is that of the weights over the scale, overflows.
+    """
     weight, bias = parameters
     assert bias is not None
+    if scale != 1 and x.dtype == torch.float16:
+        return F.linear(x, weight, bias).mul_(scale)
     if scale != 1:
         weight, bias = weight * scale, bias * scale
     return torch.addmm(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])

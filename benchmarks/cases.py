@@ -49,6 +49,7 @@ class Problem:
 
     shape: Shape
     dtype: torch.dtype = torch.float32
+    seed: int = 0  # of the first inputs; weights do not depend on it
 
     def block(self, kind: type[GatedRJCAFused], **options: object) -> GatedRJCAFused:
         """A block with the weights of this problem."""
@@ -71,9 +72,9 @@ class Problem:
 
     @cached_property
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
-        return [self._input(seed) for seed in range(ROTATED)]
+        return [self.input(self.seed + i) for i in range(ROTATED)]
 
-    def _input(self, seed: int) -> tuple[Tensor, Tensor]:
+    def input(self, seed: int) -> tuple[Tensor, Tensor]:
         visual, audio = (x.to(self.dtype).requires_grad_() for x in self.shape.inputs(seed))
         return visual, audio
 

@@ -300,7 +300,7 @@ class Ends(Problem):
 
     @cached_property
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
-        visual, audio = (x.detach()[self.places].requires_grad_() for x in self.whole.inputs[0])
+        visual, audio = (x.detach()[self.places].requires_grad_() for x in self.whole.input(self.seed))
         return [(visual, audio)]
 
     @cached_property

@@ -125,8 +125,8 @@ def every_build() -> Iterator[Build]:
 
 
 def everyday() -> Iterator[Build]:
-    """What the tests compile, in minutes: both directions and dataflows, every precision, and every vendor; the backward
-    takes five times as long as the forward."""
+    """What the tests compile, in minutes: both directions and dataflows, every precision and vendor. The backward takes
+    five times as long as the forward."""
     for target, precision, *cases in (
         ("sm_80", "float16", STREAMED),
         ("sm_80", "float32", STORED),

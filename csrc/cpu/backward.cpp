@@ -163,7 +163,7 @@ struct Backward {
       pack_columns<E>(to + l * d + place_of<E>(q * kPanel<R>), from + l * kPanel<R>, kPanel<R>, columns, frames - l);
   }
 
-  // From d (V C): d V and d K (transposed) and, in parts, d J. C is recomputed block by block and never leaves scratch.
+  // From d (V C): d V and d K (transposed) and, in parts, d J, block by block of C.
   void correlation_backward(const Iteration<E>& iteration) const {
     const int64_t all = Passing<R>::correlation_blocks(p);
     parallel_for(threads, samples.count * all, [&](int64_t task, int thread) {
@@ -192,8 +192,9 @@ struct Backward {
         const int64_t columns = smaller(kPanel<R>, d - q * kPanel<R>);
         R* const correlation = correlations + (q - first) * block;
         R* const d_score = d_scores + (q - first) * block;
-        iteration.correlate(b, m, q, i, rows, correlation);
-        iteration.drop_correlation(b, m, q, i, rows, correlation, d_score);
+        const R* const tanhs = a.correlation ? iteration.kept_correlation(b, m, q) + i * kPanel<R> : correlation;
+        if (!a.correlation) iteration.correlate(b, m, q, i, rows, correlation);
+        iteration.drop_correlation(b, m, q, i, rows, tanhs, correlation, d_score);
         product<E>(rows, columns, {a.value + place, 1, ld}, d_attended_panel(m, q) + start * kPanel<R>, n,
                    [=](int64_t r, int64_t c, Vector<R> v) {
                      R* const at = d_score + r * kPanel<R> + c;

@@ -11,6 +11,10 @@ namespace grjca::GRJCA_ISA {
 // Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
 constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 128;
 
+// Frames from which on a value of tanh(K J) is kept from attend() until d (V C) is there, because fetching it takes
+// less time than computing it anew. That depends on L alone: a value takes L products.
+constexpr int64_t kKeptFrom = 64;
+
 // What a chunk keeps until its sums are taken. Rows are those of the chunk.
 template <class R>
 struct Kept {
@@ -90,6 +94,8 @@ struct BackwardMemory {
     Arena arena(base);
     activations.plan_passing(p, samples * p.length, arena);
     passing.plan(p, samples, arena);
+    if (p.length >= kKeptFrom)
+      activations.correlation = arena.take<R>(samples * panels<R>(p.width()) * p.width() * kPanel<R>);
     return static_cast<int64_t>(arena.used());
   }
 
@@ -130,6 +136,7 @@ struct BackwardMemory {
     a.x += row * a.ld;
     a.hidden += row * a.hidden_ld;
     for (R** piece : {&a.joint, &a.key, &a.value}) *piece += worker * passing_step;
+    if (a.correlation) a.correlation += worker * passing_step;
     return a;
   }
   Passing<R> passing_of(int worker) const {

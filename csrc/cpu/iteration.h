@@ -18,6 +18,7 @@ template <class R>
 struct Activations {
   int64_t ld, hidden_ld;
   R *x, *joint, *key, *value, *hidden;
+  R* correlation;  // tanh(K_m J / sqrt(d)) of all samples, [sample][panel][row of all C][kPanel]; null: not kept
 
   static Activations of(const Problem& p) {
     Activations a{};
@@ -144,8 +145,9 @@ struct Iteration {
       const int m = static_cast<int>(task / all % p.modalities);
       const int64_t columns = smaller(kPanel<R>, d - q * kPanel<R>), place = samples.row(b) * a.ld + p.offset(m);
       R* const correlation = thread_scratch(thread);
-      correlate(b, m, q, 0, p.widths[m], correlation);
-      drop_correlation(b, m, q, 0, p.widths[m], correlation, nullptr);
+      R* const tanhs = a.correlation ? kept_correlation(b, m, q) : correlation;
+      correlate(b, m, q, 0, p.widths[m], tanhs);
+      drop_correlation(b, m, q, 0, p.widths[m], tanhs, correlation, nullptr);
       pack<E>(correlation, correlation, p.widths[m]);
       R* const hidden = a.hidden + samples.row(b) * a.hidden_ld + m * d + q * kPanel<R>;
       product<E>(n, columns, {a.value + place, a.ld, 1}, correlation, p.widths[m],
@@ -162,15 +164,20 @@ struct Iteration {
                [=](int64_t r, int64_t c, Vector<R> v) { store(correlation + r * kPanel<R> + c, tanh(v)); });
   }
 
-  // Applies dropout to what correlate() gave. `slope`, unless null, receives its derivative by K_m J / sqrt(d).
-  void drop_correlation(int64_t b, int m, int64_t q, int64_t i, int64_t rows, R* correlation, R* slope) const {
+  R* kept_correlation(int64_t b, int m, int64_t q) const {
+    return a.correlation + ((b * panels<R>(p.width()) + q) * p.width() + p.offset(m)) * kPanel<R>;
+  }
+
+  // C_m: what correlate() gave, with dropout. `slope`, unless null, receives its derivative by K_m J / sqrt(d).
+  void drop_correlation(int64_t b, int m, int64_t q, int64_t i, int64_t rows, const R* tanhs, R* correlation,
+                        R* slope) const {
     const auto one = [&](int64_t at, Vector<R> factor) {
-      const Vector<R> c = load(correlation + at);
+      const Vector<R> c = load(tanhs + at);
       if (slope) store<R>(slope + at, (1 - c * c) * factor);
       store<R>(correlation + at, c * factor);
     };
     if (p.dropout == 0) {
-      if (slope)
+      if (slope || tanhs != correlation)
         for (int64_t at = 0; at < rows * kPanel<R>; at += kLanes<R>) one(at, splat<R>(1));
       return;
     }

@@ -82,36 +82,29 @@ GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows],
   }
 }
 
-#ifdef __AVX512BF16__
-// The same in pairs: those of the left operand are made here, a run at a time. A part of a split sum is one run.
-template <int V>
-GRJCA_INLINE void tile_of_pairs(Vector<float> (&acc)[kTileRows][V], const Left<float>& a, int64_t i, int64_t rows,
-                                const float* panel, int64_t terms, int64_t splits) {
-  constexpr int64_t kWords = kRun / 2;
+// The same in pairs: those of the left operand are made here, some terms at a time. Beside what rounding the operands
+// does, that of the sum is nothing, and it needs no runs.
+template <class E, int V, bool kAlong, class R = Compute<E>>
+GRJCA_INLINE void tile_of_pairs(Vector<R> (&acc)[kTileRows][V], const R* a, int64_t row, int64_t column, int64_t rows,
+                                const R* panel, int64_t terms) {
+  constexpr int64_t kWords = kRun / 2, kRow = kAlong ? kWords : 1, kStep = kAlong ? 1 : kTileRows;
   uint32_t words[kTileRows * kWords];
-  for (int64_t s = 0; s < splits; ++s)
-    for (int64_t k = 0; k < terms; k += kRun) {
-      const int64_t count = smaller(kRun, terms - k);
-      const float* const from = a.data + s * a.split + i * a.row + k * a.column;
-      if (a.column == 1)
-        for (int64_t r = 0; r < kTileRows; ++r)
-          pair_along(words + r * kWords, from + smaller(r, rows - 1) * a.row, count);
-      else
-        pair_across(words, from, a.column, count, rows);
-      const int64_t row = a.column == 1 ? kWords : 1, step = a.column == 1 ? 1 : kTileRows;
-      const float* b = panel + place_of<BFloat16>(s * terms + k);
-      Vector<float> run[kTileRows][V] = {};
-      for (int64_t pair = 0; pair < blocks(count, 2); ++pair, b += kPanel<float>) {
-        Vector<float> right[V];
-        for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<float>);
-        for (int r = 0; r < kTileRows; ++r)
-          for (int v = 0; v < V; ++v) run[r][v] = add_products(run[r][v], words[r * row + pair * step], right[v]);
-      }
+  for (int64_t k = 0; k < terms; k += kRun) {
+    const int64_t count = smaller(kRun, terms - k);
+    if constexpr (kAlong)
+      for (int64_t r = 0; r < kTileRows; ++r) pair_along(words + r * kWords, a + k + smaller(r, rows - 1) * row, count);
+    else
+      pair_across(words, a + k * column, column, count, rows);
+    const R* b = panel + place_of<E>(k);
+    const uint32_t* left = words;
+    for (int64_t pair = 0; pair < blocks(count, 2); ++pair, b += kPanel<R>, left += kStep) {
+      Vector<R> right[V];
+      for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
       for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] += run[r][v];
+        for (int v = 0; v < V; ++v) acc[r][v] = add_products(acc[r][v], left[r * kRow], right[v]);
     }
+  }
 }
-#endif
 
 template <class E, int V, class R, class Epilogue>
 GRJCA_INLINE void product_of_width(int64_t rows, const Left<R>& a, const R* panel, int64_t terms, int64_t splits,
@@ -120,7 +113,13 @@ GRJCA_INLINE void product_of_width(int64_t rows, const Left<R>& a, const R* pane
     Vector<R> acc[kTileRows][V] = {};
     const int64_t present = smaller(kTileRows, rows - i);
     if constexpr (kPaired<E>) {
-      tile_of_pairs<V>(acc, a, i, present, panel, terms, splits);
+      for (int64_t s = 0; s < splits; ++s) {
+        const R *const from = a.data + i * a.row + s * a.split, *const b = panel + place_of<E>(s * terms);
+        if (a.column == 1)
+          tile_of_pairs<E, V, true>(acc, from, a.row, 1, present, b, terms);
+        else
+          tile_of_pairs<E, V, false>(acc, from, 1, a.column, present, b, terms);
+      }
     } else {
       const R* row[kTileRows];
       for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row;
