@@ -19,10 +19,11 @@ install: ## install into .venv, whether or not anything has changed
 	@rm -f .venv/installed
 	@$(MAKE) --no-print-directory .venv/installed
 
-# Also when native code changes: ninja then compiles only what the change touches.
+# Also when native code changes: ninja then compiles only what the change touches. Bytecode is left to the first import:
+# of most that comes along, nothing is imported.
 .venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --editable '.[dev,train]' --constraint constraints.txt
+	$(BIN)/pip install --no-compile --editable '.[dev,train]' --constraint constraints.txt
 	@touch $@
 
 demo: .venv/installed ## make data, train, evaluate, predict and plot, by the commands of grjca
