@@ -99,12 +99,17 @@ def tanhs(shape: Shape) -> int:
     return shape.batch * shape.iterations * (width**2 + 2 * shape.length * width)
 
 
+VARYING = frozenset({"commit", "clock_mhz"})
+"""What may differ between rows that are otherwise of the same."""
+
+
 @lru_cache
-def provenance() -> dict[str, str | int]:
+def provenance() -> dict[str, str | int | float | None]:
     """Where and with what a time was measured."""
     return {
         "commit": _commit(),
-        "device": _cpu(),
+        "device": _cpu("model name") or platform.processor() or platform.machine(),
+        "clock_mhz": _clock(),
         "threads": THREADS,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -122,9 +127,16 @@ def _commit() -> str:
         return "unknown"
 
 
-def _cpu() -> str:
+def _clock() -> float | None:
+    """Of the first core, now; a virtual machine shows the nominal one. None where the system does not say."""
+    clock = _cpu("cpu MHz")
+    return float(clock) if clock else None
+
+
+def _cpu(entry: str) -> str:
+    """What /proc/cpuinfo says of the first core; empty where there is no such entry, or no such file."""
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(entry):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""

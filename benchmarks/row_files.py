@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import provenance
+from benchmarks.cases import VARYING, provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,5 +59,5 @@ def is_known(rows: Sequence[Row], place: Row) -> bool:
     """Whether what ``place`` describes has been measured with these sources, settings and versions."""
     about = provenance()
     # A row that is written makes the tree dirty, so that the sources, not the commit, have to be the same.
-    wanted = {**place, **{name: about[name] for name in about if name != "commit"}}
+    wanted = {**place, **{name: about[name] for name in about if name not in VARYING}}
     return any(wanted.items() <= row.items() for row in rows)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, Problem, provenance
+from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, VARYING, Problem, provenance
 from benchmarks.memory import OUT_OF_MEMORY, ProcessError, apart, available_memory, ready, sentence, weighed
 from benchmarks.row_files import ROOT, Row, file_of, read, state_of, write
 from grjca.eager import GatedRJCAEager
@@ -173,7 +173,7 @@ class Book:
 
     def __init__(self, path: Path) -> None:
         self.path, self.about = path, about()
-        same = {name: value for name, value in self.about.items() if name != "commit"}
+        same = {name: value for name, value in self.about.items() if name not in VARYING}
         self.rows = {key(row): row for row in read(path) if same.items() <= row.items()}
 
     def get(self, shape: Shape, what: str, implementation: str) -> Row | None:

@@ -80,7 +80,18 @@ def test_rows_are_complete_and_a_rerun_measures_nothing(tiny, tmp_path, monkeypa
         training = row["pass"] == "training step"
         assert row.keys() >= FIGURES | ({"saved_bytes"} if training else set()), row
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] == scaling.FEWEST
-        assert row.keys() >= {"commit", "device", "threads", "torch", "python", "numpy", "source", "dtype", "dropout"}
+        assert row.keys() >= {
+            "commit",
+            "device",
+            "clock_mhz",
+            "threads",
+            "torch",
+            "python",
+            "numpy",
+            "source",
+            "dtype",
+            "dropout",
+        }
     assert rows[0]["axes"] == ["B", "L", "width", "T"] and rows[-1]["axes"] == ["T"]
     monkeypatch.setattr(scaling, "measured", lambda *_: pytest.fail("it was there"))
     before = path.read_bytes()
