@@ -1,8 +1,8 @@
-"""How near a forward comes to what this processor can do at best: ``python -m benchmarks.roofline``.
+"""How near the kernels come to what this processor can do at best: ``python -m benchmarks.roofline``.
 
 First the ceilings, with the threads of the other benchmarks: memory by a large copy, matrices by the fastest large
 product, tanh by the fastest loop over a vector in the cache. Then, for every shape, how long each resource alone must
-take, and how long eager and fused did.
+take for a forward and for a training step, and how long eager and fused did.
 
 A ceiling is what some library reached. Another program may be faster, which shows as more than 100 % of the bound.
 """
@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import itertools
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,16 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import IMPLEMENTATIONS, SCORES, THREADS, Problem, flop, provenance, tanhs
-from benchmarks.gate import check_forward
+from benchmarks.gate import check_forward, check_training
+from benchmarks.memory import ready
 from benchmarks.row_files import ROOT, Row, file_of, is_known, keep, read, remove
 from benchmarks.whole_step import commits, percentiles, rounded, source
 from grjca import environment, files
-from grjca.measure import SHAPES, Shape
+from grjca.measure import SHAPES, Shape, alternate
 from grjca_kernels import GatedRJCAFused, cpu
 from tolerances import check_draws, largest
 
 RESULTS = ROOT / "benchmarks" / "results" / "roofline"
 COMPARED = ("eager", "fused")
+PASSES = {"forward": False, "training step": True}
 SECONDS = 3.0  # of measuring, for each ceiling and each implementation of a shape
 FEWEST, MOST = 5, 200
 COPIED = 1 << 29  # bytes, many times the largest cache
@@ -78,8 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             keep(path, {**place, **measured, **provenance()})
     ceilings = Ceilings.of(read(path))
-    for name in SHAPES:
-        code |= measure_shape(path, name, ceilings)
+    for what in PASSES:
+        for name in SHAPES:
+            code |= measure_shape(path, name, what, ceilings)
     if rows := read(path):
         print(table(rows))
         if any("bounds_ms" in row for row in rows):
@@ -248,15 +250,19 @@ def _of_setup(name: str) -> object:
 # ---- shapes
 
 
-def bounds(shape: Shape, ceilings: Ceilings) -> Row:
-    """What a forward must do at least, and how long that takes each resource alone.
+def bounds(shape: Shape, what: str, ceilings: Ceilings) -> Row:
+    """What a pass must do at least, and how long that takes each resource alone.
 
-    Bytes are those of inputs, outputs and weights, once each. ``matrix + tanh`` is how long both take one after the
-    other: on a processor they share the vector units, so it is nearer the truth than the greater of the two.
+    Bytes are those of inputs, outputs and weights, once each, and in a training step of all their gradients. Its
+    backward is two products for each one of the forward, and no tanh: what an implementation computes anew is not among
+    what must be done. ``matrix + tanh`` is how long both take one after the other: on a processor they share the vector
+    units, so it is nearer the truth than the greater of the two.
     """
+    training = PASSES[what]
     frames = shape.batch * shape.length * (shape.dim_visual + shape.dim_audio)
     weights = sum(p.numel() for p in shape.block(GatedRJCAFused, device="meta").parameters())
-    work = {"bytes": 4 * (2 * frames + weights), "flop": flop(shape), "tanhs": tanhs(shape)}
+    moved = 4 * (2 * frames + weights) * (2 if training else 1)
+    work = {"bytes": moved, "flop": flop(shape) * (3 if training else 1), "tanhs": tanhs(shape)}
     rates = (ceilings.memory, ceilings.matrix, ceilings.tanh)
     ms = {name: amount / rate / 1e6 for name, amount, rate in zip(RESOURCES, work.values(), rates, strict=True)}
     binding = max(ms, key=ms.__getitem__)
@@ -269,49 +275,32 @@ def bounds(shape: Shape, ceilings: Ceilings) -> Row:
     }
 
 
-def measure_shape(path: Path, name: str, ceilings: Ceilings) -> int:
-    """Rows of a shape, by eager and fused taking turns; 1 if one of them is wrong and so has none."""
+def measure_shape(path: Path, name: str, what: str, ceilings: Ceilings) -> int:
+    """Rows of a shape and a pass, by eager and fused taking turns; 1 if one of them is wrong and so has none."""
     shape, code = SHAPES[name], 0
-    problem, fixed = Problem(shape), bounds(shape, ceilings)
+    problem, fixed = Problem(shape), bounds(shape, what, ceilings)
     fixed |= {"ceilings": {**asdict(ceilings), "by": list(ceilings.by)}, "settings": {"seconds": SECONDS}}
-    fixed |= {"shape": name, "pass": "forward", "dtype": "float32", **asdict(shape), "source": source()}
+    fixed |= {"shape": name, "pass": what, "dtype": "float32", **asdict(shape), "source": source()}
     fixed["backend"] = environment.backend_used("auto", "cpu")
-    places = {how: {"row": f"{name} B={shape.batch} {how}", "implementation": how, **fixed} for how in COMPARED}
+    places = {how: {"row": f"{name} B={shape.batch} {what} {how}", "implementation": how, **fixed} for how in COMPARED}
     if all(is_known(read(path), place) for place in places.values()):
         return 0
-    blocks = {}
+    calls = {}
     for how, place in places.items():
-        block = IMPLEMENTATIONS[how](problem)
+        check = check_training if PASSES[what] else check_forward
         try:
-            check_forward(block, problem)
-            blocks[how] = block
+            check(IMPLEMENTATIONS[how](problem, dropout=0.0), problem)
+            calls[how] = ready(problem, how, PASSES[what], problem.inputs)
         except AssertionError as failure:
             remove(path, place["row"])
             print(f"{place['row']}: no time. {failure}", file=sys.stderr)
             code = 1
-    for how, times in take_turns(blocks, problem).items():
-        ms = percentiles(times)
+    seconds = sum(sum(times) for times in alternate(calls, 1).values()) or 1.0
+    for how, times in alternate(calls, min(max(int(SECONDS * len(calls) / seconds), FEWEST), MOST)).items():
+        ms = percentiles([1e3 * value for value in times])
         row = {**places[how], "ms": ms, "rounds": len(times), "fraction": rounded(fixed["bound_ms"] / ms["p50"])}
         keep(path, {**row, **provenance()})
     return code
-
-
-@torch.no_grad()
-def take_turns(blocks: Mapping[str, torch.nn.Module], problem: Problem) -> dict[str, list[float]]:
-    """Milliseconds of each block, on inputs that take turns as well."""
-    times: dict[str, list[float]] = {how: [] for how in blocks}
-    deadline = None
-    for turn, inputs in enumerate(itertools.cycle(problem.inputs)):
-        done = turn - 1  # the first warms up
-        if not blocks or (done >= FEWEST and (time.perf_counter() > deadline or done >= MOST)):
-            return times
-        for how in list(blocks)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            blocks[how](*inputs)
-            if turn:
-                times[how].append(1e3 * (time.perf_counter() - start))
-        deadline = deadline or time.perf_counter() + SECONDS * len(blocks)
-    raise AssertionError("a cycle has no end")
 
 
 # ---- what is shown
@@ -331,13 +320,13 @@ def table(rows: Sequence[Row]) -> str:
             unit = next(unit for unit in RESOURCES.values() if unit in row)
             size = f"{row['bytes'] / 1e6:.0f} MB" if "bytes" in row else f"{row['size']}"
             lines.append(f"| {row['row'].removeprefix('ceiling ')} | {row[unit]:.3g} {unit} | {size} |")
-    heads = ["forward", "implementation", "GFLOP", "G tanh", "MB", *(f"{name} ms" for name in RESOURCES), "binds"]
+    heads = ["shape", "pass", "implementation", "GFLOP", "G tanh", "MB", *(f"{name} ms" for name in RESOURCES), "binds"]
     heads += ["measured ms (p20 to p80)", "of the bound", "of matrix + tanh"]
-    lines += ["", f"| {' | '.join(heads)} |", "|---|---|" + "--:|" * 6 + "---|" + "--:|" * 3]
+    lines += ["", f"| {' | '.join(heads)} |", "|---|---|---|" + "--:|" * 6 + "---|" + "--:|" * 3]
     for row in rows:
         if "bounds_ms" in row:
             ms, of = row["ms"], row["bounds_ms"]
-            cells = [f"{row['shape']}, B = {row['batch']}", row["implementation"]]
+            cells = [f"{row['shape']}, B = {row['batch']}", row["pass"], row["implementation"]]
             cells += [f"{row[name] / unit:.3g}" for name, unit in (("flop", 1e9), ("tanhs", 1e9), ("bytes", 1e6))]
             cells += [f"{of[name]:.3g}" for name in RESOURCES] + [row["binds"]]
             cells += [f"{ms['p50']:.3g} ({ms['p20']:.3g} to {ms['p80']:.3g})", f"{100 * row['fraction']:.0f} %"]
@@ -370,6 +359,16 @@ def _figure(rows: Sequence[Row]) -> Any:
 
     if not rows:
         raise ValueError("rows: expected at least one time of a shape, got none; run python -m benchmarks.roofline.")
+    passes = {what: of for what in PASSES if (of := [row for row in rows if row["pass"] == what])}
+    figure = Figure((10.0, 5.0 * len(passes)), layout="constrained")
+    for axes, (what, of) in zip(figure.subplots(len(passes), squeeze=False).flat, passes.items(), strict=True):
+        _panel(axes, of)
+        about = f"{what}, float32: {of[0]['device']}, {of[0]['threads']} threads"
+        axes.set_title(about.replace("$", r"\$"), loc="left")
+    return figure
+
+
+def _panel(axes: Any, rows: Sequence[Row]) -> None:
     rates = rows[0]["ceilings"]
     points = [(_intensity(row), row["flop"] / row["ms"]["p50"] / 1e6, row) for row in rows]
     limits = {row["shape"]: (_intensity(row), row["flop"] / row["bounds_ms"]["tanh"] / 1e6) for row in rows}
@@ -379,8 +378,6 @@ def _figure(rows: Sequence[Row]) -> Any:
     heights = [rates["matrix"], *(y for _, y, _ in points), *(y for _, y in limits.values())]
     y = (min(*heights, x[0] * rates["memory"]) / 1.5, 1.6 * max(heights))
 
-    figure = Figure((10.0, 5.4), layout="constrained")
-    axes = figure.subplots()
     axes.plot([x[0], ridge, x[1]], [x[0] * rates["memory"], *2 * [rates["matrix"]]], color="#000000", lw=1.5)
     about = {"xycoords": "data", "textcoords": "offset points"}
     by_memory = f"memory, {rates['memory']:.3g} GB/s"
@@ -400,9 +397,6 @@ def _figure(rows: Sequence[Row]) -> Any:
     axes.set(xscale="log", yscale="log", xlim=x, ylim=y, xlabel="FLOP per byte of inputs, outputs and weights")
     axes.set_ylabel("GFLOP/s")
     axes.grid(which="major", color="#E8E8E8", lw=0.6, zorder=0)
-    first = rows[0]
-    axes.set_title(f"forward, float32: {first['device']}, {first['threads']} threads".replace("$", r"\$"), loc="left")
-    return figure
 
 
 def _intensity(row: Row) -> float:

@@ -33,7 +33,7 @@ from tolerances import check_draws, largest, length
 RESULTS = ROOT / "benchmarks" / "results" / "whole_step"
 SOURCES = (
     *("grjca_kernels/*.py", "csrc/*.*", "csrc/cpu/*", "setup.py", "python/grjca/*.py", "tests/tolerances.py"),
-    *(f"benchmarks/{name}.py" for name in ("cases", "gate", "roofline", "row_files", "whole_step")),
+    *(f"benchmarks/{name}.py" for name in ("cases", "gate", "memory", "roofline", "row_files", "whole_step")),
 )
 """What a time on a processor depends on: a dirty tree has no commit of its own, so sources are compared as well."""
 

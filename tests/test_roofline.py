@@ -1,4 +1,4 @@
-"""Where a forward stands below the ceilings of the processor: counts, bounds, what is refused, and the plot."""
+"""Where the kernels stand below the ceilings of the processor: counts, bounds, what is refused, and the plot."""
 
 import itertools
 import shutil
@@ -45,7 +45,7 @@ def test_bounds_by_hand():
     Products: J 32, K 12 + 4, V 18 + 2, and K J, V C, U 24 + 8 each: 164, twice. tanh: C 16, V C 8, for two modalities.
     """
     shape = Shape(2, 3, 1, 1, 1)
-    found = roofline.bounds(shape, Ceilings(memory=1.0, matrix=2.0, tanh=0.1))
+    found = roofline.bounds(shape, "forward", Ceilings(memory=1.0, matrix=2.0, tanh=0.1))
     assert (found["bytes"], found["flop"], found["tanhs"]) == (4 * 82, 328, 32)
     assert found["bounds_ms"] == {
         "memory": pytest.approx(328e-6),
@@ -54,9 +54,11 @@ def test_bounds_by_hand():
         "matrix + tanh": pytest.approx(484e-6),
     }
     assert (found["binds"], found["bound_ms"]) == ("memory", pytest.approx(328e-6))
-    assert roofline.bounds(shape, Ceilings(2.0, 2.0, 0.1))["binds"] == "tanh"
-    found = roofline.bounds(shape, Ceilings(2.0, 0.5, 0.1))
+    assert roofline.bounds(shape, "forward", Ceilings(2.0, 2.0, 0.1))["binds"] == "tanh"
+    found = roofline.bounds(shape, "forward", Ceilings(2.0, 0.5, 0.1))
     assert (found["binds"], found["bound_ms"]) == ("matrix", pytest.approx(656e-6))
+    found = roofline.bounds(shape, "training step", Ceilings(2.0, 0.5, 0.1))  # all twice, but the products: three times
+    assert (found["bytes"], found["flop"], found["tanhs"]) == (2 * 4 * 82, 3 * 328, 32)
 
 
 def test_the_fastest_of_a_kind_is_the_ceiling():
@@ -79,17 +81,18 @@ def test_rows(capsys, monkeypatch):
     assert roofline.main([]) == 0
     rows = written()
     names = [row["row"] for row in points(rows)]
-    assert names == ["one B=3 eager", "one B=3 fused", "two B=2 eager", "two B=2 fused"]
+    shapes = [f"{name} {what}" for what in roofline.PASSES for name in ("one B=3", "two B=2")]
+    assert names == [f"{shape} {how}" for shape in shapes for how in roofline.COMPARED]
     for row in rows:
         assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"] and row["commit"] and row["dtype"] == "float32"
     for row in points(rows):
-        expected = roofline.bounds(SMALL[row["shape"]], Ceilings.of(rows))
+        expected = roofline.bounds(SMALL[row["shape"]], row["pass"], Ceilings.of(rows))
         assert row["bounds_ms"] == expected["bounds_ms"] and row["binds"] == expected["binds"]
         assert row["fraction"] == pytest.approx(
             max(expected["bounds_ms"][r] for r in roofline.RESOURCES) / row["ms"]["p50"], 1e-3
         )
     out = capsys.readouterr().out
-    assert "| one, B = 3 | fused |" in out and "| tanh, torch.tanh |" in out
+    assert "| one, B = 3 | training step | fused |" in out and "| tanh, torch.tanh |" in out
     assert file_of(roofline.RESULTS, provenance()).with_suffix(".svg").exists()
 
     monkeypatch.setattr(roofline, "check_forward", lambda *_: pytest.fail("it was there already"))
@@ -113,13 +116,15 @@ def test_a_wrong_block_has_no_row(monkeypatch, capsys):
         def forward(self, visual, audio):
             return super().forward(visual, audio) * 1.0001
 
-    place = {"row": "one B=3 fused", "of": "an older commit"}
+    place = {"row": "one B=3 forward fused", "of": "an older commit"}
     keep(file_of(roofline.RESULTS, provenance()), place)
-    made = {**roofline.IMPLEMENTATIONS, "fused": lambda problem: problem.block(Wrong)}
+    made = {**roofline.IMPLEMENTATIONS, "fused": lambda problem, **options: problem.block(Wrong, **options)}
     monkeypatch.setattr(roofline, "IMPLEMENTATIONS", made)
-    assert roofline.measure_shape(file_of(roofline.RESULTS, provenance()), "one", Ceilings(1.0, 1.0, 1.0)) == 1
-    assert [row["row"] for row in written()] == ["one B=3 eager"]
-    assert "one B=3 fused: no time" in (said := capsys.readouterr().err) and "is allowed" in said
+    assert (
+        roofline.measure_shape(file_of(roofline.RESULTS, provenance()), "one", "forward", Ceilings(1.0, 1.0, 1.0)) == 1
+    )
+    assert [row["row"] for row in written()] == ["one B=3 forward eager"]
+    assert "one B=3 forward fused: no time" in (said := capsys.readouterr().err) and "is allowed" in said
 
 
 def test_a_wrong_ceiling_has_no_row(monkeypatch, capsys):
@@ -141,15 +146,16 @@ def test_flags_are_those_of_setup():
 # ---- the plot
 
 
-def invented(name, how, ms):
+def invented(name, how, ms, what="forward"):
     """A row; its figures are not measured."""
     ceilings = Ceilings(25.0, 240.0, 6.0)
-    found = roofline.bounds(SMALL[name], ceilings)
+    found = roofline.bounds(SMALL[name], what, ceilings)
     times = {"p20": ms, "p50": ms, "p80": ms}
     about = {"device": "A CPU ($)", "threads": 2, "torch": "2", "commit": "abc"}
     return {
         "row": f"{name} {how}",
         "shape": name,
+        "pass": what,
         "implementation": how,
         **asdict(SMALL[name]),
         **found,
