@@ -44,11 +44,14 @@ BYTES_PER_JOB = 3 << 29  # 1.5 GiB
 BUILD = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
 
-def works(cxx, flag, header):
+def works(cxx, flag, header, text=""):
     """Whether a library comes out: what PATH holds may be a stub, or lack its headers or its linker."""
     with tempfile.TemporaryDirectory() as folder, suppress(OSError):
         command = [*shlex.split(cxx), flag, "-fPIC", "-shared", "-x", "c++", "-", "-o", f"{folder}/probe"]
-        return subprocess.run(command, input=f"#include <{header}>\n", text=True, capture_output=True).returncode == 0
+        return (
+            subprocess.run(command, input=f"#include <{header}>\n{text}\n", text=True, capture_output=True).returncode
+            == 0
+        )
 
 
 # What the kernels need: of nvcc headers, a host compiler it accepts, and arguments of more than 4 KB (CUDA 12.1); of an
@@ -140,7 +143,8 @@ def ninja_file(cxx, library):
         names = ";".join(architectures())
         once += f""" '-DGRJCA_CUDA="{names}"'"""
     sets = INSTRUCTION_SETS if X86 else {"baseline": ""}
-    if X86 and not works(cxx, "-mavx512bf16", "immintrin.h"):  # GCC before 10, Clang before 9
+    asked = 'int asked() { return __builtin_cpu_supports("avx512bf16"); }'
+    if X86 and not works(cxx, "-mavx512bf16", "immintrin.h", asked):  # an older compiler
         sets = {isa: flags for isa, flags in sets.items() if isa != "avx512bf16"}
     once += " -DGRJCA_X86=1" * X86 + " -DGRJCA_AVX512BF16=1" * ("avx512bf16" in sets)
     tools = [("once", "", once)]
