@@ -418,3 +418,7 @@ def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]], x: float,
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4}
         options = {"va": "center", "color": colour, "arrowprops": line, "annotation_clip": False}
         axes.annotate(text, (at, height), (x * 1.06, place), textcoords="data", **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -468,3 +468,10 @@ def test_the_readme_is_that_of_the_rows():
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     result = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not report.README.exists(), reason="needs the sources")
+@pytest.mark.parametrize("name", ["report", "whole_step", "roofline", "scaling", "compare", "counted", "plots", "gpu"])
+def test_commands_are_commands(name):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+    assert "usage:" in subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True).stdout
