@@ -48,10 +48,8 @@ def works(cxx, flag, header, text=""):
     """Whether a library comes out: what PATH holds may be a stub, or lack its headers or its linker."""
     with tempfile.TemporaryDirectory() as folder, suppress(OSError):
         command = [*shlex.split(cxx), flag, "-fPIC", "-shared", "-x", "c++", "-", "-o", f"{folder}/probe"]
-        return (
-            subprocess.run(command, input=f"#include <{header}>\n{text}\n", text=True, capture_output=True).returncode
-            == 0
-        )
+        source = f"#include <{header}>\n{text}\n"
+        return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 # What the kernels need: of nvcc headers, a host compiler it accepts, and arguments of more than 4 KB (CUDA 12.1); of an

@@ -11,8 +11,8 @@ namespace grjca::GRJCA_ISA {
 // Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
 constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 128;
 
-// Frames from which on a value of tanh(K J) is kept from attend() until d (V C) is there, because fetching it takes
-// less time than computing it anew. That depends on L alone: a value takes L products.
+// Frames from which on tanh(K J) is kept from attend() until d (V C) is there, instead of being computed anew: a value
+// takes L products. Tried at L = 300, where it pays; the limit is an estimate.
 constexpr int64_t kKeptFrom = 64;
 
 // What a chunk keeps until its sums are taken. Rows are those of the chunk.
