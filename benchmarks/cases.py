@@ -23,6 +23,7 @@ from grjca_kernels import GatedRJCAFused, flops, shapes
 
 THREADS = torch.get_num_threads()
 DROPOUT = 0.6
+WARM_UPS = 2  # calls before those that are timed
 ROTATED = 4  # sets of inputs that take turns
 SCORES = 1.5  # root mean square of K J / sqrt(d): the whole of tanh, which near zero is linear and hides mistakes
 

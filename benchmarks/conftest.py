@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import IMPLEMENTATIONS, THREADS, Problem, provenance
+from benchmarks.cases import IMPLEMENTATIONS, THREADS, WARM_UPS, Problem, provenance
 from grjca.measure import SHAPES
 
 SECONDS = 3.0  # of measuring per case, unless FEWEST rounds take longer
@@ -61,12 +61,12 @@ def measure(
             before()
             return next(turns), {}
 
-        before()
-        call(*next(turns))  # warm-up: compilation, allocation
-        before()
-        start = time.perf_counter()
-        call(*next(turns))
-        rounds = int(SECONDS / (time.perf_counter() - start))
+        for _ in range(WARM_UPS):  # the first one compiles and allocates; the last one says how many are to follow
+            before()
+            start = time.perf_counter()
+            call(*next(turns))
+            seconds = time.perf_counter() - start
+        rounds = int(SECONDS / seconds)
         dtype = str(subject.dtype).removeprefix("torch.")
         benchmark.group = f"{case[0]}, {dtype}, {pass_name}"
         benchmark.extra_info.update(

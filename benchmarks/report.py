@@ -81,20 +81,25 @@ def measure() -> list[Row]:
 
 
 def rows(path: Path) -> list[Row]:
-    """One flat row per case of a file that pytest-benchmark wrote.
-
-    ``samples_ms`` are its times in the order in which they were taken, at most 50, evenly spaced: benchmarks.compare
-    wants them.
-    """
+    """One flat row per case of a file that pytest-benchmark wrote, and one for the forward within a training step."""
     result = []
     for case in json.loads(path.read_text())["benchmarks"]:
-        times = numpy.array(case["stats"]["data"]) * 1e3
-        p20, median, p80 = (float(f"{value:.4g}") for value in numpy.percentile(times, [20, 50, 80]))
-        kept = times[numpy.linspace(0, len(times) - 1, min(len(times), 50)).round().astype(int)]
-        samples = [float(f"{value:.4g}") for value in kept]
-        measured = {"rounds": len(times), "ms": median, "ms_p20": p20, "ms_p80": p80, "samples_ms": samples}
-        result.append({**case["extra_info"], **measured})
+        about = case["extra_info"]
+        forwards = about.pop("forward_seconds", None)
+        if forwards:
+            of_step = {name: value for name, value in about.items() if name not in WEIGHED}
+            result.append({**of_step, "pass": "training forward", **statistics(forwards)})
+        result.append({**about, **statistics(case["stats"]["data"])})
     return result
+
+
+def statistics(seconds: list[float]) -> Row:
+    """Milliseconds. ``samples_ms``, which benchmarks.compare wants, are at most 50 of them, evenly spaced, in order."""
+    times = numpy.array(seconds) * 1e3
+    p20, median, p80 = (float(f"{value:.4g}") for value in numpy.percentile(times, [20, 50, 80]))
+    kept = times[numpy.linspace(0, len(times) - 1, min(len(times), 50)).round().astype(int)]
+    samples = [float(f"{value:.4g}") for value in kept]
+    return {"rounds": len(times), "ms": median, "ms_p20": p20, "ms_p80": p80, "samples_ms": samples}
 
 
 def store(rows: list[Row], folder: Path) -> Path:
@@ -159,8 +164,18 @@ def times(rows: list[Row]) -> str:
         ms = {name: cell[name]["ms"] if name in cell else None for name in columns}
         others = [value for name, value in ms.items() if name != "fused" and value is not None]
         ratios = [_ratio(base, ms.get("fused")) for base in (ms.get("eager"), min(others, default=None))]
-        lines.append(_line([*place, *map(_number, ms.values()), *ratios]))
+        cells = [_number(value) + STRONG * _compiled_strong(cell.get(name)) for name, value in ms.items()]
+        lines.append(_line([*place, *cells, *ratios]))
+    if any(map(_compiled_strong, rows)):
+        lines += ["", f"{STRONG}: of the strong formulation, which was the faster one to compile there."]
     return "\n".join(lines)
+
+
+STRONG = "\\*"
+
+
+def _compiled_strong(row: Row | None) -> bool:
+    return row is not None and row.get("formulation") == "strong"
 
 
 WEIGHED = {"saved_bytes": "saved for the backward", "peak_bytes": "peak of the call"}

@@ -1,7 +1,8 @@
-"""The fusion block: inference, and a training step."""
+"""The fusion block: inference, and a training step with the forward in it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import FORMULATIONS
-from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, Problem
+from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, WARM_UPS, Problem
 from benchmarks.gate import check_forward, check_training, small
 from benchmarks.memory import apart, weighed
 from grjca.measure import alternate, saved_bytes
@@ -49,10 +50,16 @@ def test_training(implementation: str, subject: Problem, measure: Callable[..., 
         check_training(make(fewer, dropout=DROPOUT), fewer, DROPOUT)
     block = make(subject, dropout=DROPOUT).train()
 
+    forwards: list[float] = []
+
     def step(visual: torch.Tensor, audio: torch.Tensor) -> None:
-        block(visual, audio).backward(subject.gradient)
+        start = time.perf_counter()
+        output = block(visual, audio)
+        forwards.append(time.perf_counter() - start)
+        output.backward(subject.gradient)
 
     measure("training step", step, lambda: forget(block, subject))
+    benchmark.extra_info["forward_seconds"] = forwards[WARM_UPS:]
     # Last, because torch.compile may compile anew where tensors are watched.
     benchmark.extra_info["saved_bytes"] = saved_bytes(lambda: block(*subject.inputs[0]), block.parameters())
     note_peak(implementation, subject, True, benchmark)

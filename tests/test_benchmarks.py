@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +188,25 @@ def test_report(published):
     assert "| abaw, B = 12 | float32 | step | 6 | 1 | 2 |\n" in (folder / "DETAILS.md").read_text()
 
 
+def test_the_forward_within_a_training_step_is_a_row_of_its_own(published):
+    folder, measured = published
+    cases = [
+        case("eager", [0.3], saved_bytes=6_000_000, forward_seconds=[0.2]),
+        case("compiled", [0.25], forward_seconds=[0.15], formulation="strong"),
+        case("fused", [0.1, 0.1], saved_bytes=1_000_000, forward_seconds=[0.05, 0.03]),
+    ]
+    measured.write_text(json.dumps({"benchmarks": cases}))
+    assert report.main([str(measured)]) == 0
+    rows = json.loads((folder / "results" / "a-cpu-r-2-threads.json").read_text())
+    assert [(row["pass"], row["ms"], "saved_bytes" in row) for row in rows if row["implementation"] == "fused"] == [
+        ("training forward", 40, False),
+        ("step", 100, True),
+    ]
+    text = (folder / "README.md").read_text()
+    assert "| float32 | training forward | 200 | 150\\* | 40 | 5.0x | 3.8x |\n" in text
+    assert "| float32 | step | 300 | 250\\* | 100 | 3.0x | 2.5x |\n\n\\*: of the strong formulation" in text
+
+
 def test_report_check(published, capsys):
     folder, measured = published
     report.main([str(measured)])
@@ -324,6 +345,40 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, capsys):
     assert run("s2") == 0 and calls[4:] == ["fine", "fails", "fine"], "other sources are measured anew"
     assert len(ledger.current(ledger.read(path))) == 3
     assert ledger.read(path)[0]["clocks"] == {"clocks.sm": "1980"}
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="GPUs are measured on Linux")
+def test_a_stage_ends_with_the_run_that_started_it(tmp_path):
+    """However that ends: what went on alone would take the GPU from the next run."""
+    note = tmp_path / "stage"
+    stage = (
+        "import os, sys; from benchmarks.gpu import end_with; print(os.getpid(), flush=True); end_with(os.getppid())"
+    )
+    run = (
+        "import subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-c', {stage!r}], start_new_session=True, stdout=open({str(note)!r}, 'w'))"
+        ".wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", run], cwd=ledger.ROOT)
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while alive(int(note.read_text())):
+        assert time.monotonic() < deadline, "the stage goes on"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """A process that nobody has waited for yet is dead too."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text() if Path("/proc/self/stat").exists() else ""
+        os.kill(pid, 0)
+    except (OSError, ProcessLookupError):
+        return False
+    return ") Z " not in status
 
 
 def test_a_source_that_changes_has_another_name(tmp_path):
