@@ -80,7 +80,7 @@ TIMED = (
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description="How the block grows.")
-    parser.add_argument("--minutes", type=float, default=10, help="no point begins that would end later (10)")
+    parser.add_argument("--minutes", type=float, default=20, help="no point begins that would end later (20)")
     parser.add_argument("--axis", nargs="+", choices=SIZES, default=list(SIZES), help="only these axes")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"longest call to measure, in seconds ({LIMIT:g})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows, the tables and the plots")

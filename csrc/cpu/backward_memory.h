@@ -9,7 +9,7 @@
 namespace grjca::GRJCA_ISA {
 
 // Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
-constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 128;
+constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 256;
 
 // Frames from which on tanh(K J) is kept from attend() until d (V C) is there, instead of being computed anew: a value
 // takes L products. Tried at L = 300, where it pays; the limit is an estimate.

@@ -46,11 +46,15 @@ struct Left {
   int64_t split = 0;
 };
 
+// Terms by which a left operand of large steps is fetched ahead.
+constexpr int64_t kAhead = 16;
+
 // acc += A B for a tile: a[r] is row r of A (step between terms), b is a panel [terms][kPanel].
 template <class R, int V>
 GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[kTileRows], int64_t step, const R* b,
                            int64_t terms) {
   for (int64_t k = 0, ka = 0; k < terms; ++k, ka += step, b += kPanel<R>) {
+    if (step != 1) __builtin_prefetch(a[0] + ka + kAhead * step);  // rows a page apart, which no processor foresees
     Vector<R> right[V];
     for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
     for (int r = 0; r < kTileRows; ++r) {
