@@ -1,10 +1,10 @@
 """How near the kernels come to what this processor can do at best: ``python -m benchmarks.roofline``.
 
 First the ceilings, with the threads of the other benchmarks: memory by a large copy, matrices by the fastest large
-product, tanh by the fastest loop over a vector in the cache. Then, for every shape, how long each resource alone must
-take for a forward and for a training step, and how long eager and fused did.
+product or by one tile that caches hold, tanh by the fastest loop over a vector in the cache. Then, for every shape, how
+long each resource alone must take for a forward and for a training step, and how long eager and fused did.
 
-A ceiling is what some library reached. Another program may be faster, which shows as more than 100 % of the bound.
+A ceiling is what some program reached. Another one may be faster, which shows as more than 100 % of the bound.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ FEWEST, MOST = 5, 200
 COPIED = 1 << 29  # bytes, many times the largest cache
 SIZES = (1024, 2048, 3072)  # of square matrices
 VALUES = tuple(1 << k for k in range(13, 18))  # of tanh per thread: 32 KiB to 512 KiB
+TERMS = (64, 128, 256)  # of the sums of a tile
 RESOURCES = {"memory": "GB/s", "matrix": "GFLOP/s", "tanh": "G/s"}
 
 LOOP = """
+#include "cpu/matrix.h"
 #include "cpu/tanh.h"
 using namespace grjca::GRJCA_ISA;
 extern "C" int lanes() { return kLanes<float>; }
@@ -56,6 +58,19 @@ extern "C" void values(const float* x, float* y, int64_t count, int64_t repeats)
   for (; repeats; --repeats) {
     for (int64_t i = 0; i < count; i += kLanes<float>) store(y + i, tanh(load(x + i)));
     asm volatile("" ::: "memory");  // or one of the repeats would do for all
+  }
+}
+extern "C" int rows() { return kTileRows; }
+extern "C" int columns() { return kPanel<float>; }
+extern "C" void one_tile(const float* a, const float* b, float* y, int64_t terms, int64_t repeats) {
+  const float* row[kTileRows];
+  for (int r = 0; r < kTileRows; ++r) row[r] = a + r * terms;
+  for (; repeats; --repeats) {
+    Vector<float> acc[kTileRows][2] = {};
+    multiply<float, 2>(acc, row, 1, b, terms);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < 2; ++v) store(y + r * kPanel<float> + v * kLanes<float>, acc[r][v]);
+    asm volatile("" ::: "memory");
   }
 }
 """
@@ -140,6 +155,33 @@ def convolution() -> Row:
     return best("GFLOP/s", (_product(size, prepare) for size in SIZES))
 
 
+def one_tile() -> Row:
+    """The inner loop of csrc/cpu/matrix.h on one tile per thread, whose operands stay next to the core: nothing but
+    multiplying and adding."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
+        native = _compile(LOOP, Path(folder))
+        rows, columns = native.rows(), native.columns()
+
+        def at(terms: int) -> Row:
+            a, b = torch.randn(THREADS, rows, terms), torch.randn(THREADS, terms, columns)
+            y = torch.empty(THREADS, rows, columns)
+
+            def run(repeats: int) -> None:
+                _on_every_core(pool, native.one_tile, (a, b, y), terms, repeats)
+
+            run(1)
+            check_draws(f"a tile of {terms} terms", y, a.double() @ b.double(), [a @ b], largest)
+            flop = 2 * rows * columns * terms
+            repeats = (1 << 31) // flop
+            return {
+                "size": f"{rows} x {columns} x {terms}",
+                "instruction_set": cpu.instruction_sets()[0],
+                **_rate("GFLOP/s", repeats * flop * THREADS, timed(lambda: run(repeats))),
+            }
+
+        return best("GFLOP/s", map(at, TERMS))
+
+
 def torch_tanh() -> Row:
     """torch.tanh on a vector that the caches of the cores hold, at the best of several sizes."""
 
@@ -164,10 +206,7 @@ def kernel_tanh() -> Row:
             y = torch.empty_like(x)
 
             def run(repeats: int) -> None:
-                size, count = ctypes.c_int64(values), ctypes.c_int64(repeats)
-                rows = ((ctypes.c_void_p(x[i].data_ptr()), ctypes.c_void_p(y[i].data_ptr())) for i in range(THREADS))
-                for call in [pool.submit(native.values, *row, size, count) for row in rows]:  # without Python's lock
-                    call.result()
+                _on_every_core(pool, native.values, (x, y), values, repeats)
 
             run(1)
             _check_tanh(y, x)
@@ -185,6 +224,7 @@ CEILINGS: dict[str, Callable[[], Row]] = {
     "memory, torch copy_": copy,
     "matrix, torch.mm": mm,
     "matrix, 1x1 convolution": convolution,
+    "matrix, csrc/cpu/matrix.h": one_tile,
     "tanh, torch.tanh": torch_tanh,
     "tanh, csrc/cpu/tanh.h": kernel_tanh,
 }
@@ -224,6 +264,16 @@ def _rate(unit: str, work: int, times: Sequence[float]) -> Row:
 
 def _check_tanh(y: Tensor, x: Tensor) -> None:
     check_draws("tanh", y, x.double().tanh(), [x.tanh()], largest)
+
+
+def _on_every_core(
+    pool: ThreadPoolExecutor, function: Callable[..., None], tensors: Sequence[Tensor], *sizes: int
+) -> None:
+    """A native function of pointers and sizes, on the first dimension of the tensors, without Python's lock."""
+    integers = [ctypes.c_int64(size) for size in sizes]
+    pointers = [[ctypes.c_void_p(tensor[i].data_ptr()) for tensor in tensors] for i in range(THREADS)]
+    for call in [pool.submit(function, *row, *integers) for row in pointers]:
+        call.result()
 
 
 def _compile(text: str, folder: Path) -> ctypes.CDLL:

@@ -101,10 +101,11 @@ def test_rows(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not cpu.instruction_sets() or not shutil.which("c++"), reason="no kernels, or no compiler")
-def test_tanh_of_the_kernels_runs_alone(monkeypatch):
+@pytest.mark.parametrize("loop, unit", [(roofline.kernel_tanh, "G/s"), (roofline.one_tile, "GFLOP/s")])
+def test_loops_of_the_kernels_run_alone(loop, unit, monkeypatch):
     monkeypatch.setattr(roofline, "THREADS", 2)
-    row = roofline.kernel_tanh()
-    assert row["G/s"] > 0 and row["instruction_set"] == cpu.instruction_sets()[0]
+    row = loop()
+    assert row[unit] > 0 and row["instruction_set"] == cpu.instruction_sets()[0]
 
 
 def test_a_rate():
