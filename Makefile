@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core, and files in the order of tests/conftest.py: xdist's own is by their number of tests.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # Under NumPy 2.4 and later its interpreter fails, so that comes along.
 OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
 OLDEST := $(CURDIR)/build/oldest-triton
@@ -30,10 +32,10 @@ demo: .venv/installed ## make data, train, evaluate, predict and plot, by the co
 	$(BIN)/python -m grjca demo
 
 test: .venv/installed ## run all tests, a process for each core; ARGS go to pytest
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-oldest-triton: .venv/installed $(OLDEST)/installed ## run the tests of the Triton kernels with the oldest Triton; ARGS go to pytest
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PARALLEL) \
 		tests/test_triton.py tests/test_triton_compiled.py $(ARGS)
 
 $(OLDEST)/installed: Makefile

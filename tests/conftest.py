@@ -14,6 +14,13 @@ if not torch.cuda.is_available():
 
 from grjca.measure import threads
 
+LONGEST = ("test_triton_compiled.py", "test_triton.py", "test_train.py", "test_cuda.py")
+"""Files that take minutes. They begin first, or the last one of them would go on while all other processes are idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
