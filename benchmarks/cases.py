@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import FORMULATIONS
 from grjca.measure import Shape
-from grjca_kernels import GatedRJCAFused, flops, shapes
+from grjca_kernels import GatedRJCAFused, flops
+from grjca_kernels import problem as problems
 
 THREADS = torch.get_num_threads()
 DROPOUT = 0.6
@@ -91,7 +92,7 @@ def flop(shape: Shape) -> int:
     """Of the products of a forward."""
     widths = (shape.dim_visual, shape.dim_audio)
     options = (shape.iterations, shape.gating, "released", 0.0, 1.0, shape.normalize, False)
-    return flops.forward(shapes.Problem(shape.batch, shape.length, widths, *options))
+    return flops.forward(problems.Problem(shape.batch, shape.length, widths, *options))
 
 
 def tanhs(shape: Shape) -> int:

@@ -20,19 +20,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DROPOUT
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, shapes
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, native
+from grjca_kernels import problem as problems
 
 RECORDED = Path(__file__).with_name("counted.json")
 UPDATE = "python -m benchmarks.counted --update"
@@ -197,8 +197,8 @@ def _shapes() -> Iterator[tuple[str, Shape]]:
 def cpu_workspaces() -> Counts:
     """Bytes by thread count, of the instruction set that every processor has."""
     return {
-        f"{name}, {count} threads, bytes": cpu._native.cpu_workspace(
-            cpu._native.Problem(**native(shape, dtype)), backward, count, "baseline"
+        f"{name}, {count} threads, bytes": native.library.cpu_workspace(
+            native.problem_of(described(shape), dtype), backward, count, "baseline"
         )
         for name, shape, dtype, backward in _launches()
         for count in (1, 2)
@@ -215,11 +215,8 @@ def triton_plans() -> Counts:
     """Bytes of the workspace, and how often the grid waits."""
     result = {}
     for name, shape, dtype, backward in _launches():
-        problem, common = described(shape), {"tf32": False, "lengths": False}
-        if backward:
-            launch = config.backward(problem, dtype, DEVICE, **common, weights=True, d_iterates=False)
-        else:
-            launch = config.forward(problem, dtype, DEVICE, **common, return_gates=False)
+        options = {"backward": backward, "weights": backward, "tf32": False, "lengths": False}
+        launch = config.launch(described(shape), dtype, DEVICE, **options)
         result[f"{name}, bytes"] = launch.work * dtype.itemsize + 4 * launch.wide + launch.bits
         result[f"{name}, steps"] = launch.steps
     return result
@@ -230,7 +227,7 @@ def cuda_plans() -> Counts:
     result = {}
     for name, shape, dtype, backward in _launches():
         options = {"tf32": False, "backward": backward, "weights": backward}
-        launch = cuda.plan(described(shape), _name(dtype), RESIDENT, **options)
+        launch = cuda.plan(described(shape), dtype, RESIDENT, **options)
         result[f"{name}, bytes"] = launch.workspace_bytes
         result[f"{name}, steps"] = launch.plan()["all_steps"]
     return result
@@ -243,16 +240,11 @@ def _launches() -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
                 yield f"{name} {_name(dtype)} {_direction(backward)}", shape, dtype, backward
 
 
-def described(shape: Shape) -> shapes.Problem:
+def described(shape: Shape) -> problems.Problem:
     """The problem of a training step."""
     widths = (shape.dim_visual, shape.dim_audio)
     options = (shape.iterations, shape.gating, "released", DROPOUT, 0.1, shape.normalize, False)
-    return shapes.Problem(shape.batch, shape.length, widths, *options)
-
-
-def native(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """The same as the native code wants it."""
-    return {**vars(described(shape)), "dtype": _name(dtype)}
+    return problems.Problem(shape.batch, shape.length, widths, *options)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -271,42 +263,47 @@ PROGRAM = r"""
 # The native code without PyTorch, which under valgrind would take a minute to import.
 import importlib.util, json, math, sys
 from array import array
+from types import SimpleNamespace
 
 path, calls = sys.argv[1], json.loads(sys.argv[2])
 spec = importlib.util.spec_from_file_location("grjca_kernels._native", path)
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 values = array("f", (math.sin(7 * i) for i in range(8192)))
-kept = []
+made = 0
 
-def memory(values):
-    kept.append(values)
-    return values.buffer_info()[0]
+class Tensor:
+    # As much of one as the native code asks for: contiguous, and never the same numbers twice.
+    def __init__(self, *shape, items=None):
+        global made
+        self.shape, made = shape, made + 1
+        self.items = values[made : made + math.prod(shape)] if items is None else items
+        assert len(self.items) == math.prod(shape)
 
-def filled(count):
-    start = len(kept)
-    assert start + count <= len(values)
-    return memory(values[start : start + count])
+    def stride(self):
+        return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
-for call in calls:
-    problem, isa = native.Problem(**call["problem"]), call["instruction_set"]
-    batch, length, widths = (call["problem"][name] for name in ("batch", "length", "widths"))
-    given, taken = ([(filled(batch * length * d), length * d, d, 1) for d in widths] for _ in range(2))
-    parameters = [filled(count) for count in call["parameters"]]
-    workspace = memory(array("b", bytes(native.cpu_workspace(problem, call["backward"], 1, isa))))
-    common = dict(
-        problem=problem, features=given, parameters=parameters, lengths=0, seed=1, workspace=workspace, threads=1,
-        iterates=filled(call["problem"]["iterations"] * batch * length * sum(widths)), instruction_set=isa,
+    def data_ptr(self):
+        return self.items.buffer_info()[0]
+
+native.use_tensors(Tensor, Tensor, False)
+for of in calls:
+    problem, isa, none = native.Problem(*of["problem"]), of["instruction_set"], [None, None]
+    _, batch, length, widths, iterations, *_ = of["problem"]
+    given, taken = ([Tensor(batch, length, d) for d in widths] for _ in range(2))
+    count = native.cpu_workspace(problem, of["backward"], 1, isa)
+    host = Tensor(count, items=array("b", bytes(count))), 1, isa
+    call = SimpleNamespace(
+        features=given, parameters=[Tensor(*shape) for shape in of["parameters"]], lengths=None,
+        seed=Tensor(1, items=array("q", [1])), iterates=Tensor(iterations, batch, length, sum(widths)),
+        outputs=taken, gates=[],
     )
-    absent = [None for _ in widths]
-    if call["backward"]:
-        gradients = [filled(count) for count in call["parameters"]]
-        native.cpu_backward(
-            **common, grad_outputs=given, grad_iterates=absent, grad_iterates_steps=[], grad_gates=absent,
-            grad_features=taken, grad_parameters=gradients,
-        )
+    if of["backward"]:
+        parameters = [Tensor(*shape) for shape in of["parameters"]]
+        gradients = SimpleNamespace(outputs=given, iterates=none, gates=none, features=taken, parameters=parameters)
+        native.cpu_backward(problem, call, gradients, host)
     else:
-        native.cpu_forward(**common, outputs=taken, gates=absent)
+        native.cpu_forward(problem, call, host)
 """
 
 
@@ -325,8 +322,8 @@ def instructions() -> Counts:
     """Of one call each, on one thread: all that runs within it, and nothing of Python."""
     calls = {
         f"{gating} {_direction(backward)}, {isa}": {
-            "problem": native(replace(TINY, gating=gating), torch.float32),
-            "parameters": _elements(replace(TINY, gating=gating)),
+            "problem": ["float32", *astuple(described(replace(TINY, gating=gating)))],
+            "parameters": [shape for _, shape in problems.expected_tensors(described(replace(TINY, gating=gating)))],
             "backward": backward,
             "instruction_set": isa,
         }
@@ -342,7 +339,7 @@ def callgrind(calls: list[dict[str, Any]]) -> list[int]:
     """Instructions of each call; RuntimeError with what valgrind said, where it did not count all."""
     with tempfile.TemporaryDirectory() as folder:
         options = [f"--callgrind-out-file={folder}/counts", *CALLGRIND]
-        program = [sys.executable, "-I", "-S", "-c", PROGRAM, cpu._native.__file__, json.dumps(calls)]
+        program = [sys.executable, "-I", "-S", "-c", PROGRAM, native.library.__file__, json.dumps(calls)]
         ran = subprocess.run(["valgrind", "--tool=callgrind", *options, *program], capture_output=True, text=True)
         parts = [Path(folder, f"counts.{part}") for part in range(1, 1 + len(calls))]
         if (
@@ -351,7 +348,7 @@ def callgrind(calls: list[dict[str, Any]]) -> list[int]:
             or not all(part.exists() for part in parts)
         ):
             raise RuntimeError(
-                f"instructions: expected valgrind to count {len(calls)} calls of {cpu._native.__file__}, got status "
+                f"instructions: expected valgrind to count {len(calls)} calls of {native.library.__file__}, got status "
                 f"{ran.returncode}. It needs the symbols of the library, which strip takes away. It said:\n"
                 f"{ran.stderr[-2000:]}"
             )
@@ -365,12 +362,6 @@ def _total(part: Path) -> int:
     return int(found[1])
 
 
-def _elements(shape: Shape) -> list[int]:
-    """Of every parameter, in the order of the kernels."""
-    parameters: list[Tensor] = shapes.flatten(*shape.block(GatedRJCAFused).parameters_by_role())
-    return [parameter.numel() for parameter in parameters]
-
-
 # ---- what decides
 
 
@@ -380,7 +371,7 @@ def of_torch() -> dict[str, str]:
 
 def of_compiler() -> dict[str, str]:
     """The compiler has left its name in the library; the first is that of what it was linked by."""
-    name = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(cpu._native.__file__).read_bytes())
+    name = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(native.library.__file__).read_bytes())
     compiler = name[0].decode() if name else "unknown"
     sets = " and ".join(isa for isa in WITHOUT_AVX512 if isa in cpu.instruction_sets())
     return {"processor": platform.machine(), "instruction sets": sets, "compiler": compiler}
@@ -391,7 +382,7 @@ def without_valgrind() -> str | None:
 
 
 def without_cuda() -> str | None:
-    built = cpu.why_not() is None and hasattr(cpu._native, "CudaLaunch")
+    built = cpu.why_not() is None and hasattr(native.library, "CudaLaunch")
     return None if built else "the CUDA C++ kernels are not built; that takes nvcc."
 
 

@@ -181,12 +181,12 @@ def environment() -> Row:
     import torch
 
     import grjca_kernels
-    from grjca_kernels import cuda
+    from grjca_kernels import native
 
     of = torch.cuda.get_device_properties(0)
     names = ("multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin")
     known = {name: getattr(of, name, None) for name in names}
-    known |= {"backends": grjca_kernels.backends(), "architectures": getattr(cuda._native, "cuda_architectures", "")}
+    known |= {"backends": grjca_kernels.backends(), "architectures": getattr(native.library, "cuda_architectures", "")}
     return {"kind": "environment", **known, "nvidia-smi": query("name,driver_version,pstate," + CLOCKS)}
 
 

@@ -19,7 +19,7 @@ from grjca.measure import SHAPES
 from grjca_kernels import GatedRJCAFused, config, cuda
 from grjca_kernels.triton import launch
 
-Launched = tuple[Any, config.Launch, Any, Any, int]
+Launched = tuple[Any, launch.Prepared, Any, Any, int]
 """The arguments of launch.run."""
 
 
@@ -38,7 +38,7 @@ def launches(call: Callable[[], object]) -> list[Launched]:
 
 def run_steps(launched: Launched, first: int, last: int) -> None:
     """Steps first <= step < last of a launch."""
-    kernel, of, arguments, others, batch = launched
+    kernel, (of, *_), arguments, others, batch = launched
     counter = launch.counter(arguments.iterates.device)
     options = launch.options(of, together=last - first > 1)
     kernel[(of.programs,)](arguments, others, batch, first, last, counter, of.constants, **options)
@@ -77,7 +77,7 @@ def phases(name: str, batch: int) -> dict[str, Any]:
     result: dict[str, Any] = {"kind": "phases", "shape": name, "batch": batch}
     clock = Clock()
     for direction, launched in zip(("forward", "backward"), noted, strict=True):
-        of = launched[1]
+        of = launched[1].launch
         names = step_names(of, direction == "backward")
         times: dict[str, float] = {}
         for step, of_step in enumerate(names):
@@ -156,6 +156,8 @@ def variant(changes: dict[str, Any]) -> Iterator[None]:
         stack.enter_context(patch.object(config, "tiles", lambda *a, **o: replace(tiles(*a, **o), **of_tiles)))
         for name in others.keys() & changes.keys():
             stack.enter_context(patch.object(config, *others[name]))
+        stack.callback(launch._prepare.cache_clear)
+        launch._prepare.cache_clear()
         yield
 
 

@@ -1,4 +1,4 @@
-// The Python module grjca_kernels._native: addresses, sizes and strides in, no tensors and no mathematics.
+// The Python module grjca_kernels._native: calls in, and no mathematics.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,17 +12,19 @@
 #include <vector>
 
 #include "grjca.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace grjca;
+using namespace grjca::python;
 
 namespace {
 
-using Address = uintptr_t;
-using Strided = std::optional<std::tuple<Address, int64_t, int64_t, int64_t>>;  // address; sample, frame, column
+using Host = std::tuple<py::object, int, std::optional<std::string>>;  // workspace, threads, instruction set
+using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t, int>;       // workspace, counters, stream, device
 
 template <class T>
-T* pointer(Address address) {
+T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -41,9 +43,9 @@ Dtype dtype_of(const std::string& name) {
                        {"float16", Dtype::float16}});
 }
 
-Problem problem(int64_t batch, int64_t length, const std::vector<int64_t>& widths, int iterations,
-                const std::string& gating, const std::string& form, const std::string& dtype, double dropout,
-                double temperature, bool normalize, bool shared) {
+Problem problem(const std::string& dtype, int64_t batch, int64_t length, const std::vector<int64_t>& widths,
+                int iterations, const std::string& gating, const std::string& form, double dropout, double temperature,
+                bool normalize, bool shared) {
   if (widths.size() < 2 || widths.size() > kMaxModalities)
     throw py::value_error("widths: expected 2 to 4 modalities, got " + std::to_string(widths.size()) + ".");
   if (iterations < 1 || iterations > kMaxIterations)
@@ -72,93 +74,157 @@ Problem problem(int64_t batch, int64_t length, const std::vector<int64_t>& width
   return p;
 }
 
-void set_views(const char* what, const Problem& p, const std::vector<Strided>& from, View (&to)[kMaxModalities]) {
-  if (static_cast<int>(from.size()) != p.modalities)
-    throw py::value_error(std::string(what) + ": expected one entry per modality, " + std::to_string(p.modalities) +
-                          ", got " + std::to_string(from.size()) + ".");
-  for (int m = 0; m < p.modalities; ++m)
-    if (from[m]) {
-      const auto& [address, sample, frame, column] = *from[m];
-      to[m] = {pointer<void>(address), sample, frame, column};
-    }
-}
-
-std::vector<void*> addresses(const char* what, const Problem& p, const std::vector<Address>& from) {
-  const int expected = ParameterIndex{p}.count();
-  if (static_cast<int>(from.size()) != expected)
-    throw py::value_error(std::string(what) + ": expected " + std::to_string(expected) + " tensors, got " +
-                          std::to_string(from.size()) + ".");
-  std::vector<void*> to;
-  for (const Address address : from) to.push_back(pointer<void>(address));
-  return to;
-}
-
-Resources resources(Address workspace, int threads, const std::optional<std::string>& instruction_set) {
+Resources resources(void* workspace, int threads, const std::optional<std::string>& instruction_set) {
   if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads) + ".");
-  if (!instruction_set) return {pointer<void>(workspace), threads, nullptr};
+  if (!instruction_set) return {workspace, threads, nullptr};
   for (auto name = cpu::instruction_sets(); *name; ++name)
-    if (*instruction_set == *name) return {pointer<void>(workspace), threads, *name};
+    if (*instruction_set == *name) return {workspace, threads, *name};
   throw py::value_error("instruction_set: this processor does not run '" + *instruction_set + "'.");
 }
 
-Tensors tensors(const Problem& p, const std::vector<Strided>& features, void* const* parameters, Address lengths,
-                uint64_t seed, Address iterates) {
-  Tensors t{};
-  set_views("features", p, features, t.features);
-  t.parameters = parameters;
-  t.lengths = pointer<const int64_t>(lengths);
-  t.seed = seed;
-  t.iterates = pointer<void>(iterates);
-  return t;
+Resources resources(const Host& host) {
+  const auto& [workspace, threads, instruction_set] = host;
+  return resources(python::look(workspace).data, threads, instruction_set);
 }
 
-ForwardOutputs outputs_of(const Problem& p, const std::vector<Strided>& outputs, const std::vector<Strided>& gates) {
+// ---- the tensors of a Call, and of Gradients: grjca_kernels/call.py
+
+// One of them, for what is said of it.
+struct Name {
+  const Problem& p;
+  const char* what;
+  int index;
+
+  [[noreturn]] void wrong(const std::string& expected) const {
+    throw py::value_error(std::string(what) + "[" + std::to_string(index) + "]: expected " + expected + ".");
+  }
+};
+
+// Where its elements are; refused, by the sentence of Python, if there are some and no memory.
+Seen look(const Name& name, py::handle tensor) {
+  const Seen seen = python::look(tensor);
+  if (!seen.data && seen.elements() != 0)
+    py::module_::import("grjca_kernels.problem").attr("refuse_memory")(name.what, name.index, tensor);
+  return seen;
+}
+
+py::sequence sequence(const char* what, size_t expected, py::handle tensors) {
+  const auto found = py::reinterpret_borrow<py::sequence>(tensors);
+  if (found.size() != expected)
+    throw py::value_error(std::string(what) + ": expected " + std::to_string(expected) + " tensors, got " +
+                          std::to_string(found.size()) + ".");
+  return found;
+}
+
+// [B, L, columns] of every modality, or None; and after `steps`, if any, T before.
+template <class Columns>
+void set_views(const Problem& p, const char* what, py::handle tensors, Columns columns, View (&to)[kMaxModalities],
+               int64_t (*steps)[kMaxModalities] = nullptr) {
+  const int first = steps ? 1 : 0;
+  const py::sequence given = sequence(what, p.modalities, tensors);
+  for (int m = 0; m < p.modalities; ++m) {
+    const py::object tensor = given[m];
+    if (tensor.is_none()) continue;
+    const Name name{p, what, m};
+    const Seen seen = look(name, tensor);
+    const int64_t* const shape = seen.shape + first;
+    const bool fits = seen.dimensions == first + 3 && shape[0] == p.batch && shape[1] == p.length &&
+                      shape[2] == columns(m) && (!steps || seen.shape[0] == p.iterations);
+    if (!fits) name.wrong("a tensor of the shape that the problem gives it");
+    to[m] = {seen.data, seen.strides[first], seen.strides[first + 1], seen.strides[first + 2]};
+    if (steps) (*steps)[m] = seen.strides[0];
+  }
+}
+
+// Addresses in the order of problem.flatten(), null where None stands; what is not contiguous is copied into `copies`.
+std::vector<void*> parameters(const Problem& p, const char* what, py::handle tensors, std::vector<py::object>* copies) {
+  const py::sequence given = sequence(what, ParameterIndex{p}.count(), tensors);
+  std::vector<void*> addresses;
+  addresses.reserve(given.size());
+  for (size_t i = 0; i < given.size(); ++i) {
+    py::object tensor = given[i];
+    if (tensor.is_none()) {
+      addresses.push_back(nullptr);
+      continue;
+    }
+    const Name name{p, what, static_cast<int>(i)};
+    Seen seen = look(name, tensor);
+    if (!seen.contiguous()) {
+      if (!copies) name.wrong("a contiguous tensor");
+      copies->push_back(tensor.attr("contiguous")());
+      seen = look(name, copies->back());
+    }
+    addresses.push_back(seen.data);
+  }
+  return addresses;
+}
+
+void* address(const Problem& p, const char* what, int64_t elements, py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  const Name name{p, what, 0};
+  const Seen seen = look(name, tensor);
+  if (seen.elements() != elements || !seen.contiguous()) name.wrong("a contiguous tensor of the size of the problem");
+  return seen.data;
+}
+
+// What both directions read. A seed on the host is read here; elsewhere its address is handed on.
+struct Read {
+  std::vector<py::object> copies;
+  std::vector<void*> weights;
+  Tensors tensors{};
+  const uint64_t* seed;
+
+  Read(const Problem& p, py::handle call, bool on_host)
+      : weights(parameters(p, "parameters", call.attr("parameters"), &copies)) {
+    set_views(p, "features", call.attr("features"), [&](int m) { return p.widths[m]; }, tensors.features);
+    tensors.parameters = weights.data();
+    tensors.lengths = static_cast<const int64_t*>(address(p, "lengths", p.batch, call.attr("lengths")));
+    tensors.iterates = address(p, "iterates", p.iterations * p.batch * p.length * p.width(), call.attr("iterates"));
+    seed = static_cast<const uint64_t*>(address(p, "seed", 1, call.attr("seed")));
+    tensors.seed = on_host && seed ? *seed : 0;
+  }
+  Read(const Read&) = delete;
+};
+
+ForwardOutputs outputs_of(const Problem& p, py::handle call) {
   ForwardOutputs to{};
-  set_views("outputs", p, outputs, to.outputs);
-  set_views("gates", p, gates, to.gates);
+  const py::object gates = call.attr("gates");
+  set_views(p, "outputs", call.attr("outputs"), [&](int m) { return p.widths[m]; }, to.outputs);
+  if (py::len(gates)) set_views(p, "gates", gates, [&](int) { return p.all_ways(); }, to.gates);
   return to;
 }
 
-BackwardTensors gradients_of(const Problem& p, const std::vector<Strided>& outputs,
-                             const std::vector<Strided>& iterates, const std::vector<int64_t>& iterates_steps,
-                             const std::vector<Strided>& gates, const std::vector<Strided>& features,
-                             void* const* parameters) {
-  BackwardTensors g{};
-  set_views("grad_outputs", p, outputs, g.outputs);
-  set_views("grad_iterates", p, iterates, g.iterates);
-  for (size_t m = 0; m < iterates_steps.size() && m < kMaxModalities; ++m) g.iterates_step[m] = iterates_steps[m];
-  set_views("grad_gates", p, gates, g.gates);
-  set_views("grad_features", p, features, g.features);
-  g.parameters = parameters;
-  return g;
+// What a backward reads and writes beside.
+struct Written {
+  std::vector<void*> weights;
+  BackwardTensors tensors{};
+
+  Written(const Problem& p, py::handle gradients)
+      : weights(parameters(p, "gradients.parameters", gradients.attr("parameters"), nullptr)) {
+    const auto width = [&](int m) { return p.widths[m]; };
+    const auto ways = [&](int) { return p.all_ways(); };
+    set_views(p, "gradients.outputs", gradients.attr("outputs"), width, tensors.outputs);
+    set_views(p, "gradients.iterates", gradients.attr("iterates"), width, tensors.iterates, &tensors.iterates_step);
+    set_views(p, "gradients.gates", gradients.attr("gates"), ways, tensors.gates);
+    set_views(p, "gradients.features", gradients.attr("features"), width, tensors.features);
+    tensors.parameters = weights.data();
+  }
+};
+
+void cpu_forward(const Problem& p, py::handle call, const Host& host) {
+  const Read read(p, call, true);
+  const ForwardOutputs to = outputs_of(p, call);
+  const Resources r = resources(host);
+  const py::gil_scoped_release release;
+  cpu::forward(p, read.tensors, to, r);
 }
 
-void cpu_forward(const Problem& p, const std::vector<Strided>& features, const std::vector<Address>& parameters,
-                 Address lengths, uint64_t seed, Address iterates, const std::vector<Strided>& outputs,
-                 const std::vector<Strided>& gates, Address workspace, int threads,
-                 const std::optional<std::string>& instruction_set) {
-  const auto weights = addresses("parameters", p, parameters);
-  const Tensors t = tensors(p, features, weights.data(), lengths, seed, iterates);
-  const ForwardOutputs to = outputs_of(p, outputs, gates);
-  const Resources r = resources(workspace, threads, instruction_set);
+void cpu_backward(const Problem& p, py::handle call, py::handle gradients, const Host& host) {
+  const Read read(p, call, true);
+  const Written written(p, gradients);
+  const Resources r = resources(host);
   const py::gil_scoped_release release;
-  cpu::forward(p, t, to, r);
-}
-
-void cpu_backward(const Problem& p, const std::vector<Strided>& features, const std::vector<Address>& parameters,
-                  Address lengths, uint64_t seed, Address iterates, const std::vector<Strided>& grad_outputs,
-                  const std::vector<Strided>& grad_iterates, const std::vector<int64_t>& grad_iterates_steps,
-                  const std::vector<Strided>& grad_gates, const std::vector<Strided>& grad_features,
-                  const std::vector<Address>& grad_parameters, Address workspace, int threads,
-                  const std::optional<std::string>& instruction_set) {
-  const auto weights = addresses("parameters", p, parameters);
-  const auto gradients = addresses("grad_parameters", p, grad_parameters);
-  const Tensors t = tensors(p, features, weights.data(), lengths, seed, iterates);
-  const BackwardTensors g =
-      gradients_of(p, grad_outputs, grad_iterates, grad_iterates_steps, grad_gates, grad_features, gradients.data());
-  const Resources r = resources(workspace, threads, instruction_set);
-  const py::gil_scoped_release release;
-  cpu::backward(p, t, g, r);
+  cpu::backward(p, read.tensors, written.tensors, r);
 }
 
 // ---- CUDA; setup.py defines GRJCA_CUDA as the architectures where nvcc compiles csrc/cuda
@@ -174,42 +240,25 @@ struct CudaLaunch {
       : p(problem), launch(problem, tf32, backward, weights, resident) {}
 };
 
-cuda::Resources cuda_resources(Address workspace, Address counters, Address seed, Address stream, int device,
-                               bool together) {
-  return {pointer<void>(workspace),
-          pointer<void>(counters),
-          pointer<const uint64_t>(seed),
-          pointer<void>(stream),
-          device,
-          together};
+cuda::Resources resources(const Read& read, const Device& device, bool together) {
+  const auto& [workspace, counters, stream, index] = device;
+  return {pointer<void>(workspace), pointer<void>(counters), read.seed, pointer<void>(stream), index, together};
 }
 
-bool cuda_forward(const CudaLaunch& of, const std::vector<Strided>& features, const std::vector<Address>& parameters,
-                  Address lengths, Address seed, Address iterates, const std::vector<Strided>& outputs,
-                  const std::vector<Strided>& gates, Address workspace, Address counters, Address stream, int device,
-                  bool together) {
-  const auto weights = addresses("parameters", of.p, parameters);
-  const Tensors t = tensors(of.p, features, weights.data(), lengths, 0, iterates);
-  const ForwardOutputs to = outputs_of(of.p, outputs, gates);
-  const cuda::Resources r = cuda_resources(workspace, counters, seed, stream, device, together);
+bool cuda_forward(const CudaLaunch& of, py::handle call, const Device& device, bool together) {
+  const Read read(of.p, call, false);
+  const ForwardOutputs to = outputs_of(of.p, call);
+  const cuda::Resources r = resources(read, device, together);
   const py::gil_scoped_release release;
-  return of.launch.forward(t, to, r);
+  return of.launch.forward(read.tensors, to, r);
 }
 
-bool cuda_backward(const CudaLaunch& of, const std::vector<Strided>& features, const std::vector<Address>& parameters,
-                   Address lengths, Address seed, Address iterates, const std::vector<Strided>& grad_outputs,
-                   const std::vector<Strided>& grad_iterates, const std::vector<int64_t>& grad_iterates_steps,
-                   const std::vector<Strided>& grad_gates, const std::vector<Strided>& grad_features,
-                   const std::vector<Address>& grad_parameters, Address workspace, Address counters, Address stream,
-                   int device, bool together) {
-  const auto weights = addresses("parameters", of.p, parameters);
-  const auto gradients = addresses("grad_parameters", of.p, grad_parameters);
-  const Tensors t = tensors(of.p, features, weights.data(), lengths, 0, iterates);
-  const BackwardTensors g =
-      gradients_of(of.p, grad_outputs, grad_iterates, grad_iterates_steps, grad_gates, grad_features, gradients.data());
-  const cuda::Resources r = cuda_resources(workspace, counters, seed, stream, device, together);
+bool cuda_backward(const CudaLaunch& of, py::handle call, py::handle gradients, const Device& device, bool together) {
+  const Read read(of.p, call, false);
+  const Written written(of.p, gradients);
+  const cuda::Resources r = resources(read, device, together);
   const py::gil_scoped_release release;
-  return of.launch.backward(t, g, r);
+  return of.launch.backward(read.tensors, written.tensors, r);
 }
 
 void define_cuda(py::module_& module) {
@@ -235,13 +284,8 @@ void define_cuda(py::module_& module) {
              for (const auto& [name, number] : of.launch.numbers()) plan[name] = number;
              return plan;
            })
-      .def("forward", &cuda_forward, py::kw_only(), py::arg("features"), py::arg("parameters"), py::arg("lengths"),
-           py::arg("seed"), py::arg("iterates"), py::arg("outputs"), py::arg("gates"), py::arg("workspace"),
-           py::arg("counters"), py::arg("stream"), py::arg("device"), py::arg("together"))
-      .def("backward", &cuda_backward, py::kw_only(), py::arg("features"), py::arg("parameters"), py::arg("lengths"),
-           py::arg("seed"), py::arg("iterates"), py::arg("grad_outputs"), py::arg("grad_iterates"),
-           py::arg("grad_iterates_steps"), py::arg("grad_gates"), py::arg("grad_features"), py::arg("grad_parameters"),
-           py::arg("workspace"), py::arg("counters"), py::arg("stream"), py::arg("device"), py::arg("together"));
+      .def("forward", &cuda_forward)
+      .def("backward", &cuda_backward);
 }
 
 #else
@@ -260,29 +304,22 @@ void define_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() =
-      "Native kernels of grjca_kernels. Internal: called by grjca_kernels.cpu and cuda, which own every check.";
-  py::class_<Problem>(module, "Problem")
-      .def(py::init(&problem), py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("widths"),
-           py::arg("iterations"), py::arg("gating"), py::arg("form"), py::arg("dtype"), py::arg("dropout"),
-           py::arg("temperature"), py::arg("normalize"), py::arg("shared"));
+      "Native kernels of grjca_kernels. Internal: called by grjca_kernels.native, cpu and cuda, which own every check.";
+  module.attr("interface") = 2;  // of native.py
+  py::class_<Problem>(module, "Problem").def(py::init(&problem));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (auto name = cpu::instruction_sets(); *name; ++name) names.emplace_back(*name);
     return names;
   });
-  module.def(
-      "cpu_workspace",
-      [](const Problem& p, bool backward, int threads, const std::optional<std::string>& instruction_set) {
-        const Resources r = resources(0, threads, instruction_set);
-        return backward ? cpu::backward_workspace(p, r) : cpu::forward_workspace(p, r);
-      },
-      py::arg("problem"), py::arg("backward"), py::arg("threads"), py::arg("instruction_set"));
-  module.def("cpu_forward", &cpu_forward, py::kw_only(), py::arg("problem"), py::arg("features"), py::arg("parameters"),
-             py::arg("lengths"), py::arg("seed"), py::arg("iterates"), py::arg("outputs"), py::arg("gates"),
-             py::arg("workspace"), py::arg("threads"), py::arg("instruction_set"));
-  module.def("cpu_backward", &cpu_backward, py::kw_only(), py::arg("problem"), py::arg("features"),
-             py::arg("parameters"), py::arg("lengths"), py::arg("seed"), py::arg("iterates"), py::arg("grad_outputs"),
-             py::arg("grad_iterates"), py::arg("grad_iterates_steps"), py::arg("grad_gates"), py::arg("grad_features"),
-             py::arg("grad_parameters"), py::arg("workspace"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("cpu_workspace",
+             [](const Problem& p, bool backward, int threads, const std::optional<std::string>& instruction_set) {
+               const Resources r = resources(nullptr, threads, instruction_set);
+               return backward ? cpu::backward_workspace(p, r) : cpu::forward_workspace(p, r);
+             });
+  module.def("use_tensors", &use_tensors);
+  module.def("likeness", &likeness);
+  module.def("cpu_forward", &cpu_forward);
+  module.def("cpu_backward", &cpu_backward);
   define_cuda(module);
 }

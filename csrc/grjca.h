@@ -62,7 +62,7 @@ struct Problem {
   }
 };
 
-// Where each parameter stands in the flat list of shapes.flatten().
+// Where each parameter stands in the flat list of problem.flatten().
 struct ParameterIndex {
   const Problem& p;
   GRJCA_INLINE int per_linear() const { return p.released ? 2 : 1; }
@@ -86,7 +86,7 @@ struct View {  // [B, L, columns]; data is null where a tensor is absent
 
 struct Tensors {
   View features[kMaxModalities];
-  const void* const* parameters;  // contiguous, in the order of shapes.flatten()
+  const void* const* parameters;  // contiguous, in the order of problem.flatten()
   const int64_t* lengths;         // [B] or null
   uint64_t seed;
   void* iterates;  // [T, B, L, d], contiguous

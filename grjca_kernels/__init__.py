@@ -9,8 +9,8 @@ from grjca_kernels.backends import backends
 from grjca_kernels.dropout import scaled_mask as dropout_mask
 from grjca_kernels.functional import gated_rjca
 from grjca_kernels.module import GatedRJCAFused
-from grjca_kernels.shapes import Layer, Linear
-from grjca_kernels.shapes import check_choice as _check_choice
+from grjca_kernels.problem import Layer, Linear
+from grjca_kernels.problem import check_choice as _check_choice
 
 __version__ = "0.1.0"
 __all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "dropout_mask", "gated_rjca", "reference", "self_check"]

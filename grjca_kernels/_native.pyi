@@ -1,59 +1,24 @@
 # Signatures of csrc/bindings.cpp.
-from collections.abc import Sequence
+from typing import Any
 
-Strided = tuple[int, ...] | None  # address; strides of sample, frame and column, in elements
+from torch import Tensor
+
+from grjca_kernels.call import Call, Gradients
+
+interface: int
 
 class Problem:
-    def __init__(
-        self,
-        *,
-        batch: int,
-        length: int,
-        widths: Sequence[int],
-        iterations: int,
-        gating: str,
-        form: str,
-        dtype: str,
-        dropout: float,
-        temperature: float,
-        normalize: bool,
-        shared: bool,
-    ) -> None: ...
+    def __init__(self, dtype: str, *problem: Any) -> None: ...
 
+def use_tensors(tensor: type, parameter: type, exchange: bool) -> bool: ...
+def likeness(tensors: list[Tensor]) -> bytes | None: ...
 def instruction_sets() -> list[str]: ...
 def cpu_workspace(problem: Problem, backward: bool, threads: int, instruction_set: str | None) -> int: ...
-def cpu_forward(
-    *,
-    problem: Problem,
-    features: Sequence[Strided],
-    parameters: Sequence[int],
-    lengths: int,
-    seed: int,
-    iterates: int,
-    outputs: Sequence[Strided],
-    gates: Sequence[Strided],
-    workspace: int,
-    threads: int,
-    instruction_set: str | None,
-) -> None: ...
-def cpu_backward(
-    *,
-    problem: Problem,
-    features: Sequence[Strided],
-    parameters: Sequence[int],
-    lengths: int,
-    seed: int,
-    iterates: int,
-    grad_outputs: Sequence[Strided],
-    grad_iterates: Sequence[Strided],
-    grad_iterates_steps: Sequence[int],
-    grad_gates: Sequence[Strided],
-    grad_features: Sequence[Strided],
-    grad_parameters: Sequence[int],
-    workspace: int,
-    threads: int,
-    instruction_set: str | None,
-) -> None: ...
+
+Host = tuple[Tensor, int, str | None]  # workspace, threads, instruction set
+
+def cpu_forward(problem: Problem, call: Call, host: Host) -> None: ...
+def cpu_backward(problem: Problem, call: Call, gradients: Gradients, host: Host) -> None: ...
 
 # ---- the CUDA C++ kernels; built without nvcc, the module has only the first two
 
@@ -62,6 +27,8 @@ cuda_architectures: str
 def cuda_why_not() -> str | None: ...
 def cuda_resident(dtype: str, tf32: bool, backward: bool, device: int) -> int: ...
 
+Device = tuple[int, int, int, int]  # workspace, counters, stream, device
+
 class CudaLaunch:
     def __init__(self, *, problem: Problem, tf32: bool, backward: bool, weights: bool, resident: int) -> None: ...
     @property
@@ -69,39 +36,5 @@ class CudaLaunch:
     @property
     def counters(self) -> int: ...
     def plan(self) -> dict[str, int]: ...
-    def forward(
-        self,
-        *,
-        features: Sequence[Strided],
-        parameters: Sequence[int],
-        lengths: int,
-        seed: int,
-        iterates: int,
-        outputs: Sequence[Strided],
-        gates: Sequence[Strided],
-        workspace: int,
-        counters: int,
-        stream: int,
-        device: int,
-        together: bool,
-    ) -> bool: ...
-    def backward(
-        self,
-        *,
-        features: Sequence[Strided],
-        parameters: Sequence[int],
-        lengths: int,
-        seed: int,
-        iterates: int,
-        grad_outputs: Sequence[Strided],
-        grad_iterates: Sequence[Strided],
-        grad_iterates_steps: Sequence[int],
-        grad_gates: Sequence[Strided],
-        grad_features: Sequence[Strided],
-        grad_parameters: Sequence[int],
-        workspace: int,
-        counters: int,
-        stream: int,
-        device: int,
-        together: bool,
-    ) -> bool: ...
+    def forward(self, call: Call, device: Device, together: bool) -> bool: ...
+    def backward(self, call: Call, gradients: Gradients, device: Device, together: bool) -> bool: ...

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grjca_kernels import cpu, cuda, triton, verification
-from grjca_kernels.shapes import check_choice
+from grjca_kernels.call import Call, Gradients
+from grjca_kernels.modes import constant_when_compiled
+from grjca_kernels.problem import check_choice
 
 ENVIRONMENT = "GRJCA_BACKEND"
-F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Backend:
     """A row of the table.
 
     ``why_not()`` is the reason it cannot run on this machine, or None; ``refuses(device type, dtype)`` the reason it
-    does not compute such tensors. ``forward`` and ``backward`` have the signatures of :mod:`grjca_kernels.cpu`; the
-    reference has none, because it is PyTorch code that autograd differentiates. What is ``unproven`` is chosen by
-    "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes; ``checking`` says how long that
-    takes for a dtype.
+    does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill what they are given, for at
+    least one sample; the reference has none, because it is PyTorch code that autograd differentiates. What is
+    ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes;
+    ``checking`` says how long that takes for a dtype.
     """
 
     name: str
     why_not: Callable[[], str | None]
     refuses: Callable[[str, torch.dtype], str | None]
-    forward: Callable[..., None] | None = None
-    backward: Callable[..., None] | None = None
+    forward: Callable[[Call], None] | None = None
+    backward: Callable[[Call, Gradients], None] | None = None
     unproven: bool = False
     checking: str = "a few seconds"
 
@@ -77,8 +77,8 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 
 def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """Why "auto" does not take it, or None."""
-    reason = row.refusal(device, dtype)
+    """Why "auto" does not take it, or None. Nothing is asked of a GPU where the tensors are on none."""
+    reason = row.refuses(device, dtype) or row.why_not()
     if reason is None and row.unproven and not verification.passed(row, device, index, dtype):
         if device == "cpu":
             return "its interpreter is for tests, and slow; it is used where it is named."
@@ -93,26 +93,17 @@ def choose(name: str | None, tensor: Tensor) -> str:
         ValueError: for an unknown name.
         RuntimeError: for a named backend that cannot run, with its reason.
     """
+    source = "backend"
     if name is None or name == "auto":
-        name = _default()
-        check_choice(ENVIRONMENT, name, CHOICES)
-    else:
-        check_choice("backend", name, CHOICES)
+        source, name = ENVIRONMENT, _default()
+    check_choice(source, name, CHOICES)
+    device = tensor.device
     if name == "auto":
-        return _first_that_can(tensor.device.type, tensor.device.index, tensor.dtype)
-    reason = _refusal(name, tensor.device.type, tensor.dtype)
+        return _first_that_can(device.type, device.index, tensor.dtype)
+    reason = _refusal(name, device.type, tensor.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason} Choose another, or backend='auto'.")
     return name
-
-
-def constant_when_compiled(function: F) -> F:
-    """torch.compile calls it once, instead of tracing how devices and the environment are looked up.
-
-    It is torch.compiler.assume_constant_result, without the 1.5 seconds that this takes to import the compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_when_compiled
@@ -127,4 +118,9 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 @constant_when_compiled
 def _first_that_can(device: str, index: int | None, dtype: torch.dtype) -> str:
-    return next(row.name for row in TABLE.values() if _passed_over(row, device, index, dtype) is None)
+    for row in TABLE.values():
+        if row.unproven and device == "cpu":
+            continue  # an interpreter, which is used where it is named
+        if _passed_over(row, device, index, dtype) is None:
+            break
+    return row.name

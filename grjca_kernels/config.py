@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from grjca_kernels.shapes import Problem
+from grjca_kernels.problem import Problem, expected_linears
 
 KIB = 1024
 
@@ -149,72 +149,33 @@ INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1)
 ODD, ODD_SINGLE = Tiles(32, 32, 32, 16, 32, 4, 2, programs=2), Tiles(16, 32, 16, 16, 16, 4, 1, programs=2)
 """Where a width is no multiple of 16: in 16-bit types, and in float32."""
 
-TILES = {  # (family, products), m n k c w warps stages; "odd length": no row of W_k is aligned
-    ("sm_80", "half"): Choice(
-        forward=Tiles(128, 128, 32, 64, 64, 8, 4),
-        stored=Tiles(128, 64, 64, 64, 64, 8, 3),
-        streamed=Tiles(128, 64, 64, 32, 64, 8, 3),
+
+def _choice(*tiles: tuple[int, ...]) -> Choice:
+    return Choice(*(Tiles(*one) for one in tiles))
+
+
+TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd length": no row of W_k is aligned
+    ("sm_80", "half"): _choice((128, 128, 32, 64, 64, 8, 4), (128, 64, 64, 64, 64, 8, 3), (128, 64, 64, 32, 64, 8, 3)),
+    ("sm_80", "tf32"): _choice((128, 64, 32, 32, 64, 8, 3), (128, 64, 32, 32, 64, 8, 3), (64, 64, 32, 16, 64, 8, 3)),
+    ("sm_80", "single"): _choice((128, 128, 16, 32, 64, 8, 1), (128, 64, 16, 32, 64, 8, 1), (64, 64, 16, 16, 64, 8, 1)),
+    ("sm_90", "half"): _choice(
+        (128, 128, 64, 64, 64, 8, 4), (128, 128, 64, 64, 128, 8, 4), (128, 128, 64, 64, 128, 8, 4)
     ),
-    ("sm_80", "tf32"): Choice(
-        forward=Tiles(128, 64, 32, 32, 64, 8, 3),
-        stored=Tiles(128, 64, 32, 32, 64, 8, 3),
-        streamed=Tiles(64, 64, 32, 16, 64, 8, 3),
+    ("sm_90", "tf32"): _choice(*3 * [(128, 64, 32, 32, 64, 8, 4)]),
+    ("sm_90", "single"): _choice((128, 128, 16, 32, 64, 8, 1), (128, 64, 16, 32, 64, 8, 1), (32, 32, 16, 16, 32, 8, 1)),
+    ("sm_100", "half"): _choice((128, 64, 64, 64, 64, 8, 3), (64, 64, 64, 64, 64, 8, 3), (64, 64, 64, 32, 64, 8, 3)),
+    ("sm_100", "half, odd length"): _choice(
+        (128, 64, 64, 64, 64, 8, 3), (32, 128, 64, 32, 32, 8, 3), (64, 64, 64, 32, 64, 8, 3)
     ),
-    ("sm_80", "single"): Choice(
-        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
-        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
-        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
-    ),
-    ("sm_90", "half"): Choice(
-        forward=Tiles(128, 128, 64, 64, 64, 8, 4),
-        stored=Tiles(128, 128, 64, 64, 128, 8, 4),
-        streamed=Tiles(128, 128, 64, 64, 128, 8, 4),
-    ),
-    ("sm_90", "tf32"): Choice(*3 * [Tiles(128, 64, 32, 32, 64, 8, 4)]),
-    ("sm_90", "single"): Choice(
-        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
-        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
-        streamed=Tiles(32, 32, 16, 16, 32, 8, 1),
-    ),
-    ("sm_100", "half"): Choice(
-        forward=Tiles(128, 64, 64, 64, 64, 8, 3),
-        stored=Tiles(64, 64, 64, 64, 64, 8, 3),
-        streamed=Tiles(64, 64, 64, 32, 64, 8, 3),
-    ),
-    ("sm_100", "half, odd length"): Choice(
-        forward=Tiles(128, 64, 64, 64, 64, 8, 3),
-        stored=Tiles(32, 128, 64, 32, 32, 8, 3),
-        streamed=Tiles(64, 64, 64, 32, 64, 8, 3),
-    ),
-    ("sm_100", "tf32"): Choice(
-        forward=Tiles(128, 64, 32, 32, 64, 8, 3),
-        stored=Tiles(32, 128, 32, 32, 32, 8, 3),
-        streamed=Tiles(32, 128, 32, 32, 32, 8, 3),
-    ),
-    ("sm_100", "tf32, odd length"): Choice(*3 * [Tiles(32, 128, 32, 32, 32, 8, 3)]),
-    ("sm_100", "single"): Choice(
-        forward=Tiles(32, 128, 16, 32, 32, 8, 1),
-        stored=Tiles(32, 128, 16, 32, 32, 8, 1),
-        streamed=Tiles(32, 64, 16, 16, 32, 8, 1),
-    ),
-    ("small", "half"): Choice(
-        forward=Tiles(128, 128, 32, 32, 64, 8, 3),
-        stored=Tiles(128, 64, 32, 32, 64, 8, 3),
-        streamed=Tiles(128, 64, 32, 32, 64, 8, 3),
-    ),
-    ("small", "tf32"): Choice(
-        forward=Tiles(128, 64, 32, 32, 64, 8, 2),
-        stored=Tiles(128, 64, 32, 32, 64, 8, 2),
-        streamed=Tiles(32, 32, 32, 32, 32, 8, 2),
-    ),
-    ("small", "single"): Choice(
-        forward=Tiles(128, 128, 16, 32, 64, 8, 1),
-        stored=Tiles(128, 64, 16, 32, 64, 8, 1),
-        streamed=Tiles(64, 64, 16, 16, 64, 8, 1),
-    ),
-    ("hip", "half"): Choice(*3 * [Tiles(64, 64, 64, 64, 64, 4, 2)]),
-    ("hip", "tf32"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
-    ("hip", "single"): Choice(*3 * [Tiles(32, 32, 32, 32, 32, 4, 1)]),
+    ("sm_100", "tf32"): _choice((128, 64, 32, 32, 64, 8, 3), (32, 128, 32, 32, 32, 8, 3), (32, 128, 32, 32, 32, 8, 3)),
+    ("sm_100", "tf32, odd length"): _choice(*3 * [(32, 128, 32, 32, 32, 8, 3)]),
+    ("sm_100", "single"): _choice((32, 128, 16, 32, 32, 8, 1), (32, 128, 16, 32, 32, 8, 1), (32, 64, 16, 16, 32, 8, 1)),
+    ("small", "half"): _choice((128, 128, 32, 32, 64, 8, 3), (128, 64, 32, 32, 64, 8, 3), (128, 64, 32, 32, 64, 8, 3)),
+    ("small", "tf32"): _choice((128, 64, 32, 32, 64, 8, 2), (128, 64, 32, 32, 64, 8, 2), (32, 32, 32, 32, 32, 8, 2)),
+    ("small", "single"): _choice((128, 128, 16, 32, 64, 8, 1), (128, 64, 16, 32, 64, 8, 1), (64, 64, 16, 16, 64, 8, 1)),
+    ("hip", "half"): _choice(*3 * [(64, 64, 64, 64, 64, 4, 2)]),
+    ("hip", "tf32"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
+    ("hip", "single"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
 }
 """Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. (Of four modalities, T = 8
 and layers of their own, the backward may still put 8 bytes aside, once for a task.)
@@ -336,56 +297,26 @@ def constants(
     ), tile
 
 
-def forward(
-    problem: Problem, dtype: torch.dtype, device: Device, *, tf32: bool, lengths: bool, return_gates: bool
+def launch(
+    problem: Problem, dtype: torch.dtype, device: Device, *, backward: bool, weights: bool = False, **flags: bool
 ) -> Launch:
-    """The launch of the forward."""
-    compiled, tile = constants(problem, dtype, device, tf32=tf32, lengths=lengths, return_gates=return_gates)
+    """The launch of one direction; ``weights``: whether any gradient of a parameter is wanted; ``flags`` are those of
+    :func:`constants`."""
+    compiled, tile = constants(problem, dtype, device, backward=backward, weights=weights, **flags)
     programs = device.multiprocessors * tile.programs
     chunk = chunk_of(problem, tile, programs)
     chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
-    return Launch(
-        device=device,
-        constants=compiled,
-        tiles=tile,
-        programs=programs,
-        chunk=chunk,
-        steps=chunks * (problem.iterations * phases + 2),
-        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2,
-        bits=mask_bytes(problem, compiled, chunk),
-        gate_values=gate_values(problem, chunk),
-        gradients=0,
-        parts=0,
-    )
-
-
-def backward(
-    problem: Problem, dtype: torch.dtype, device: Device, *, tf32: bool, lengths: bool, weights: bool, d_iterates: bool
-) -> Launch:
-    """The launch of the backward; ``weights``: whether any gradient of a parameter is wanted."""
-    compiled, tile = constants(
-        problem,
-        dtype,
-        device,
-        tf32=tf32,
-        lengths=lengths,
-        backward=True,
-        weights=weights,
-        d_iterates=d_iterates,
-    )
-    programs = device.multiprocessors * tile.programs
-    chunk = chunk_of(problem, tile, programs)
-    chunks = -(-problem.batch // chunk)
     parts = parts_of(problem, compiled.block_w, programs, chunk) if weights else 0
-    rows, ways = chunk * problem.length, len(problem.widths) * sum(problem.gate_ways)
+    steps = problem.iterations * (compiled.backward_phases if backward else phases) + 2 + backward
+    d_logits = chunk * problem.length * len(problem.widths) * sum(problem.gate_ways) * backward
     return Launch(
         device=device,
         constants=compiled,
         tiles=tile,
         programs=programs,
         chunk=chunk,
-        steps=chunks * (problem.iterations * compiled.backward_phases + 3) + (parts > 0),
-        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2 + rows * ways,
+        steps=chunks * steps + (parts > 0),
+        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2 + d_logits,
         bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=parameter_elements(problem) if weights else 0,
@@ -409,14 +340,11 @@ def gate_values(problem: Problem, chunk: int) -> int:
 def parameter_elements(problem: Problem) -> int:
     """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given 16 ways."""
 
-    def linear(rows: int, columns: int) -> int:
-        return -(-rows * (columns + problem.released) // 16) * 16
-
-    length, width = problem.length, problem.width
-    layer = linear(width, width) if problem.released else 0
-    layer += sum(linear(length, length) + linear(d_m, d_m) + linear(d_m, width) for d_m in problem.widths)
-    gates = len(problem.gate_ways) * sum(linear(16, d_m) for d_m in problem.widths)
-    return (1 if problem.shared else problem.iterations) * layer + gates
+    sizes = [
+        (16 if name.startswith("gates") else rows) * (columns + problem.released)
+        for name, rows, columns in expected_linears(problem)
+    ]
+    return sum(-(-size // 16) * 16 for size in sizes)
 
 
 MOST_PARTS, FEWEST_ROWS = 8, 256

@@ -1,8 +1,9 @@
-"""The native CPU kernels: tensors in, one call for the whole forward and one for the whole backward."""
+"""The native CPU kernels: one call of the library for the whole forward, and one for the whole backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,24 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grjca_kernels.shapes import Problem, check_lengths_values
-
-_why_not: str | None = None
-try:
-    import grjca_kernels._native as _native
-except ModuleNotFoundError:
-    _native = None  # type: ignore[assignment]
-    _why_not = "its native code was not built; install a C++17 compiler, then this package again."
-except ImportError as error:
-    _native = None  # type: ignore[assignment]
-    _why_not = f"its native code does not load ({error}); install this package again."
+from grjca_kernels import native
+from grjca_kernels.call import Call, Gradients
 
 _instruction_set: ContextVar[str | None] = ContextVar("grjca_instruction_set", default=None)
 
 
 def why_not() -> str | None:
     """Why this backend cannot run here, or None."""
-    return _why_not
+    return native.missing
 
 
 def instruction_sets() -> list[str]:
@@ -36,7 +28,7 @@ def instruction_sets() -> list[str]:
     "avx512bf16" is for bfloat16, of which it rounds the operands of products as eager PyTorch does; other dtypes go by
     the next.
     """
-    return [] if _native is None else _native.instruction_sets()
+    return [] if native.missing else native.library.instruction_sets()
 
 
 @contextmanager
@@ -49,102 +41,37 @@ def instruction_set(name: str) -> Iterator[None]:
         _instruction_set.reset(token)
 
 
-def forward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    outputs: Sequence[Tensor],
-    iterates: Tensor,
-    gates: Sequence[Tensor],
-) -> None:
-    """Fill ``outputs`` [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]."""
-    call = _Call(problem, features, parameters, lengths, seed, iterates)
-    _native.cpu_forward(
-        **call.arguments(backward=False),
-        outputs=[_strided(y) for y in outputs],
-        gates=[_strided(g) for g in gates] or call.absent,
-    )
+def forward(call: Call) -> None:
+    """Fill what the call wants."""
+    problem, resources = _prepared(call, backward=False)
+    native.library.cpu_forward(problem, call, resources)
 
 
-def backward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-    grad_outputs: Sequence[Tensor | None],
-    grad_iterates: Sequence[Tensor | None],
-    grad_gates: Sequence[Tensor | None],
-    grad_features: Sequence[Tensor | None],
-    grad_parameters: Sequence[Tensor | None],
-) -> None:
-    """Fill ``grad_features`` and ``grad_parameters`` where not None; incoming gradients that are None are zero."""
-    call = _Call(problem, features, parameters, lengths, seed, iterates)
-    _native.cpu_backward(
-        **call.arguments(backward=True),
-        grad_outputs=[_strided(g) for g in grad_outputs],
-        grad_iterates=[None if g is None else (g.data_ptr(), *g.stride()[1:]) for g in grad_iterates] or call.absent,
-        grad_iterates_steps=[0 if g is None else g.stride(0) for g in grad_iterates],
-        grad_gates=[_strided(g) for g in grad_gates] or call.absent,
-        grad_features=[_strided(g) for g in grad_features],
-        grad_parameters=[0 if g is None else g.data_ptr() for g in grad_parameters],
-    )
+def backward(call: Call, gradients: Gradients) -> None:
+    """Fill the gradients that are wanted."""
+    problem, resources = _prepared(call, backward=True)
+    native.library.cpu_backward(problem, call, gradients, resources)
 
 
-class _Call:
-    """What both directions pass; keeps alive the tensors whose addresses are passed."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        features: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        lengths: Tensor | None,
-        seed: Tensor | None,
-        iterates: Tensor,
-    ) -> None:
-        if lengths is not None:
-            check_lengths_values(lengths, problem.length)
-            lengths = lengths.to(torch.int64).contiguous()
-        self.problem = _native.Problem(
-            batch=problem.batch,
-            length=problem.length,
-            widths=list(problem.widths),
-            iterations=problem.iterations,
-            gating=problem.gating,
-            form=problem.form,
-            dtype=str(features[0].dtype).removeprefix("torch."),
-            dropout=problem.dropout,
-            temperature=problem.temperature,
-            normalize=problem.normalize,
-            shared=problem.shared,
-        )
-        self.features = features
-        self.parameters = [parameter.contiguous() for parameter in parameters]
-        self.lengths = lengths
-        self.seed = 0 if seed is None else int(seed) & (2**64 - 1)
-        self.iterates = iterates
-        self.absent: list[None] = [None] * len(features)
-
-    def arguments(self, *, backward: bool) -> dict[str, Any]:
-        threads, isa = torch.get_num_threads(), _instruction_set.get()
-        size = _native.cpu_workspace(self.problem, backward, threads, isa)
-        self.workspace = torch.empty(size, dtype=torch.uint8)
-        return {
-            "problem": self.problem,
-            "features": [_strided(x) for x in self.features],
-            "parameters": [parameter.data_ptr() for parameter in self.parameters],
-            "lengths": 0 if self.lengths is None else self.lengths.data_ptr(),
-            "seed": self.seed,
-            "iterates": self.iterates.data_ptr(),
-            "workspace": self.workspace.data_ptr(),
-            "threads": threads,
-            "instruction_set": isa,
-        }
+KEPT = 1 << 17
+"""Bytes of workspace that a thread keeps from call to call: taking and returning them costs more than a small call."""
 
 
-def _strided(x: Tensor | None) -> tuple[int, ...] | None:
-    return None if x is None else (x.data_ptr(), *x.stride())
+class _Kept(threading.local):
+    workspace: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str | None]]:
+    """The problem in the library's words; a workspace, the number of threads, and the instruction set."""
+    problem = native.problem_of(call.problem, call.features[0].dtype)
+    threads, isa = torch.get_num_threads(), _instruction_set.get()
+    size = native.library.cpu_workspace(problem, backward, threads, isa)
+    workspace = _kept.workspace
+    if workspace is None or size > KEPT:
+        workspace = torch.empty(max(size, KEPT), dtype=torch.uint8, device="cpu")
+        if size <= KEPT:
+            _kept.workspace = workspace
+    return problem, (workspace, threads, isa)

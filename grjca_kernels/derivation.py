@@ -16,58 +16,51 @@ from torch import Tensor
 
 from grjca_kernels import dropout as masks
 from grjca_kernels import reference
+from grjca_kernels.call import Call, Gradients
+from grjca_kernels.problem import Layer, Linear, Problem, unflatten
 from grjca_kernels.reference import linear
-from grjca_kernels.shapes import Gates, Layer, Linear, Problem, flatten, unflatten
 
 
 @torch.no_grad()
-def forward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Outputs, iterates and gate values as :func:`grjca_kernels.reference.forward` returns them, without a graph."""
-    return reference.forward(problem, features, layers, gates, lengths, seed)
+def forward(call: Call) -> None:
+    """Fill what :func:`grjca_kernels.reference.forward` returns."""
+    outputs, iterates, values = reference.forward(call)
+    for to, y in zip(call.outputs, outputs, strict=True):
+        to.copy_(y)
+    call.iterates.copy_(torch.cat(iterates, dim=-1))
+    for to, value in zip(call.gates, values if call.gates else (), strict=True):
+        to.copy_(torch.cat(value, dim=-1) if isinstance(value, tuple) else value)
 
 
 @torch.no_grad()
-def backward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor | None],
-    grad_iterates: Sequence[Tensor | None],
-    grad_gates: Sequence[Any],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the features, and of the parameters in the order of :func:`grjca_kernels.shapes.flatten`.
-
-    Incoming gradients have the structure of what :func:`forward` returned; those that are None are zero.
-    """
-    present = reference.presence(problem, lengths, features[0].device)
-    d_parameters = [torch.zeros_like(parameter) for parameter in flatten(layers, gates)]
+def backward(call: Call, gradients: Gradients) -> None:
+    """Fill the gradients of the features, and of the parameters."""
+    problem, features = call.problem, call.features
+    layers, gates = unflatten(problem, call.parameters)
+    present = reference.presence(problem, call.lengths, features[0].device)
+    d_parameters = [torch.zeros_like(parameter) for parameter in call.parameters]
     d_layers, d_gates = unflatten(problem, d_parameters)
+    iterates = call.iterates.split(problem.widths, dim=-1)
     states, d_states = [], []  # [m][t]
     for m, x_m in enumerate(features):
         states.append([reference.initial(problem, x_m, present), *iterates[m]])
-        d_y, d_values = _present(grad_outputs[m], present), _present(grad_gates[m], present)
-        d_states.append(gate_backward(problem, states[m], gates[m] if gates else (), d_gates[m], d_y, d_values))
-        d_iterates = grad_iterates[m]
+        d_y, d_values = _present(gradients.outputs[m], present), _present(gradients.gates[m], present)
+        if d_values is not None and problem.gating == "hierarchical":
+            d_values = d_values.split(problem.gate_ways, dim=-1)
+        d_states.append(gate_backward(problem, states[m], gates[m], d_gates[m], d_y, d_values))
+        d_iterates = gradients.iterates[m]
         if d_iterates is not None:
             d_states[m][1:] = [d + d_iterate for d, d_iterate in zip(d_states[m][1:], d_iterates, strict=True)]
     for t in reversed(range(problem.iterations)):
         i = 0 if problem.shared else t
         x, d_next = [of_m[t] for of_m in states], [of_m[t + 1] for of_m in d_states]
-        for m, d_x in enumerate(iteration_backward(problem, x, layers[i], d_layers[i], t, present, seed, d_next)):
+        for m, d_x in enumerate(iteration_backward(problem, x, layers[i], d_layers[i], t, present, call.seed, d_next)):
             d_states[m][t] += d_x
     d_features = [initial_backward(problem, x_m, d[0], present) for x_m, d in zip(features, d_states, strict=True)]
-    return d_features, d_parameters
+    wanted = (*gradients.features, *gradients.parameters)
+    for to, gradient in zip(wanted, (*d_features, *d_parameters), strict=True):
+        if to is not None:
+            to.copy_(gradient)
 
 
 # ---- X^0
@@ -243,10 +236,6 @@ def _where_positive(x: Tensor, d: Tensor) -> Tensor:
     return torch.where(x <= 0, 0, d)
 
 
-def _present(x: Any, present: Tensor | None) -> Any:
-    """Absent frames cleared; x is a tensor [B, L, ...], a tuple of them, or None."""
-    if present is None or x is None:
-        return x
-    if isinstance(x, tuple):
-        return tuple(_present(part, present) for part in x)
-    return torch.where(present, x, 0)
+def _present(x: Tensor | None, present: Tensor | None) -> Any:
+    """Absent frames cleared; x is [B, L, ...], or None."""
+    return x if x is None or present is None else torch.where(present, x, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from grjca_kernels.shapes import Problem
+from grjca_kernels.problem import Problem
 
 
 class Product(NamedTuple):
@@ -28,7 +28,7 @@ def forward(problem: Problem) -> int:
 def backward(problem: Problem, needed: Sequence[bool]) -> int:
     """Recomputing what the forward did not keep, and two products for each of its own, less those nobody asks for.
 
-    ``needed`` says of every feature and parameter, in the order of :func:`shapes.flatten`, whether its gradient is.
+    ``needed`` says of every feature and parameter, in the order of :func:`problem.flatten`, whether its gradient is.
     """
     of_features, of_parameters = needed[: len(problem.widths)], needed[len(problem.widths) :]
     of_weights = of_parameters[:: 2 if problem.released else 1]

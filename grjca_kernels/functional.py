@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from grjca_kernels import ops, reference, shapes
+from grjca_kernels import ops, reference
 from grjca_kernels.backends import choose
-from grjca_kernels.shapes import Gates, Layer, Linear
+from grjca_kernels.call import Call, answers, describe
 
 NO_SCRIPT = (
     "grjca_kernels: torch.jit can neither script nor trace the kernels. torch.compile speeds a model up with them, and "
@@ -24,24 +22,8 @@ def refuse_tracing() -> None:
         raise RuntimeError(NO_SCRIPT)
 
 
-def gated_rjca(
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates = (),
-    *,
-    iterations: int | None = None,
-    gating: str = "flat",
-    form: str = "released",
-    dropout: float = 0.0,
-    temperature: float = 0.1,
-    normalize: bool = False,
-    lengths: Tensor | None = None,
-    seed: Tensor | int | None = None,
-    concat: bool = False,
-    return_gates: bool = False,
-    return_iterates: bool = False,
-    backend: str = "auto",
-) -> Any:
+@answers(describe)
+def gated_rjca(call: Call) -> Any:
     """Gated recursive joint cross-attention of M = 2 to 4 modalities (arXiv 2503.12261, equations in ``operator.md``).
 
     Args:
@@ -72,57 +54,11 @@ def gated_rjca(
         ValueError, TypeError: for anything outside the above, before anything runs.
         RuntimeError: if a named backend cannot run, with its reason.
     """
-    refuse_tracing()
-    shapes.check_structure(features, layers, gates)
-    for name, flag in (("concat", concat), ("return_gates", return_gates), ("return_iterates", return_iterates)):
-        shapes.check_flag(name, flag)
-    features, layers, gates = _autocast(features, layers, gates)
-    problem = shapes.check(
-        features,
-        layers,
-        gates,
-        iterations=iterations,
-        gating=gating,
-        form=form,
-        dropout=dropout,
-        temperature=temperature,
-        normalize=normalize,
-        lengths=lengths,
-        seed=seed,
-    )
-    chosen = "reference" if torch.onnx.is_in_onnx_export() else choose(backend, features[0])
-    seed = reference.draw_seed(problem, seed, features[0].device)
-    gates = gates if problem.gate_ways else ()
-    if chosen == "reference":
-        outputs, iterates, values = reference.forward(problem, features, layers, gates, lengths, seed)
-        return reference.assemble(outputs, iterates, values, concat, return_gates, return_iterates)
-    outputs, iterates, values = ops.gated_rjca(
-        problem,
-        features,
-        layers,
-        gates,
-        lengths,
-        seed,
-        concat=concat,
-        return_gates=return_gates,
-        backend=chosen,
-    )
-    return reference.assemble(outputs, iterates, values, concat, return_gates, return_iterates)
-
-
-def _autocast(
-    features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates
-) -> tuple[Sequence[Tensor], Sequence[Layer], Gates]:
-    """Features and parameters in autocast's dtype, where it is on; float64 is left alone, as torch's operators do."""
-    dtype = ops.autocast_dtype(features[0].device.type)
-    if dtype is None or any(x.dtype == torch.float64 for x in (*features, *shapes.flatten(layers, gates))):
-        return features, layers, gates
-
-    def cast(given: Linear) -> Linear:
-        return Linear(given.weight.to(dtype), None if given.bias is None else given.bias.to(dtype))
-
-    return (
-        [x.to(dtype) for x in features],
-        [Layer(layer[0] and cast(layer[0]), *(tuple(map(cast, group)) for group in layer[1:])) for layer in layers],
-        tuple(tuple(map(cast, group)) for group in gates),
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        refuse_tracing()
+        if torch.onnx.is_in_onnx_export():
+            return reference.answer(call)
+    backend = choose(call.backend, call.features[0])
+    if backend == "reference":
+        return reference.answer(call)
+    return reference.assemble(call, *ops.run(call, backend))

@@ -8,11 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from grjca_kernels import released, shapes
+from grjca_kernels import problem as problems
+from grjca_kernels import released
 from grjca_kernels.backends import CHOICES
+from grjca_kernels.call import Layers
 from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
-from grjca_kernels.projections import as_linear
-from grjca_kernels.shapes import Gates, Layer
+from grjca_kernels.problem import Gates, Layer
+from grjca_kernels.projections import Gathered, as_linear
 
 MODALITIES = ("visual", "audio")
 OUTPUTS = ("pair", "concat")
@@ -62,25 +64,24 @@ class GatedRJCAFused(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("dim_visual", dim_visual), ("dim_audio", dim_audio), ("length", length)):
-            shapes.check_size(name, size)
-        shapes.check_options(iterations=iterations, gating=gating, form=form, dropout=dropout, temperature=temperature)
-        shapes.check_flag("normalize", normalize)
-        shapes.check_flag("share_weights", share_weights)
-        shapes.check_choice("output", output, OUTPUTS)
-        shapes.check_choice("backend", backend, CHOICES)
-        if dtype is not None and dtype not in shapes.DTYPES:
-            raise TypeError(f"dtype: expected one of {', '.join(map(str, shapes.DTYPES))}, got {dtype}.")
+            problems.check_size(name, size)
+        problems.check_choice("output", output, OUTPUTS)
+        problems.check_choice("backend", backend, CHOICES)
+        if dtype is not None and dtype not in problems.DTYPES:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, problems.DTYPES))}, got {dtype}.")
         self.dims = (dim_visual, dim_audio)
         self.length = length
         self.iterations = iterations
         self.gating = gating
         self.form = form
-        self.dropout = float(dropout)
-        self.temperature = float(temperature)
+        self.dropout = dropout
+        self.temperature = temperature
         self.normalize = normalize
         self.share_weights = share_weights
         self.output = output
         self.backend = backend
+        problems.check_options(**{name: getattr(self, name) for name in (*problems.SETTINGS, "share_weights")})
+        self.dropout, self.temperature = float(dropout), float(temperature)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=form == "released", device=device, dtype=dtype)
@@ -89,7 +90,7 @@ class GatedRJCAFused(nn.Module):
             _Iteration(self.dims, length, linear, joint=form == "released")
             for _ in range(1 if share_weights else iterations)
         )
-        ways = shapes.gate_ways(gating, iterations)
+        ways = problems.gate_ways(gating, iterations)
         self.gates = nn.ModuleDict(
             {name: nn.ModuleList(linear(d_m, n) for n in ways) for name, d_m in zip(MODALITIES, self.dims, strict=True)}
         )
@@ -145,9 +146,22 @@ class GatedRJCAFused(nn.Module):
 
     def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
-        layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
+        if torch.compiler.is_compiling():
+            return self._by_role()
+        if self._gathered is None or not self._gathered.hold(self):
+            self._gathered = Gathered.of(self, *self._by_role())
+        return self._gathered.layers, self._gathered.gates
+
+    _gathered: Gathered | None = None
+
+    def _by_role(self) -> tuple[tuple[Layer, ...], Gates]:
+        layers = Layers(cast(_Iteration, layer).as_layer() for layer in self.layers)
         gates = tuple(tuple(as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
         return layers, gates
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what has been gathered, which a copy gathers for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_gathered"}
 
     @classmethod
     def from_released(
@@ -179,7 +193,7 @@ class GatedRJCAFused(nn.Module):
             ValueError: naming the key that is missing or has the wrong shape.
             TypeError: for ``keep_parameters`` with a state_dict, or with another device or dtype.
         """
-        shapes.check_flag("keep_parameters", keep_parameters)
+        problems.check_options(keep_parameters=keep_parameters)
         config, weights, theirs = released.read(source, prefix)
         chosen = {"normalize": normalize, "output": output}
         config.update({name: value for name, value in chosen.items() if value is not None}, **overrides)
@@ -210,17 +224,7 @@ class GatedRJCAFused(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as ``print(module)`` shows them."""
-        names = (
-            "length",
-            "iterations",
-            "gating",
-            "form",
-            "dropout",
-            "temperature",
-            "normalize",
-            "share_weights",
-            "output",
-        )
+        names = ("length", *problems.SETTINGS, "share_weights", "output")
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.dims[0]}, {self.dims[1]}, {settings}, backend={self.backend!r}"
 

@@ -1,29 +1,31 @@
 """The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, FLOPs.
 
 Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on
-tensors allocated here. A new backend therefore registers nothing.
+tensors allocated here. A new backend therefore registers nothing. In plain eager mode nobody asks for an operator, and
+:func:`run` goes around it, to the very functions that the operator calls.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from grjca_kernels import flops, shapes
-from grjca_kernels.backends import TABLE, constant_when_compiled
-from grjca_kernels.shapes import Gates, Layer, Problem
+from grjca_kernels import flops
+from grjca_kernels.backends import TABLE
+from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths
+from grjca_kernels.modes import undisturbed
+from grjca_kernels.native import likeness
+from grjca_kernels.problem import Problem, check_choice, check_lengths
 
-_OPTIONS = (
-    "int iterations, str gating, str form, float dropout, float temperature, bool normalize, bool shared, "
-    "bool concat, bool return_gates, str backend"
-)
-_PLAIN = (Tensor, torch.nn.Parameter)
+_SETTINGS = ", ".join(f"{field.type} {field.name}" for field in fields(Problem)[3:])
+_OPTIONS = f"{_SETTINGS}, bool concat, bool return_gates, str backend"
 _library = torch.library.Library("grjca", "DEF")
 _library.define(
     f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]"
@@ -34,51 +36,54 @@ _library.define(
 )
 
 
-def gated_rjca(
-    problem: Problem,
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    *,
-    concat: bool,
-    return_gates: bool,
-    backend: str,
-) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Run a checked call on ``backend``: outputs (one if ``concat``), iterates and gate values, each per modality."""
-    options = (
-        problem.iterations,
-        problem.gating,
-        problem.form,
-        problem.dropout,
-        problem.temperature,
-        problem.normalize,
-        problem.shared,
-        concat,
-        return_gates,
-        backend,
-    )
-    parameters = shapes.flatten(layers, gates)
-    if torch.compiler.is_compiling():  # traced as one operator, whose own gradient is GatedRJCA
-        results = torch.ops.grjca.forward(list(features), parameters, lengths, seed, *options)
-    else:  # torch.func needs to see the autograd.Function itself
-        _check_plain(*features, *parameters)
-        results = GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters)
-    count = 1 if concat else len(features)
-    values: list[Any] = [None] * len(features)
-    if return_gates and problem.gate_ways:
+class Wanted(NamedTuple):
+    """All of a call that is no tensor; ``directly``: nothing stands between the call and the memory of its tensors."""
+
+    problem: Problem
+    concat: bool
+    return_gates: bool
+    backend: str
+    likeness: Any = None  # of features and parameters, as they were checked
+    directly: bool = False
+
+    def options(self) -> tuple[Any, ...]:
+        """As the operators take it."""
+        return (*self.problem.settings, self.concat, self.return_gates, self.backend)
+
+
+def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
+    """Outputs (one if ``concat``), and, where the call wants them, iterates and gate values, each per modality."""
+    problem, count = call.problem, 1 if call.concat else len(call.features)
+    directly = call.likeness is not None and undisturbed(call.features, call.parameters)
+    wanted = Wanted(problem, call.concat, call.return_gates, backend, call.likeness, directly)
+    tensors = (*call.features, *call.parameters)
+    if directly:
+        if _differentiable(tensors):
+            results = _apply(wanted, call.lengths, call.seed, *tensors)
+        else:
+            results = _forward_now(wanted, *call[1:5])
+    elif torch.compiler.is_compiling():  # traced as one operator, whose own gradient is GatedRJCA
+        results = torch.ops.grjca.forward(
+            list(call.features), list(call.parameters), call.lengths, call.seed, *wanted.options()
+        )
+    else:
+        _check_plain(tensors)
+        results = GatedRJCA.apply(wanted, call.lengths, call.seed, *tensors)
+    iterates: list[Any] = []
+    values: list[Any] = [None] * len(call.features)
+    if call.return_iterates:
+        iterates = list(results[count].split(problem.widths, dim=-1))
+    if call.return_gates and problem.gate_ways:
         values = list(results[count + 1 :])
-    if return_gates and problem.gating == "hierarchical":
-        values = [value.split(problem.gate_ways, dim=-1) for value in values]
-    iterates = results[count].split(problem.widths, dim=-1)
-    return list(results[:count]), list(iterates), values
+        if problem.gating == "hierarchical":
+            values = [value.split(problem.gate_ways, dim=-1) for value in values]
+    return list(results[:count]), iterates, values
 
 
-def _check_plain(*tensors: Tensor) -> None:
+def _check_plain(tensors: Sequence[Tensor]) -> None:
     """Refuse tensors that have no memory of their own: sharded, quantised."""
     for tensor in tensors:
-        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+        if is_traceable_wrapper_subclass(tensor):
             raise TypeError(
                 f"gated_rjca: expected plain tensors, got a {type(tensor).__name__} of shape {list(tensor.shape)}. The "
                 "kernels read memory: make a plain tensor of it, use backend='reference', or, with FSDP2, apply "
@@ -86,128 +91,157 @@ def _check_plain(*tensors: Tensor) -> None:
             )
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast is set to for this device type, or None where it is off or does not exist."""
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-@constant_when_compiled  # PyTorch 2.4 cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+# ---- what both the operators and the way around them do
 
 
-# ---- forward
-
-
-def _problem(
-    features: Sequence[Tensor], parameters: Sequence[Tensor], lengths: Tensor | None, options: tuple
-) -> Problem:
-    """Checks a raw call of the operator as strictly as the public function does: kernels are handed addresses."""
-    iterations, gating, form, dropout, temperature, normalize, _ = options[:7]
-    problem = _described([x.shape for x in features], options)
-    if len(parameters) != shapes.parameter_count(problem):
-        raise ValueError(
-            f"parameters: expected {shapes.parameter_count(problem)} tensors in the order of shapes.flatten(), "
-            f"got {len(parameters)}."
-        )
-    layers, gates = shapes.unflatten(problem, parameters)
-    return shapes.check(
-        list(features),
-        layers,
-        gates,
-        iterations=iterations,
-        gating=gating,
-        form=form,
-        dropout=dropout,
-        temperature=temperature,
-        normalize=normalize,
-        lengths=lengths,
-    )
-
-
-def _described(shapes_of_features: Sequence[Sequence[int]], options: tuple) -> Problem:
-    """As it would be if the call were legal."""
-    iterations, gating, form, dropout, temperature, normalize, shared = options[:7]
-    return Problem(
-        batch=shapes_of_features[0][0],
-        length=shapes_of_features[0][1],
-        widths=tuple(shape[2] for shape in shapes_of_features),
-        iterations=iterations,
-        gating=gating,
-        form=form,
-        dropout=dropout,
-        temperature=temperature,
-        normalize=normalize,
-        shared=shared,
-    )
-
-
-def _empty_results(problem: Problem, features: Sequence[Tensor], options: tuple) -> list[Tensor]:
-    concat, return_gates = options[7:9]
-    like, widths = features[0], problem.widths
-    frames = (problem.batch, problem.length)
-    outputs = [like.new_empty((*frames, width)) for width in ((problem.width,) if concat else widths)]
-    iterates = like.new_empty((problem.iterations, *frames, problem.width))
+def _result_shapes(problem: Problem, concat: bool, return_gates: bool) -> list[tuple[int, ...]]:
+    """Of the outputs, of the iterates, and of the gate values."""
+    frames, width = (problem.batch, problem.length), problem.width
     ways = sum(problem.gate_ways) if return_gates else 0
-    return [*outputs, iterates, *(like.new_empty((*frames, ways)) for _ in widths if ways)]
+    shapes = [(*frames, d_m) for d_m in ((width,) if concat else problem.widths)]
+    return [*shapes, (problem.iterations, *frames, width), *[(*frames, ways)] * (len(problem.widths) if ways else 0)]
 
 
-@torch.library.register_fake("grjca::forward", lib=_library)
-def _forward_fake(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
-    return _empty_results(_problem(features, parameters, lengths, options), features, options)
+def _new_results(problem: Problem, like: Tensor, concat: bool, return_gates: bool) -> list[Tensor]:
+    return [like.new_empty(shape) for shape in _result_shapes(problem, concat, return_gates)]
 
 
-def _forward(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
-    problem = _problem(features, parameters, lengths, options)
-    results = _empty_results(problem, features, options)
-    outputs, iterates, gates = _parts(problem, results, concat=options[7])
-    run = TABLE[options[9]].forward
-    run(problem, features, parameters, lengths, seed, outputs, iterates, gates)  # type: ignore[misc]
-    return results
+def _new_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
+    """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
+    new = torch.empty_like if all(map(Tensor.is_contiguous, tensors)) else _new_contiguous
+    return [new(tensor) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)]
+
+
+_new_contiguous = partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list[Any], Any, list[Any]]:
     """Outputs per modality (views of the concatenation), the iterates, and the gates; an absent gradient stays None."""
-    count = 1 if concat else len(problem.widths)
+    none, count = [None] * len(problem.widths), 1 if concat else len(problem.widths)
     outputs = list(results[:count])
     if concat:
-        outputs = [None] * len(problem.widths) if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
+        outputs = none if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
     return outputs, results[count], list(results[count + 1 :])
 
 
-# ---- backward
+def _compute(name: str, wanted: Wanted, row: Any, *given: Any) -> None:
+    """By a function of a row; under a name in profiles, which operators have anyway."""
+    if wanted.directly and torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with torch.profiler.record_function(name):
+            row(*given)
+    else:
+        row(*given)
 
 
-def _needed_gradients(features: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
-    """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
-    tensors = [*features, *parameters]
-    return [tensor.new_empty(tensor.shape) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)]
+def _forward_now(
+    wanted: Wanted,
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+) -> list[Tensor]:
+    """The results of a call that has been checked."""
+    problem = wanted.problem
+    results = _new_results(problem, features[0], wanted.concat, wanted.return_gates)
+    outputs, iterates, gates = _parts(problem, results, wanted.concat)
+    call = Call(problem, features, parameters, lengths, seed, outputs=outputs, iterates=iterates, gates=gates)
+    if problem.batch:
+        _compute("grjca::forward", wanted, TABLE[wanted.backend].forward, call)
+    return results
+
+
+def _backward_now(
+    wanted: Wanted,
+    grads: Sequence[Tensor | None],
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    iterates: Tensor,
+    needed: Sequence[bool],
+) -> list[Any]:
+    """A gradient for every feature and parameter, or None."""
+    problem, count = wanted.problem, len(features)
+    none: list[None] = [None] * count
+    of_outputs, of_iterates, of_gates = _parts(problem, grads, wanted.concat)
+    of_iterates = none if of_iterates is None else of_iterates.split(problem.widths, dim=-1)
+    computed = _new_gradients((*features, *parameters), needed)
+    gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
+    if problem.batch:
+        call = Call(problem, features, parameters, lengths, seed, iterates=iterates)
+        _compute("grjca::backward", wanted, TABLE[wanted.backend].backward, call, gradients)
+    else:
+        for gradient in gradients.parameters:
+            if gradient is not None:
+                gradient.zero_()
+    return computed
+
+
+def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Tensor, like: Tensor) -> None:
+    """Refuse gradients, and iterates, that are not those of the results."""
+    shapes = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates)
+    if len(grads) != len(shapes):
+        raise ValueError(f"grads: expected {len(shapes)} of them or None, one for each result, got {len(grads)}.")
+    named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True))]
+    named.append(("iterates", iterates, shapes[1 if wanted.concat else len(wanted.problem.widths)]))
+    for name, x, shape in named:
+        if x is not None and (x.shape != shape or x.dtype != like.dtype or x.device != like.device):
+            raise ValueError(
+                f"{name}: expected {list(shape)} of {like.dtype} on {like.device}, as the features have it, got "
+                f"{list(x.shape)} of {x.dtype} on {x.device}."
+            )
+    if not iterates.is_contiguous():
+        raise ValueError(f"iterates: expected a contiguous tensor, got strides {list(iterates.stride())}.")
+
+
+# ---- the operators
+
+
+def _checked(features: Sequence[Tensor], parameters: Sequence[Tensor], options: tuple[Any, ...]) -> Wanted:
+    """Checks a raw call as strictly as the public function does: kernels are handed addresses."""
+    *settings, concat, return_gates, backend = options
+    check_choice("backend", backend, [name for name, row in TABLE.items() if row.forward is not None])
+    return Wanted(flat_problem(features, parameters, settings), concat, return_gates, backend)
+
+
+def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | None) -> Any:
+    """Lengths and seed, checked too; where there is dropout and no seed, it is 0."""
+    reason = TABLE[wanted.backend].refuses(like.device.type, like.dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {wanted.backend!r} cannot run: {reason}")
+    if seed is None and wanted.problem.dropout:
+        seed = like.new_zeros((), dtype=torch.int64)
+    if lengths is not None:
+        check_lengths(lengths, wanted.problem.batch, like)
+        lengths = known_lengths(wanted.problem, lengths)
+    return lengths, seed
+
+
+@torch.library.register_fake("grjca::forward", lib=_library)
+def _forward_fake(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+    wanted = _checked(features, parameters, options)
+    return _new_results(wanted.problem, features[0], wanted.concat, wanted.return_gates)
+
+
+def _forward(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+    wanted = _checked(features, parameters, options)
+    return _forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
 
 
 @torch.library.register_fake("grjca::backward", lib=_library)
 def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *_):  # type: ignore[no-untyped-def]
-    return [gradient for gradient in _needed_gradients(features, parameters, needed) if gradient is not None]
+    return [gradient for gradient in _new_gradients((*features, *parameters), needed) if gradient is not None]
 
 
 def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):  # type: ignore[no-untyped-def]
-    problem = _problem(features, parameters, lengths, options)
-    gradients = _needed_gradients(features, parameters, needed)
-    grad_outputs, grad_iterates, grad_gates = _parts(problem, grads, concat=options[7])
-    TABLE[options[9]].backward(  # type: ignore[misc]
-        problem,
-        features,
-        parameters,
-        lengths,
-        seed,
-        iterates,
-        grad_outputs,
-        [] if grad_iterates is None else list(grad_iterates.split(problem.widths, dim=-1)),
-        grad_gates,
-        gradients[: len(features)],
-        gradients[len(features) :],
-    )
+    wanted = _checked(features, parameters, options)
+    _check_incoming(wanted, grads, iterates, features[0])
+    lengths, seed = _real(wanted, features[0], lengths, seed)
+    gradients = _backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -237,32 +271,43 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class GatedRJCA(_OnceDifferentiable):
-    """``grjca::forward`` with ``grjca::backward`` as its gradient. Saves the arguments and the iterates only."""
+    """The forward, with the backward as its gradient. Saves the arguments and the iterates only."""
 
     @staticmethod
-    def forward(counts, lengths, seed, options, *tensors):  # type: ignore[no-untyped-def]
-        features, parameters = list(tensors[: counts[0]]), list(tensors[counts[0] :])
-        return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *options))
+    def forward(wanted, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
+        count = len(wanted.problem.widths)
+        features, parameters = tensors[:count], tensors[count:]
+        if wanted.directly:
+            return tuple(_forward_now(wanted, features, parameters, lengths, seed))
+        return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *wanted.options()))
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        counts, lengths, seed, options, *tensors = inputs
-        iterates = output[1 if options[7] else counts[0]]
-        ctx.counts, ctx.options = counts, options
+        ctx.wanted, lengths, seed, *tensors = inputs
+        iterates = output[1 if ctx.wanted.concat else len(ctx.wanted.problem.widths)]
         ctx.save_for_backward(lengths, seed, iterates, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        needed, wanted, count = ctx.needs_input_grad[3:], ctx.wanted, len(ctx.wanted.problem.widths)
+        given = [grad for grad in grads if grad is not None]
+        if not any(needed) or not given:
+            return (None,) * (3 + len(needed))
         lengths, seed, iterates, *tensors = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[4:])
-        count = ctx.counts[0]
-        if not any(needed) or all(grad is None for grad in grads):
-            return (None,) * (4 + len(tensors))
-        computed = iter(
-            GatedRJCAGradient.apply((len(grads), count), lengths, seed, iterates, needed, ctx.options, *grads, *tensors)
-        )
-        return (None, None, None, None, *(next(computed) if wanted else None for wanted in needed))
+        features, parameters = tensors[:count], tensors[count:]
+        # A parameter may have got other data since, and hooks on saved tensors may have given other ones back.
+        as_checked = wanted.likeness is not None and likeness(tensors) == wanted.likeness
+        fitting = likeness([*given, iterates, features[0]]) is not None and undisturbed((*given, iterates))
+        if torch.is_grad_enabled() or not as_checked or not fitting:
+            arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options()
+            found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))
+            return (None, None, None, *(next(found) if wanted else None for wanted in needed))
+        now = wanted._replace(directly=True)
+        return (None, None, None, *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed))
+
+
+_apply = super(torch.autograd.Function, GatedRJCA).apply  # without the ways of torch.func, which undisturbed() excludes
 
 
 class GatedRJCAGradient(_OnceDifferentiable):
@@ -283,17 +328,10 @@ class GatedRJCAGradient(_OnceDifferentiable):
         raise RuntimeError(f"gated_rjca: the kernels have no second derivative. {_WAY_OUT}")
 
 
-for _function in (GatedRJCA, GatedRJCAGradient):  # or apply() would work the signature out at every call
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
-
-
-def _differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _forward_autograd(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
-    if _differentiable(*features, *parameters):
-        return list(GatedRJCA.apply((len(features),), lengths, seed, options, *features, *parameters))
+    if _differentiable((*features, *parameters)):
+        wanted = Wanted(_described(features, options), *options[-3:])
+        return list(GatedRJCA.apply(wanted, lengths, seed, *features, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.grjca.forward(features, parameters, lengths, seed, *options)
 
@@ -301,7 +339,7 @@ def _forward_autograd(features, parameters, lengths, seed, *options):  # type: i
 def _backward_autograd(  # type: ignore[no-untyped-def]
     grads, features, parameters, lengths, seed, iterates, needed, *options
 ):
-    if _differentiable(*grads, *features, *parameters):
+    if _differentiable((*grads, *features, *parameters)):
         counts = (len(grads), len(features))
         return list(
             GatedRJCAGradient.apply(counts, lengths, seed, iterates, needed, options, *grads, *features, *parameters)
@@ -315,6 +353,12 @@ _library.impl("backward", _backward_autograd, "Autograd")
 
 
 # ---- FLOPs, for torch.utils.flop_counter.FlopCounterMode
+
+
+def _described(features: Sequence[Any], options: tuple[Any, ...]) -> Problem:
+    """The problem of features, or of their shapes, as it is if the call is legal."""
+    sizes = [getattr(x, "shape", x) for x in features]
+    return Problem(sizes[0][0], sizes[0][1], tuple(size[2] for size in sizes), *options[:-3])
 
 
 def _forward_flops(features, parameters, lengths, seed, *options, **_):  # type: ignore[no-untyped-def]

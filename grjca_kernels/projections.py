@@ -5,14 +5,16 @@ The kernels read weights and never call the projections, so what acts in a call 
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import repeat
+from operator import eq, getitem, is_
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from grjca_kernels.shapes import Linear
+from grjca_kernels.problem import Gates, Layer, Linear, every_linear
 
 _RECOMPUTE = (BasePruningMethod, SpectralNorm, WeightNorm)  # they do so as hooks before the projection's forward
 
@@ -70,3 +72,56 @@ def _check_adapter(layer: Any, name: str) -> None:
             f"{' and '.join(found)}. The kernels read the sum of the weights and never call the adapter; set "
             "lora_dropout=0, use_dora=False, lora_bias=False, or merge the adapter."
         )
+
+
+class Gathered(NamedTuple):
+    """Parameters by role, and all by which one sees that they still are what the module computes with.
+
+    Whatever puts another tensor in the place of a parameter (assignment, another submodule, parametrize, prune, LoRA,
+    functional_call, FSDP) does so in a dictionary on the way to it, so each is asked for what it held. That a parameter
+    has another shape, dtype, device or memory is not seen here, but where its tensor is looked at.
+    """
+
+    layers: tuple[Layer, ...]
+    gates: Gates
+    modules: dict[str, Any] | None  # of the block itself, which a replica of it has not; None: gather at every call
+    dictionaries: tuple[dict[str, Any], ...] = ()
+    keys: tuple[str, ...] = ()
+    held: tuple[Any, ...] = ()
+    projections: tuple[nn.Module, ...] = ()
+    attributes: tuple[int, ...] = ()  # how many each projection has of its own: one could hide a parameter
+
+    @classmethod
+    def of(cls, block: nn.Module, layers: tuple[Layer, ...], gates: Gates) -> Gathered:
+        """What ``block``, a GatedRJCAFused, holds now; nothing is relied on unless all its weights are Parameters of
+        a torch.nn.Linear."""
+        projections, containers = [], set()
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                projections.append(module)
+            elif type(module) not in (nn.ModuleList, nn.ModuleDict):
+                containers.add(module)
+        parameters = {id(parameter) for of in projections for parameter in of._parameters.values()}
+        given = [tensor for linear in every_linear(layers, gates) for tensor in linear]
+        plain = all(type(tensor) in (nn.Parameter, type(None)) and id(tensor) in parameters for tensor in given)
+        if not plain or containers != {block, *block.layers}:  # type: ignore[misc]
+            return cls(layers, gates, None)
+        entries: list[tuple[Any, str, Any]] = []
+        for module in block.modules():
+            entries += ((module._modules, *item) for item in module._modules.items())
+            entries += ((module._parameters, *item) for item in module._parameters.items())
+        dictionaries, keys, held = zip(*entries, strict=True)
+        attributes = tuple(len(vars(projection)) for projection in projections)
+        return cls(layers, gates, block._modules, dictionaries, keys, held, tuple(projections), attributes)
+
+    def hold(self, block: nn.Module) -> bool:
+        """Whether they are what ``block`` computes with."""
+        try:
+            return (
+                self.modules is block._modules
+                and all(map(is_, map(getitem, self.dictionaries, self.keys), self.held))
+                and all(map(is_, map(type, self.projections), repeat(nn.Linear)))
+                and all(map(eq, map(len, map(vars, self.projections)), self.attributes))
+            )
+        except KeyError:
+            return False

@@ -14,89 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grjca_kernels import dropout as masks
-from grjca_kernels.shapes import Gates, Layer, Linear, Problem, check, check_lengths_values
+from grjca_kernels.call import Call, answers, describe
+from grjca_kernels.problem import Layer, Linear, Problem, check_lengths_values, unflatten
 
 
-def gated_rjca(
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates = (),
-    *,
-    iterations: int | None = None,
-    gating: str = "flat",
-    form: str = "released",
-    dropout: float = 0.0,
-    temperature: float = 0.1,
-    normalize: bool = False,
-    lengths: Tensor | None = None,
-    seed: Tensor | int | None = None,
-    concat: bool = False,
-    return_gates: bool = False,
-    return_iterates: bool = False,
-    backend: str = "reference",
-) -> Any:
-    """Same signature and result as :func:`grjca_kernels.gated_rjca`; ``backend`` is accepted and ignored."""
-    problem = check(
-        features,
-        layers,
-        gates,
-        iterations=iterations,
-        gating=gating,
-        form=form,
-        dropout=dropout,
-        temperature=temperature,
-        normalize=normalize,
-        lengths=lengths,
-        seed=seed,
-    )
-    seed = draw_seed(problem, seed, features[0].device)
-    outputs, iterates, ways = forward(problem, features, layers, gates, lengths, seed)
-    return assemble(outputs, iterates, ways, concat, return_gates, return_iterates)
-
-
-def draw_seed(problem: Problem, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
-    """The seed as a tensor of one int64 on ``device``, drawn from PyTorch's generator if None; None without dropout."""
-    if problem.dropout == 0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(())
-    if seed is not None:
-        word = seed & (2**64 - 1)
-        return torch.full((), word - 2**64 if word >= 2**63 else word, dtype=torch.int64, device=device)
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-
-
-def assemble(
-    outputs: Sequence[Tensor],
-    iterates: Sequence[Tensor],
-    gates: Sequence[Any],
-    concat: bool,
-    return_gates: bool,
-    return_iterates: bool,
-) -> Any:
+def assemble(call: Call, outputs: Sequence[Tensor], iterates: Sequence[Tensor], gates: Sequence[Any]) -> Any:
     """The public result: the outputs (a tuple, or their concatenation), then a dict of extras if any were asked for."""
-    result: tuple[Any, ...] = (torch.cat(list(outputs), dim=-1),) if concat else tuple(outputs)
     extras: dict[str, Any] = {}
-    if return_gates:
+    if call.return_gates:
         extras["gates"] = tuple(gates)
-    if return_iterates:
+    if call.return_iterates:
         extras["iterates"] = tuple(iterates)
     if extras:
-        return (*result, extras)
-    return result[0] if concat else result
+        return (*outputs, extras)
+    return outputs[0] if call.concat else tuple(outputs)
 
 
-def forward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Y_m [B, L, d_m], the iterates [T, B, L, d_m] and the gate values, each per modality."""
-    present = presence(problem, lengths, features[0].device)
-    x = [initial(problem, x_m, present) for x_m in features]
+def answer(call: Call) -> Any:
+    """The public result, computed here."""
+    outputs, iterates, gates = forward(call)
+    return assemble(call, [torch.cat(outputs, dim=-1)] if call.concat else outputs, iterates, gates)
+
+
+@answers(describe)
+def gated_rjca(call: Call) -> Any:
+    """Same signature and result as :func:`grjca_kernels.gated_rjca`; ``backend`` is accepted and ignored."""
+    return answer(call)
+
+
+def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Y_m [B, L, d_m], the iterates [T, B, L, d_m] and the gate values, each per modality. Fills nothing."""
+    problem, seed = call.problem, call.seed
+    layers, gates = unflatten(problem, call.parameters)
+    present = presence(problem, call.lengths, call.features[0].device)
+    x = [initial(problem, x_m, present) for x_m in call.features]
     history = [[x_m] for x_m in x]
     for t in range(problem.iterations):
         x = iterate(problem, x, layers[0 if problem.shared else t], t, present, seed)
@@ -104,7 +55,7 @@ def forward(
             history[m].append(x_m)
     outputs, values = [], []
     for m, states in enumerate(history):
-        y, value = gate(problem, states, gates[m] if gates else ())
+        y, value = gate(problem, states, gates[m])
         outputs.append(y if present is None else torch.where(present, y, 0))
         values.append(_masked(value, present))
     return outputs, [torch.stack(states[1:]) for states in history], values

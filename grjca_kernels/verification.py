@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import threading
 import traceback
@@ -36,9 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grjca_kernels import derivation, shapes
-from grjca_kernels.precision import allows_tf32
-from grjca_kernels.shapes import Layer, Linear, Problem
+from grjca_kernels import derivation
+from grjca_kernels.call import Call, Gradients
+from grjca_kernels.modes import allows_tf32
+from grjca_kernels.problem import Layer, Linear, Problem, expected_tensors, flatten
 
 RECORDS: dict[str, str] = {}
 """GPUs that need no check: the name that torch.cuda.get_device_name gives -> the file in benchmarks/results/ with its
@@ -125,6 +127,10 @@ class Inputs:
     lengths: Tensor
     seed: Tensor
 
+    def call(self, problem: Problem) -> Call:
+        """Without what a forward fills."""
+        return Call(problem, self.features, self.parameters, self.lengths, self.seed, iterates=self.iterates)
+
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with ``f`` applied to every floating-point tensor."""
         return replace(
@@ -191,38 +197,19 @@ def make(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
         incoming["G"] = [normal(*frames, sum(problem.gate_ways)) for _ in case.widths]
     inputs = Inputs(
         features=[x.masked_fill(absent[..., None], math.nan) for x in features],
-        parameters=shapes.flatten(layers, gates),
+        parameters=flatten(layers, gates),
         iterates=normal(0),
         incoming=incoming,
         lengths=lengths,
         seed=torch.tensor(SEED, device="cpu"),
     ).map(lambda x: x.to(dtype).double())
-    return replace(inputs, iterates=derived_forward(problem, inputs)["X"].to(dtype).double())
+    return replace(inputs, iterates=computed_forward(derivation.forward, case, inputs)["X"].to(dtype).double())
 
 
-# ---- the two sides; results by name, gradients one vector for every kind
+# ---- a backend, or the derivation; results by name, gradients one vector for every kind
 
 
-def derived_forward(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
-    layers, gates = shapes.unflatten(problem, inputs.parameters)
-    y, x, g = derivation.forward(problem, inputs.features, layers, gates, inputs.lengths, inputs.seed)
-    named = {f"Y[{m}]": y_m for m, y_m in enumerate(y)} | {"X": torch.cat(x, dim=-1)}
-    return named | {f"G[{m}]": torch.cat(g_m, -1) if isinstance(g_m, tuple) else g_m for m, g_m in enumerate(g)}
-
-
-def derived_backward(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
-    layers, gates = shapes.unflatten(problem, inputs.parameters)
-    d_x, d_g = parts_of_modalities(problem, inputs)
-    if problem.gating == "hierarchical":
-        d_g = [None if d is None else d.split(problem.gate_ways, dim=-1) for d in d_g]
-    iterates = list(inputs.iterates.split(problem.widths, dim=-1))
-    features, parameters = derivation.backward(
-        problem, inputs.features, layers, gates, inputs.lengths, inputs.seed, iterates, inputs.incoming["Y"], d_x, d_g
-    )
-    return joined(problem, features, parameters)
-
-
-def run_forward(row: Row, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def computed_forward(forward: Callable[[Call], None], case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Tensors as ops.py allocates them, but for what they hold: what is left unwritten shows as NaN."""
     problem, like = case.problem, inputs.features[0]
     frames = (case.batch, case.length)
@@ -235,36 +222,27 @@ def run_forward(row: Row, case: Case, inputs: Inputs) -> dict[str, Tensor]:
         outputs = list(new(*frames, problem.width).split(case.widths, dim=-1))
     iterates = new(problem.iterations, *frames, problem.width)
     gates = [new(*frames, sum(problem.gate_ways)) for _ in case.widths] if case.extras else []
-    row.forward(problem, inputs.features, inputs.parameters, inputs.lengths, inputs.seed, outputs, iterates, gates)
+    forward(inputs.call(problem)._replace(outputs=outputs, iterates=iterates, gates=gates))
     named = {f"Y[{m}]": y for m, y in enumerate(outputs)} | {"X": iterates}
     return named | {f"G[{m}]": g for m, g in enumerate(gates)}
 
 
-def run_backward(row: Row, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    problem = case.problem
-    d_x, d_g = parts_of_modalities(problem, inputs)
+def computed_backward(backward: Callable[[Call, Gradients], None], case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    problem, none, incoming = case.problem, [None] * len(case.widths), inputs.incoming
+    of_iterates = list(incoming["X"][0].split(problem.widths, dim=-1)) if case.extras else none
     features, parameters = (
         [x.new_full(x.shape, math.nan) for x in tensors] for tensors in (inputs.features, inputs.parameters)
     )
-    row.backward(
-        problem, inputs.features, inputs.parameters, inputs.lengths, inputs.seed, inputs.iterates,
-        inputs.incoming["Y"], d_x if case.extras else [], d_g if case.extras else [], features, parameters,
-    )  # fmt: skip
+    gradients = Gradients(incoming["Y"], of_iterates, incoming.get("G", none), features, parameters)
+    backward(inputs.call(problem), gradients)
     return joined(problem, features, parameters)
-
-
-def parts_of_modalities(problem: Problem, inputs: Inputs) -> tuple[list[Any], list[Any]]:
-    """Incoming gradients of the iterates and of the gate values; None where there are none."""
-    none = [None] * len(problem.widths)
-    d_x = inputs.incoming.get("X")
-    return list(d_x[0].split(problem.widths, dim=-1)) if d_x else none, list(inputs.incoming.get("G", none))
 
 
 def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """One vector of float64, on the CPU, for every kind of gradient."""
-    of_layer = ["d query"] * 2 + [f"d {kind}" for kind in ("key", "value", "output") for _ in problem.widths * 2]
-    kinds = ["d features"] * len(features) + of_layer * problem.iterations
-    kinds += ["d gates"] * (len(features) + len(parameters) - len(kinds))
+    names = [name for name, _ in expected_tensors(problem)]
+    kinds = ["d features"] * len(features)
+    kinds += ["d gates" if name.startswith("gates") else f"d {re.split('[.[]', name)[2]}" for name in names]
     vectors: dict[str, list[Tensor]] = {}
     for kind, gradient in zip(kinds, (*features, *parameters), strict=True):
         vectors.setdefault(kind, []).append(gradient.cpu().double().flatten())
@@ -276,13 +254,17 @@ def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Te
 
 def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
     """Every tensor of one case: values, gradients, and whether a second run gives the same."""
-    problem, exact = case.problem, make(case, dtype, seed)
+    exact = make(case, dtype, seed)
     inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
     draws = [inputs, *(inputs.half_an_ulp_away(generator) for _ in range(DRAWS - 1))]
     where = f"L = {case.length}, {str(dtype).removeprefix('torch.')}"
-    for run, derived, norm in ((run_forward, derived_forward, math.inf), (run_backward, derived_backward, 2)):
-        truth, eager = derived(problem, exact), [derived(problem, draw) for draw in draws]
-        ours, again = run(row, case, inputs), run(row, case, inputs)
+    sides: tuple[tuple[Callable[..., dict[str, Tensor]], Any, Any, float], ...] = (
+        (computed_forward, derivation.forward, row.forward, math.inf),
+        (computed_backward, derivation.backward, row.backward, 2),
+    )
+    for computed, derived, of_row, norm in sides:
+        truth, eager = computed(derived, case, exact), [computed(derived, case, draw) for draw in draws]
+        ours, again = (computed(of_row, case, inputs) for _ in range(2))
         for name, value in ours.items():
             worst = max(distance(draw[name], truth[name], norm) for draw in eager)
             few = FEW * torch.finfo(dtype).eps * float(truth[name].norm(norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import Case, Inputs, Result, call, cotangents, make, run
+from cases import Case, Inputs, Result, call, cotangents, described, make, run
 from grjca_kernels import gated_rjca
+from grjca_kernels.call import Call, Gradients
 from test_contract import assert_same_results, backward
 
 Function = Callable[..., Any]
@@ -126,3 +128,43 @@ def check_twice(function: Function, case: Case) -> None:
     torch.testing.assert_close(backward(values, leaves, incoming), backward(values, leaves, incoming), rtol=0, atol=0)
     kept = make(case, torch.float32)
     torch.testing.assert_close(leaves.features + leaves.parameters, kept.features + kept.parameters, rtol=0, atol=0)
+
+
+class Guarded:
+    """A tensor amid NaN: contiguous, or its columns ``step`` apart."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, step: int = 1) -> None:
+        if step == 1:
+            self.around = torch.full((math.prod(shape) + 32,), torch.nan, dtype=dtype)
+            self.inside = self.around[16:-16].view(shape)
+        else:
+            *outer, columns = shape
+            self.around = torch.full((*(n + 2 for n in outer), (columns + 2) * step), torch.nan, dtype=dtype)
+            self.inside = self.around[(*(slice(1, -1) for _ in outer), slice(step, -step, step))]
+
+    def check(self) -> None:
+        assert not self.inside.isnan().any(), "not written"
+        self.inside.fill_(torch.nan)
+        assert self.around.isnan().all(), "written outside"
+
+
+def check_all_is_written(
+    forward: Callable[[Call], None], backward: Callable[[Call, Gradients], None], case: Case, dtype: torch.dtype
+) -> None:
+    """Of what a backend is to fill, and nothing beside or between."""
+    inputs, frames = make(case, dtype), (case.batch, case.length)
+    ways = sum(described(case, inputs).problem.gate_ways)
+    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in case.widths]
+    gates = [Guarded((*frames, ways), dtype, step=3) for _ in case.widths]
+    iterates = Guarded((case.iterations, *frames, sum(case.widths)), dtype)
+    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
+    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
+    of_outputs, of_gates, of_features, of_parameters = (
+        [guarded.inside for guarded in several] for several in (outputs, gates, d_features, d_parameters)
+    )
+    called = described(case, inputs, outputs=of_outputs, iterates=iterates.inside, gates=of_gates)
+    incoming, none = [torch.randn(y.shape).to(dtype) for y in of_outputs], [None] * len(case.widths)
+    forward(called)
+    backward(called, Gradients(incoming, none, none, of_features, of_parameters))
+    for guarded in (*outputs, *gates, iterates, *d_features, *d_parameters):
+        guarded.check()

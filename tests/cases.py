@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from grjca.eager import GatedRJCAEager
-from grjca_kernels import GatedRJCAFused, Layer, Linear, cpu, reference, shapes
+from grjca_kernels import GatedRJCAFused, Layer, Linear, cpu, reference
+from grjca_kernels import problem as problems
+from grjca_kernels.call import Call
+from grjca_kernels.call import describe as describe_call
 
 BACKENDS = ("reference", "cpu") if cpu.why_not() is None else ("reference",)
 SCORES, LOGITS = 1.5, 1.5  # root mean squares: |C| up to 1, gates between 0 and 1
@@ -52,8 +55,8 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    for form in shapes.FORMS:
-        for gating in shapes.GATINGS:
+    for form in problems.FORMS:
+        for gating in problems.GATINGS:
             yield Case(f"{form}-{gating}", form=form, gating=gating)
             for iterations in (1, 3, 4, 8):
                 if (form == "released") == (iterations in (1, 3, 8)):
@@ -109,15 +112,15 @@ FULL_SIZE = {
 class Inputs:
     features: list[Tensor]
     layers: tuple[Layer, ...]
-    gates: shapes.Gates
+    gates: problems.Gates
     lengths: Tensor | None
 
     @property
     def parameters(self) -> list[Tensor]:
-        return shapes.flatten(self.layers, self.gates)
+        return problems.flatten(self.layers, self.gates)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with f applied to every feature and parameter, in the order of shapes.flatten."""
+        """The same with f applied to every feature and parameter, in the order of problems.flatten."""
 
         def linear(given: Linear | None) -> Any:
             return given and Linear(*(None if x is None else f(x) for x in given))
@@ -136,10 +139,15 @@ class Inputs:
         return self.map(lambda x: x.detach().clone().requires_grad_())
 
 
-def describe(case: Case, inputs: Inputs) -> shapes.Problem:
-    """What shapes.check makes of the case."""
-    options = {name: value for name, value in case.options.items() if name != "seed"}
-    return shapes.check(inputs.features, inputs.layers, inputs.gates, lengths=inputs.lengths, **options)
+def describe(case: Case, inputs: Inputs) -> problems.Problem:
+    """All of the case that is not a tensor."""
+    return described(case, inputs).problem
+
+
+def described(case: Case, inputs: Inputs, **filled: Any) -> Call:
+    """The case as a backend is given it; ``filled`` are the tensors that it fills."""
+    options = {**case.options, "lengths": inputs.lengths}
+    return describe_call(inputs.features, inputs.layers, inputs.gates, **options)._replace(**filled)
 
 
 def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
@@ -162,7 +170,7 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Input
         )
         for _ in range(1 if case.shared else case.iterations)
     )
-    ways = shapes.gate_ways(case.gating, case.iterations)
+    ways = problems.gate_ways(case.gating, case.iterations)
     gates = tuple(tuple(linear(n, d_m) for n in ways) for d_m in case.widths)
     features = [normal(case.batch, case.length, d_m) for d_m in case.widths]
     lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
@@ -255,7 +263,7 @@ def run(
 
 
 def parameter_names(case: Case) -> list[str]:
-    """Names in the order of shapes.flatten."""
+    """Names in the order of problems.flatten."""
     kinds = ("weight", "bias") if case.form == "released" else ("weight",)
     linears = []
     for t in range(1 if case.shared else case.iterations):
@@ -263,7 +271,7 @@ def parameter_names(case: Case) -> list[str]:
         linears += [
             f"layers[{t}].{group}[{m}]" for group in ("key", "value", "output") for m in range(len(case.widths))
         ]
-    ways = shapes.gate_ways(case.gating, case.iterations)
+    ways = problems.gate_ways(case.gating, case.iterations)
     linears += [f"gates[{m}][{g}]" for m in range(len(case.widths)) for g in range(len(ways))]
     return [f"{linear}.{kind}" for linear in linears for kind in kinds]
 
@@ -289,7 +297,7 @@ def golden_results(name: str, backend: str) -> tuple[Result, Result]:
     theirs = golden(name)
     module = GatedRJCAFused.from_released(golden_weights(name), backend=backend).eval()
     features = [theirs[key].clone().requires_grad_() for key in ("visual", "audio")]
-    parameters = shapes.flatten(*module.parameters_by_role())
+    parameters = problems.flatten(*module.parameters_by_role())
     output = module(*features)
     gradients = torch.autograd.grad(output, features + parameters, theirs["cotangent"])
     keys = {value.data_ptr(): f"grad/{key}" for key, value in module.to_released().items()}
@@ -302,11 +310,11 @@ def golden_results(name: str, backend: str) -> tuple[Result, Result]:
 
 
 def eager_module(case: Case, inputs: Inputs) -> tuple[GatedRJCAEager, list[Tensor]]:
-    """The eager module with the parameters of ``inputs``, to evaluate, and its own in the order of shapes.flatten."""
+    """The eager module with the parameters of ``inputs``, to evaluate, and its own in the order of problems.flatten."""
     names = ("iterations", "gating", "normalize", "temperature")
     options = {name: getattr(case, name) for name in names}
     module = GatedRJCAEager(*case.widths, case.length, dtype=inputs.features[0].dtype, **options).eval()
-    parameters = shapes.flatten(*module.parameters_by_role())
+    parameters = problems.flatten(*module.parameters_by_role())
     with torch.no_grad():
         for parameter, value in zip(parameters, inputs.parameters, strict=True):
             parameter.copy_(value)

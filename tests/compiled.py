@@ -28,7 +28,9 @@ from unittest import mock
 import torch
 
 from cases import Case
-from grjca_kernels import config, shapes
+from grjca_kernels import config
+from grjca_kernels import problem as problems
+from grjca_kernels.call import Call, Gradients
 
 PRECISIONS = {  # dtype, and whether products of float32 may use TF32
     "bfloat16": (torch.bfloat16, False),
@@ -102,7 +104,7 @@ ODD = (  # nothing is aligned, so that all copies pass through registers
 SHORT = _heavy("streamed-short", 16, (512, 512))
 LIGHT = tuple(
     Case(f"{form}-{gating}-{length}", 8, length, (256, 128), iterations, gating, form)
-    for form in shapes.FORMS
+    for form in problems.FORMS
     for gating, iterations, length in (("none", 1, 16), ("flat", 3, 304), ("dynamic", 2, 304), ("hierarchical", 2, 16))
 )
 NAMED = (
@@ -212,26 +214,27 @@ def call(build: Build) -> Compiling:
     return kernel
 
 
-def arguments(build: Build, dtype: torch.dtype) -> list[Any]:
-    """Of launch.forward or launch.backward: tensors that hold nothing."""
+def arguments(build: Build, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The call, and gradients for a backward: tensors that hold nothing."""
     case, everything = build.case, build.everything
     dropout = case.dropout if case.form == "released" else 0.0
-    problem = shapes.Problem(
+    problem = problems.Problem(
         case.batch, case.length, case.widths, case.iterations, case.gating, case.form, dropout, case.temperature,
         case.normalize, case.shared,
     )  # fmt: skip
     like, step = torch.empty(0, dtype=dtype), 2 if everything else 1
     features = [like.new_empty(case.batch, case.length, step * width)[..., ::step] for width in case.widths]
-    parameters = [like.new_empty(16) for _ in range(shapes.parameter_count(problem))]
+    parameters = [like.new_empty(16) for _ in problems.expected_tensors(problem)]
     lengths = None if case.lengths is None else torch.empty(case.batch, dtype=torch.int64)
     seed = torch.empty(1, dtype=torch.int64) if problem.dropout else None
     iterates = like.new_empty(case.iterations, case.batch, case.length, problem.width)
     gates = [like.new_empty(case.batch, case.length, sum(problem.gate_ways)) for _ in features] * everything
-    both = [problem, features, parameters, lengths, seed]
+    called = Call(problem, features, parameters, lengths, seed, outputs=features, iterates=iterates, gates=gates)
     if build.direction == "forward":
-        return [*both, features, iterates, gates]
-    of_iterates = [like.new_empty(case.iterations, *x.shape) for x in features] * everything
-    return [*both, iterates, features, of_iterates, gates, features, parameters]
+        return (called,)
+    none = [None] * len(features)
+    of_iterates = [like.new_empty(case.iterations, *x.shape) for x in features] if everything else none
+    return called, Gradients(features, of_iterates, gates or none, features, parameters)
 
 
 def key_of(build: Build) -> str:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grjca_kernels import shapes
-from grjca_kernels.shapes import Problem
+from grjca_kernels import problem as problems
+from grjca_kernels.call import Call, Gradients
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -159,77 +159,37 @@ def _bytes(storage: torch.UntypedStorage) -> memoryview:
     return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()).cast("B")
 
 
-def _begin(
-    direction: int,
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-) -> tuple[Request, str]:
-    request = Request()
+def _begin(direction: int, called: Call) -> tuple[Request, str]:
+    problem, request = called.problem, Request()
     request.add(direction, problem.batch, problem.length, len(problem.widths), *problem.widths, problem.iterations)
-    request.add(shapes.GATINGS.index(problem.gating), problem.form == "released", problem.normalize, problem.shared)
+    request.add(problems.GATINGS.index(problem.gating), problem.form == "released", problem.normalize, problem.shared)
     request.real(problem.dropout)
     request.real(problem.temperature)
     request.add(_wish.resident, _wish.chunk, _wish.tile, _wish.parts, _wish.order, _wish.apart)
-    request.views(features, len(features))
-    request.add(len(parameters))
-    request.kept = [parameter.contiguous() for parameter in parameters]  # type: ignore[attr-defined]
-    for parameter in request.kept:  # type: ignore[attr-defined]
-        request.tensor(parameter)
-    request.long = None if lengths is None else lengths.to(torch.int64).contiguous()  # type: ignore[attr-defined]
-    request.tensor(request.long)  # type: ignore[attr-defined]
-    request.tensor(seed)
-    request.tensor(iterates)
-    name = str(iterates.dtype).removeprefix("torch.")
+    request.views(called.features, len(called.features))
+    request.add(len(called.parameters))
+    request.kept = [parameter.contiguous() for parameter in called.parameters]  # type: ignore[attr-defined]
+    for tensor in (*request.kept, called.lengths, called.seed, called.iterates):  # type: ignore[attr-defined]
+        request.tensor(tensor)
+    name = str(called.iterates.dtype).removeprefix("torch.")
     return request, "tf32" if name == "float32" and _wish.tf32 else name
 
 
-def forward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    outputs: Sequence[Tensor],
-    iterates: Tensor,
-    gates: Sequence[Tensor],
-) -> None:
-    if problem.batch == 0:
-        return
-    request, name = _begin(0, problem, features, parameters, lengths, seed, iterates)
-    request.views(outputs, len(features))
-    request.views(gates, len(features))
+def forward(called: Call) -> None:
+    request, name = _begin(0, called)
+    request.views(called.outputs, len(called.features))
+    request.views(called.gates, len(called.features))
     request.run(name)
 
 
-def backward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-    grad_outputs: Sequence[Tensor | None],
-    grad_iterates: Sequence[Tensor | None],
-    grad_gates: Sequence[Tensor | None],
-    grad_features: Sequence[Tensor | None],
-    grad_parameters: Sequence[Tensor | None],
-) -> None:
-    if problem.batch == 0:
-        for gradient in grad_parameters:
-            if gradient is not None:
-                gradient.zero_()
-        return
-    request, name = _begin(1, problem, features, parameters, lengths, seed, iterates)
-    request.views(grad_outputs, len(features))
-    request.views([None if g is None else g[0] for g in grad_iterates], len(features))
-    request.add(*(0 if g is None else g.stride(0) for g in grad_iterates or [None] * len(features)))
-    request.views(grad_gates, len(features))
-    request.views(grad_features, len(features))
-    request.add(len(grad_parameters))
-    for gradient in grad_parameters:
+def backward(called: Call, gradients: Gradients) -> None:
+    request, name = _begin(1, called)
+    request.views(gradients.outputs, len(called.features))
+    request.views([None if g is None else g[0] for g in gradients.iterates], len(called.features))
+    request.add(*(0 if g is None else g.stride(0) for g in gradients.iterates))
+    request.views(gradients.gates, len(called.features))
+    request.views(gradients.features, len(called.features))
+    request.add(len(gradients.parameters))
+    for gradient in gradients.parameters:
         request.tensor(gradient)
     request.run(name)

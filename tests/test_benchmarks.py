@@ -16,8 +16,8 @@ from benchmarks import gate, gpu, ledger, report
 from benchmarks.cases import IMPLEMENTATIONS, Problem, flop, tanhs
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
-from grjca_kernels import GatedRJCAFused, backends, cuda
-from grjca_kernels.shapes import Problem as Described
+from grjca_kernels import GatedRJCAFused, backends, cuda, native
+from grjca_kernels.problem import Problem as Described
 
 SMALL = Shape(9, 6, 5, 2, 3, "flat", normalize=True)
 
@@ -441,14 +441,16 @@ def test_every_step_has_a_name(name, form):
         )
         device, common = config.Device("cuda", 90, 132, 227 * 1024), {"tf32": False, "lengths": False}
         with gpu_parts.variant({"chunk": 5}):
-            forward = config.forward(problem, torch.bfloat16, device, **common, return_gates=False)
-            backward = config.backward(problem, torch.bfloat16, device, **common, weights=True, d_iterates=False)
+            forward, backward = (
+                config.launch(problem, torch.bfloat16, device, backward=backward, weights=backward, **common)
+                for backward in (False, True)
+            )
         assert forward.chunk == min(5, batch) and backward.chunk == min(5, batch)
         assert len(gpu_parts.step_names(forward, False)) == forward.steps
         assert len(gpu_parts.step_names(backward, True)) == backward.steps
 
 
-@pytest.mark.skipif(not hasattr(cuda._native, "CudaLaunch"), reason="built without nvcc")
+@pytest.mark.skipif(not hasattr(native.library, "CudaLaunch"), reason="built without nvcc")
 @pytest.mark.parametrize("name", ["abaw", "clip", "light"])
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_every_step_of_cuda_has_a_name(name, form):
@@ -469,10 +471,10 @@ def plan_of(shape, backward, resident, form="released"):
     widths = (shape.dim_visual, shape.dim_audio)
     common = (shape.length, widths, shape.iterations, shape.gating, form, 0.5, 0.1, shape.normalize, False)
     problem = Described(shape.batch, *common)
-    return cuda.plan(problem, "float16", resident, tf32=False, backward=backward, weights=backward).plan()
+    return cuda.plan(problem, torch.float16, resident, tf32=False, backward=backward, weights=backward).plan()
 
 
-@pytest.mark.skipif(not hasattr(cuda._native, "CudaLaunch"), reason="built without nvcc")
+@pytest.mark.skipif(not hasattr(native.library, "CudaLaunch"), reason="built without nvcc")
 def test_what_the_sanitizers_run_reaches_every_kind_of_launch():
     """If csrc/cuda/plan.h chooses otherwise, gpu_parts.RESIDENT wants other numbers."""
     pytest.importorskip("triton", minversion="3.6")

@@ -13,9 +13,10 @@ from hypothesis import strategies as some
 
 from cases import CASES, Case, describe, make
 from compiled import HARDWARE, PRECISIONS
-from grjca_kernels import config, shapes
+from grjca_kernels import config
+from grjca_kernels import problem as problems
 from grjca_kernels.config import Constants, Launch
-from grjca_kernels.shapes import Problem
+from grjca_kernels.problem import Problem
 
 DEVICES = {name: hardware.device for name, hardware in HARDWARE.items()} | {"interpreter": config.INTERPRETER}
 WIDTHS = some.one_of(some.integers(1, 1024), some.sampled_from((1, 16, 64, 128, 256, 512, 1024)))
@@ -26,8 +27,8 @@ PROBLEMS = some.builds(
     length=some.one_of(some.integers(1, 2048), some.integers(1, 2 * config.STREAM_FRAMES)),
     widths=some.lists(WIDTHS, min_size=2, max_size=4).map(tuple),
     iterations=some.integers(1, 8),
-    gating=some.sampled_from(shapes.GATINGS),
-    form=some.sampled_from(shapes.FORMS),
+    gating=some.sampled_from(problems.GATINGS),
+    form=some.sampled_from(problems.FORMS),
     dropout=some.sampled_from((0.0, 0.6)),
     temperature=some.just(0.1),
     normalize=some.booleans(),
@@ -42,8 +43,8 @@ def launches(problem: Problem, precision: str, device: str, flag: bool) -> tuple
     dtype, tf32 = PRECISIONS[precision]
     where = DEVICES[device]
     return (
-        config.forward(problem, dtype, where, tf32=tf32, lengths=flag, return_gates=flag),
-        config.backward(problem, dtype, where, tf32=tf32, lengths=flag, weights=flag, d_iterates=flag),
+        config.launch(problem, dtype, where, backward=False, tf32=tf32, lengths=flag, return_gates=flag),
+        config.launch(problem, dtype, where, backward=True, tf32=tf32, lengths=flag, weights=flag, d_iterates=flag),
     )
 
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, BY_NAME, CASES, EVERYTHING, SEED, Case, Inputs, Result, call, cotangents, make, run
 from grjca.measure import threads
-from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, shapes
+from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, native
+from grjca_kernels import problem as problems
 from tolerances import check_close, check_float64
 
 NAN, INF = float("nan"), float("inf")
@@ -123,8 +124,8 @@ def test_a_sum_sends_back_a_gradient_without_strides(function):
 # ---- lengths
 
 
-@mark.parametrize("form", shapes.FORMS)
-@mark.parametrize("gating", shapes.GATINGS)
+@mark.parametrize("form", problems.FORMS)
+@mark.parametrize("gating", problems.GATINGS)
 @mark.parametrize("n", [1, 4, 9])
 def test_a_length_is_a_shorter_sample(function, form, gating, n):
     case = Case("longer", 1, 9, (5, 3), 3, gating, form, normalize=n == 4, lengths=(n,))
@@ -200,7 +201,7 @@ def test_gradients_that_arrive_in_absent_rows_reach_nothing(function, name):
 
 
 @needs_native
-@mark.parametrize("dtype", shapes.DTYPES, ids=str)
+@mark.parametrize("dtype", problems.DTYPES, ids=str)
 @mark.parametrize("case", [EVERYTHING, BY_NAME["many-rows"], BY_NAME["one-block-and-more-dropout"]], ids=str)
 def test_bits_do_not_depend_on_the_run_or_on_threads(case, dtype):
     inputs = make(case, dtype)
@@ -283,10 +284,10 @@ def test_a_bad_gradient_stays_in_its_sample(function):
 
 @needs_native
 def test_nothing_is_launched_for_bad_input(monkeypatch):
-    def launched(**_):
+    def launched(*_):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(cpu._native, "cpu_forward", launched)
+    monkeypatch.setattr(native.library, "cpu_forward", launched)
     inputs = make(EVERYTHING, torch.float32)
     arguments = (inputs.features, inputs.layers, inputs.gates)
     bad = [{"lengths": torch.tensor([1, 2, 12])}, {"dropout": 1.0}, {"iterations": 2}, {"temperature": -1.0}]
@@ -545,8 +546,8 @@ def test_an_empty_batch(function, case):
 
 
 @needs_native
-@mark.parametrize("gating", shapes.GATINGS)
-@mark.parametrize("iterations", range(1, shapes.MAX_ITERATIONS + 1))
+@mark.parametrize("gating", problems.GATINGS)
+@mark.parametrize("iterations", range(1, problems.MAX_ITERATIONS + 1))
 def test_any_number_of_iterations(gating, iterations):
     case = Case("iterations", 2, 3, (2, 3), iterations, gating)
     inputs = make(case)

@@ -10,13 +10,14 @@ import torch
 from benchmarks import counted
 from grjca.eager import GatedRJCAEager
 from grjca.measure import Shape
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, ops
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, native, ops
+from grjca_kernels.call import Call
 
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.4."), reason="FlopCounterMode of PyTorch 2.4 cannot count within autograd.grad"
 )
 
-native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
 @pytest.mark.parametrize("section", counted.SECTIONS)
@@ -58,18 +59,18 @@ def recorded(small, capsys):
     return record
 
 
-@native
+@needs_native
 def test_a_larger_saved_tensor(recorded, monkeypatch):
     """The iterates as a part of what holds one more: no operator more, and no result changes."""
     recorded("fused")
-    empty = ops._empty_results
+    new = ops._new_results
 
-    def larger(problem, features, options):
-        outputs, iterates, *gates = empty(problem, features, options)
+    def larger(problem, *others):
+        outputs, iterates, *gates = new(problem, *others)
         more = iterates.new_empty((problem.iterations + 1, *iterates.shape[1:]))
         return [outputs, more[:-1], *gates]
 
-    monkeypatch.setattr(ops, "_empty_results", larger)
+    monkeypatch.setattr(ops, "_new_results", larger)
     (line,) = recorded.changed("fused")
     one = counted.BATCH * 9 * 11 * 4
     assert line.startswith(
@@ -78,7 +79,7 @@ def test_a_larger_saved_tensor(recorded, monkeypatch):
     assert counted.UPDATE in line
 
 
-@native
+@needs_native
 @pytest.mark.parametrize(("section", "kind"), [("fused", GatedRJCAFused), ("eager", GatedRJCAEager)])
 def test_one_more_operator(section, kind, recorded, monkeypatch):
     recorded(section)
@@ -93,7 +94,7 @@ def test_one_more_operator(section, kind, recorded, monkeypatch):
         assert now == was + 1
 
 
-@native
+@needs_native
 def test_an_operator_less(recorded, monkeypatch):
     """Is no failure of the code, and has to be recorded all the same."""
     forward = GatedRJCAFused.forward
@@ -104,15 +105,15 @@ def test_an_operator_less(recorded, monkeypatch):
     assert len(lines) == 2 and all(f"It shrank: run {counted.UPDATE}" in line for line in lines)
 
 
-@native
+@needs_native
 def test_a_larger_workspace_of_the_cpu(recorded, monkeypatch):
     recorded("cpu workspace")
-    code = cpu._native
+    code = native.library
     larger = SimpleNamespace(
         Problem=code.Problem,
         cpu_workspace=lambda p, backward, *others: code.cpu_workspace(p, backward, *others) + backward,
     )
-    monkeypatch.setattr(cpu, "_native", larger)
+    monkeypatch.setattr(native, "library", larger)
     lines = recorded.changed("cpu workspace")
     assert len(lines) == 4 and all("backward" in line and "It grew" in line for line in lines)
     assert {f"{threads} threads" in lines[0] for threads in (1, 2)} == {True, False}
@@ -147,10 +148,10 @@ def test_the_triton_workspace_is_what_is_allocated(small):
     from grjca_kernels.triton import launch as of_triton
 
     problem = counted.described(replace(counted.SHAPES["small"], gating="flat"))
-    common = {"tf32": False, "lengths": False, "weights": True, "d_iterates": False}
-    launch = config.backward(problem, torch.bfloat16, counted.DEVICE, **common)
+    options = {"backward": True, "weights": True, "tf32": False, "lengths": False}
+    prepared = of_triton._prepare(problem, torch.bfloat16, counted.DEVICE, **options)
     features = [torch.empty(problem.batch, problem.length, width, dtype=torch.bfloat16) for width in problem.widths]
-    made = of_triton.gather(problem, launch, features, [], None, None, features[0])
+    made = of_triton.gather(Call(problem, features, [], iterates=features[0]), prepared)
     bytes_made = sum(x.numel() * x.itemsize for x in (made.work, made.wide, made.bits))
     assert counted.triton_plans()["small flat bfloat16 backward, bytes"] == bytes_made
 
@@ -163,7 +164,7 @@ def test_instructions_may_differ_a_little():
     assert len(counted.changes("fused", was, {"forward": 1001, "backward": 3000})) == 1
 
 
-@native
+@needs_native
 def test_instructions_are_counted_or_refused(monkeypatch):
     """By a valgrind that finds no symbols, and so ends well with nothing written."""
     monkeypatch.setattr(

@@ -1,7 +1,7 @@
 """The native kernel, on every instruction set of this processor."""
 
-import math
-from dataclasses import fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from pytest import fixture, mark
 from torch import Tensor
 
+from behaviour import check_all_is_written
 from cases import (
     BY_NAME,
     CASES,
@@ -20,13 +21,17 @@ from cases import (
     Result,
     cotangents,
     describe,
+    described,
     eager_module,
     golden_results,
     make,
     parameter_names,
     run,
 )
-from grjca_kernels import cpu, derivation, gated_rjca, reference, shapes
+from grjca_kernels import cpu, derivation, gated_rjca, reference
+from grjca_kernels import problem as problems
+from grjca_kernels.call import Gradients
+from grjca_kernels.native import library, problem_of
 from tolerances import (
     FULL_SIZE as FULL_SIZE_TOLERANCE,
 )
@@ -86,7 +91,7 @@ def test_values_of_sixteen_bits(case, dtype, instruction_set):
 STATISTICAL = [
     Case(f"{form}-{gating}-{p}", 8, 48, (40, 24), 2, gating, form, dropout=p, normalize=p == 0)
     for form, p in (("released", 0.0), ("released", 0.4), ("paper", 0.0))
-    for gating in shapes.GATINGS
+    for gating in problems.GATINGS
 ]
 
 
@@ -108,10 +113,8 @@ def test_chunks(dtype, instruction_set):
     check_rule(run(native, CHUNKS, make(CHUNKS, dtype)), CHUNKS, dtype)
 
 
-def workspace(problem: shapes.Problem, dtype: torch.dtype, backward: bool, instruction_set: str) -> int:
-    described = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    described |= {"widths": list(problem.widths), "dtype": str(dtype).removeprefix("torch.")}
-    return cpu._native.cpu_workspace(cpu._native.Problem(**described), backward, 1, instruction_set)
+def workspace(problem: problems.Problem, dtype: torch.dtype, backward: bool, instruction_set: str | None) -> int:
+    return library.cpu_workspace(problem_of(problem, dtype), backward, 1, instruction_set)
 
 
 @mark.parametrize("name", GOLDEN)
@@ -164,30 +167,29 @@ def test_every_step_of_sixteen_bits(case, dtype, instruction_set):
         check_one_step(f"Y[{m}]", ours.values[f"Y[{m}]"], y * shown, dtype)
         for g, gate in enumerate(() if gates is None else gates if isinstance(gates, tuple) else (gates,)):
             check_one_step(f"G[{m}][{g}]", ours.values[f"G[{m}][{g}]"], gate * shown, dtype)
-    check_one_step_gradients(ours.gradients, derived(case, wide, seed, iterates, ours), dtype)
+    check_one_step_gradients(ours.gradients, derived(case, wide, torch.cat(iterates, dim=-1), ours), dtype)
 
 
-def derived(case: Case, inputs, seed: Tensor | None, iterates: list[Tensor], ours: Result) -> dict[str, Tensor]:
+def derived(case: Case, inputs, iterates: Tensor, ours: Result) -> dict[str, Tensor]:
     """derivation.backward from iterates that are given."""
-    count, ways = len(case.widths), len(describe(case, inputs).gate_ways)
+    count, called = len(case.widths), described(case, inputs, iterates=iterates)
     incoming = [gradient.double() for gradient in cotangents(list(ours.values.values()))]
-    gates = [tuple(incoming[2 * count + m * ways : 2 * count + (m + 1) * ways]) for m in range(count)]
-    if case.gating != "hierarchical":
-        gates = [of_modality[0] if of_modality else None for of_modality in gates]
-    d_features, d_parameters = derivation.backward(
-        describe(case, inputs), inputs.features, inputs.layers, inputs.gates, inputs.lengths, seed,
-        iterates, incoming[:count], incoming[count : 2 * count], gates,
-    )  # fmt: skip
+    of_gates, ways = incoming[2 * count :], len(called.problem.gate_ways)
+    gates = [torch.cat(of_gates[m * ways : (m + 1) * ways], dim=-1) if ways else None for m in range(count)]
+    computed = [torch.empty_like(x) for x in (*inputs.features, *inputs.parameters)]
+    of_states = incoming[count : 2 * count]
+    derivation.backward(called, Gradients(incoming[:count], of_states, gates, computed[:count], computed[count:]))
     names = [f"d features[{m}]" for m in range(count)] + [f"d {name}" for name in parameter_names(case)]
-    return dict(zip(names, d_features + d_parameters, strict=True))
+    return dict(zip(names, computed, strict=True))
 
 
 # ---- memory
 
 
 @fixture
-def poisoned():
-    """New memory holds NaN: 0xFF in every byte of the workspace is NaN in every dtype."""
+def poisoned(monkeypatch):
+    """New memory holds NaN: 0xFF in every byte of the workspace is NaN in every dtype. None is kept."""
+    monkeypatch.setattr(cpu, "KEPT", 0)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(8, dtype=torch.uint8).eq(0xFF).all() and torch.empty(3).new_empty(2).isnan().all()
@@ -195,7 +197,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@each_way(*shapes.DTYPES)
+@each_way(*problems.DTYPES)
 @mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["lengths-paper"]], ids=str)
 def test_uninitialised_memory_is_not_read(case, dtype, instruction_set, request):
     inputs = make(case, dtype)
@@ -208,29 +210,10 @@ def test_uninitialised_memory_is_not_read(case, dtype, instruction_set, request)
             assert torch.equal(value, of_dirty[name]), name
 
 
-class Guarded:
-    """A tensor amid NaN: contiguous, or its columns ``step`` apart."""
-
-    def __init__(self, shape, dtype: torch.dtype, step: int = 1) -> None:
-        if step == 1:
-            self.around = torch.full((math.prod(shape) + 32,), torch.nan, dtype=dtype)
-            self.inside = self.around[16:-16].view(shape)
-        else:
-            *outer, columns = shape
-            self.around = torch.full((*(n + 2 for n in outer), (columns + 2) * step), torch.nan, dtype=dtype)
-            self.inside = self.around[(*(slice(1, -1) for _ in outer), slice(step, -step, step))]
-
-    def check(self) -> None:
-        assert not self.inside.isnan().any(), "not written"
-        self.inside.fill_(torch.nan)
-        assert self.around.isnan().all(), "written outside"
-
-
-@each_way(*shapes.DTYPES)
+@each_way(*problems.DTYPES)
 @mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["shared-paper"]], ids=str)
 def test_all_is_written_and_nothing_else(case, dtype, instruction_set, monkeypatch):
-    inputs, workspaces = make(case, dtype), []
-    problem = describe(case, inputs)
+    workspaces = []
 
     def empty(size, **options):
         around = torch.zeros(size + 2 * 4096, **options)
@@ -238,24 +221,24 @@ def test_all_is_written_and_nothing_else(case, dtype, instruction_set, monkeypat
         return around[4096:-4096].fill_(0xFF)
 
     monkeypatch.setattr(cpu.torch, "empty", empty)
-    frames, widths = (case.batch, case.length), case.widths
-    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
-    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
-    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
-    common = (problem, inputs.features, inputs.parameters, inputs.lengths, torch.tensor(SEED))
-    cpu.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
-    incoming = [torch.randn(y.inside.shape).to(dtype) for y in outputs]
-    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
-    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
-    none = [None] * len(widths)
-    cpu.backward(
-        *common, iterates.inside, incoming, [], none, [d.inside for d in d_features], [d.inside for d in d_parameters]
-    )
+    monkeypatch.setattr(cpu, "KEPT", 0)
+    check_all_is_written(cpu.forward, cpu.backward, case, dtype)
     assert len(workspaces) == 2
     for around in workspaces:
         assert not around[:4096].any() and not around[-4096:].any(), "the workspace is overrun"
-    for guarded in (*outputs, *gates, iterates, *d_features, *d_parameters):
-        guarded.check()
+
+
+def test_a_workspace_is_kept_by_each_thread_unless_it_is_large():
+    small, large = make(EVERYTHING), make(BY_NAME["many-rows"])
+    of_large = workspace(describe(BY_NAME["many-rows"], large), torch.float64, True, None)
+    with ThreadPoolExecutor(1) as other:
+        for use in (lambda call: call(), lambda call: other.submit(call).result()):
+            use(lambda: run(native, EVERYTHING, small))
+            kept = use(lambda: cpu._kept.workspace)
+            assert kept.numel() == cpu.KEPT < of_large
+            use(lambda: run(native, BY_NAME["many-rows"], large))
+            assert use(lambda: cpu._kept.workspace) is kept
+        assert cpu._kept.workspace is not kept
 
 
 def test_instruction_sets_end_with_the_baseline():

@@ -15,6 +15,7 @@ from pytest import fixture, mark
 import on_lanes
 from behaviour import (
     check_absent_frames,
+    check_all_is_written,
     check_bad_number,
     check_large_float16,
     check_strides,
@@ -22,13 +23,14 @@ from behaviour import (
     check_subsets_of_incoming_gradients,
     check_twice,
 )
-from cases import CASES, SEED, Case, Result, describe, make, run
-from grjca_kernels import gated_rjca, shapes, verification
+from cases import CASES, SEED, Case, Result, make, run
+from grjca_kernels import gated_rjca, verification
+from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE, Backend
 from on_gpu import TF32_ULP, cut_draws
 from on_gpu import check as check_draws
 from test_contract import LAYOUTS, assert_same_results
-from test_cpu import HALVES, STATISTICAL, Guarded
+from test_cpu import HALVES, STATISTICAL
 from tolerances import check_rule, exact
 
 pytestmark = mark.skipif(not on_lanes.compiler(), reason="needs g++ or another C++17 compiler with AddressSanitizer")
@@ -157,22 +159,12 @@ def test_orders_of_many_tiles(case):
 @mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_all_is_written_and_nothing_else(case, dtype):
     """Beside, in and between the tensors of the caller; AddressSanitizer sees to what is beyond them."""
-    inputs, widths, frames = make(case, dtype), case.widths, (case.batch, case.length)
-    problem = describe(case, inputs)
-    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
-    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
-    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
-    common = (problem, inputs.features, inputs.parameters, inputs.lengths, torch.tensor(SEED))
-    on_lanes.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
-    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
-    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
-    with on_lanes.wish(chunk=2):
-        on_lanes.backward(
-            *common, iterates.inside, [torch.randn(y.inside.shape).to(dtype) for y in outputs], [],
-            [None] * len(widths), [d.inside for d in d_features], [d.inside for d in d_parameters],
-        )  # fmt: skip
-    for tensor in (*outputs, *gates, iterates, *d_features, *d_parameters):
-        tensor.check()
+
+    def backward(*arguments):
+        with on_lanes.wish(chunk=2):
+            on_lanes.backward(*arguments)
+
+    check_all_is_written(on_lanes.forward, backward, case, dtype)
 
 
 @mark.parametrize("name", ["transposed", "part of a cat", "every second column", "batch last", "one number for all"])
@@ -202,7 +194,7 @@ def test_what_stands_in_absent_rows_reaches_nothing(case, garbage):
 
 
 @mark.parametrize("length", [5, 34])
-@mark.parametrize("form", shapes.FORMS)
+@mark.parametrize("form", problems.FORMS)
 @mark.parametrize("poison", [NAN, INF])
 def test_a_bad_number_stays_in_its_sample(length, form, poison):
     case = Case("bad", 2, length, (3, 2), 2, "flat", form, normalize=True, dropout=0.3)

@@ -7,24 +7,25 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import cuda_build
 from cuda_build import KERNELS, KIB, REGISTERS, SHARED, Built, count
-from grjca_kernels import cuda
-from grjca_kernels.shapes import Problem
+from grjca_kernels import cuda, native
+from grjca_kernels.problem import Problem
 
 pytestmark = [
     pytest.mark.skipif(cuda_build.nvcc() is None, reason="needs nvcc, which compiles the CUDA C++ kernels"),
     pytest.mark.skipif(not Path(__file__).parents[1].joinpath("csrc").exists(), reason="needs the sources"),
 ]
-NAMES = getattr(cuda._native, "cuda_architectures", "") or "80;90"
+NAMES = getattr(native.library, "cuda_architectures", "") or "80;90"
 ALL = [f"{kernel}-sm_{name}" for kernel in KERNELS for name in NAMES.split(";")]
 OLDEST = min((name for name in NAMES.split(";") if name.isdecimal()), key=int, default=None)
 
 
 def test_where_nvcc_is_the_kernels_are_built():
-    assert cuda._not_loaded is None
-    assert cuda._native.cuda_architectures, "nvcc is here, and the library has no CUDA part; see what the install said"
+    assert native.missing is None
+    assert native.library.cuda_architectures, "nvcc is here, and there is no CUDA part; see what the install said"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_all_are_there(kernels, ptx):
 def block() -> dict[str, int]:
     """What a block is made of, by any plan."""
     problem = Problem(1, 1, (1, 1), 1, "none", "paper", 0.0, 1.0, False, False)
-    return cuda.plan(problem, "float32", 1, tf32=False, backward=False, weights=False).plan()
+    return cuda.plan(problem, torch.float32, 1, tf32=False, backward=False, weights=False).plan()
 
 
 @pytest.mark.parametrize("name", ALL)

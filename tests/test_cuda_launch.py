@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from pytest import fixture, mark
 
-from grjca_kernels import backends, cuda, gated_rjca, shapes
+from cases import Case, described, make
+from grjca_kernels import backends, cuda, gated_rjca, native
+from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE
-from grjca_kernels.shapes import Layer, Linear, Problem
+from grjca_kernels.call import Gradients
+from grjca_kernels.problem import Layer, Linear, Problem
 
 PROBLEM = Problem(3, 5, (4, 2), 2, "flat", "released", 0.0, 0.1, False, False)
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-BUILT = cuda._not_loaded is None and bool(cuda._native.cuda_architectures)
+BUILT = native.missing is None and bool(native.library.cuda_architectures)
 needs_nvcc = mark.skipif(not BUILT, reason="built without nvcc")
 without_gpu = mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: test_gpu.py")
 
@@ -43,10 +46,11 @@ def test_without_a_gpu_it_says_why():
 
 
 def test_reasons(monkeypatch):
-    monkeypatch.setattr(cuda, "_native", SimpleNamespace(cuda_why_not=lambda: None, cuda_architectures="80;90"))
-    monkeypatch.setattr(cuda, "_not_loaded", "the native code was not built.")
+    library = SimpleNamespace(cuda_why_not=lambda: None, cuda_architectures="80;90")
+    monkeypatch.setattr(native, "library", library)
+    monkeypatch.setattr(native, "missing", "the native code was not built.")
     assert cuda.why_not() == "the native code was not built."
-    monkeypatch.setattr(cuda, "_not_loaded", None)
+    monkeypatch.setattr(native, "missing", None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.why_not() == "PyTorch sees no GPU."
@@ -80,34 +84,26 @@ def test_what_to_do_on_another_chip():
 def test_what_it_refuses():
     assert "these are on cpu" in str(cuda.refusal("cpu", torch.float32))
     assert "no float64" in str(cuda.refusal("cuda", torch.float64))
-    assert all(cuda.refusal("cuda", dtype) is None for dtype in shapes.DTYPES if dtype != torch.float64)
+    assert all(cuda.refusal("cuda", dtype) is None for dtype in problems.DTYPES if dtype != torch.float64)
     assert TABLE["cuda"].unproven, "no GPU has run it"
-
-
-def test_nothing_to_do():
-    empty = replace(PROBLEM, batch=0)
-    cuda.forward(empty, [], [], None, None, [], torch.empty(0), [])
-    gradients = [torch.ones(2), None]
-    cuda.backward(empty, [], [], None, None, torch.empty(0), [], [], [], [], gradients)
-    assert gradients[0].tolist() == [0, 0]
 
 
 # ---- the plan
 
 
 @some.composite
-def problems(draw) -> Problem:
+def any_problem(draw) -> Problem:
     widths = draw(some.lists(some.integers(1, 1024), min_size=2, max_size=4).map(tuple))
     return Problem(
         draw(some.integers(1, 512)), draw(some.integers(1, 40) | some.integers(1, 2048)), widths,
-        draw(some.integers(1, 8)), draw(some.sampled_from(shapes.GATINGS)), draw(some.sampled_from(shapes.FORMS)),
+        draw(some.integers(1, 8)), draw(some.sampled_from(problems.GATINGS)), draw(some.sampled_from(problems.FORMS)),
         draw(some.sampled_from([0.0, 0.5])), 0.1, draw(some.booleans()), draw(some.booleans()),
     )  # fmt: skip
 
 
 def plan(problem: Problem, precision: str, resident: int, backward: bool, weights: bool) -> dict[str, int]:
     tf32, dtype = precision == "tf32", "float32" if precision == "tf32" else precision
-    launch = cuda.plan(problem, dtype, resident, tf32=tf32, backward=backward, weights=weights)
+    launch = cuda.plan(problem, getattr(torch, dtype), resident, tf32=tf32, backward=backward, weights=weights)
     numbers = launch.plan()
     assert launch.counters == numbers["teams"] + 1 and launch.workspace_bytes == numbers["workspace_bytes"]
     return numbers
@@ -165,7 +161,7 @@ def parameters(problem: Problem) -> int:
 @needs_nvcc
 @settings(deadline=None, print_blob=True, max_examples=300)
 @given(
-    problems(),
+    any_problem(),
     some.sampled_from(PRECISIONS),
     some.sampled_from([1, 3, 72, 216, 264, 296]),
     some.booleans(),
@@ -193,9 +189,9 @@ def test_plans_at_the_corners(widths, batch, length, backward):
 @needs_nvcc
 def test_a_plan_that_cannot_be_is_refused():
     for change, dtype, resident, said in (
-        ({"batch": 0}, "float32", 3, "at least one sample"),
-        ({}, "float32", 0, "at least one block"),
-        ({}, "float64", 3, "no float64"),
+        ({"batch": 0}, torch.float32, 3, "at least one sample"),
+        ({}, torch.float32, 0, "at least one block"),
+        ({}, torch.float64, 3, "no float64"),
     ):
         with pytest.raises(ValueError, match=said):
             cuda.plan(replace(PROBLEM, **change), dtype, resident, tf32=False, backward=False, weights=False)
@@ -209,9 +205,10 @@ def device(monkeypatch):
     """The CPU in the place of a GPU: launches are kept instead of started."""
     state = SimpleNamespace(started=[], takes_together=True, stream=7, capturing=False, planned=[])
 
-    def start(**arguments):
-        state.started.append(arguments)
-        return state.takes_together or not arguments["together"]
+    def start(*arguments):
+        *tensors, resources, together = arguments
+        state.started.append(SimpleNamespace(tensors=tensors, resources=resources, together=together))
+        return state.takes_together or not together
 
     def launch_of(*arguments, **options):
         state.planned.append(options)
@@ -221,54 +218,33 @@ def device(monkeypatch):
     monkeypatch.setattr(cuda, "_apart", set())
     monkeypatch.setattr(cuda, "_counters", {})
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     return state
 
 
-def run(problem=PROBLEM, lengths=None, seed=None):
-    x = [torch.randn(problem.batch, problem.length, d_m) for d_m in problem.widths]
-    weights = [torch.randn(6, 4).t()]
-    iterates = torch.empty(problem.iterations, problem.batch, problem.length, problem.width)
-    cuda.forward(problem, x, weights, lengths, seed, x, iterates, [])
-    return x, weights, iterates
+CASE = Case("small", 3, 5, (4, 2))
+CALL = described(CASE, make(CASE, torch.float32), iterates=torch.empty(2, 3, 5, 6))
 
 
-def test_the_arguments_of_a_forward(device):
-    lengths, seed = torch.tensor([1, 9, 2, 9, 3], dtype=torch.int32)[::2], torch.tensor(5)
-    x, weights, iterates = run(lengths=lengths, seed=seed)
-    (given,) = device.started
-    assert given["features"] == given["outputs"] == [(x_m.data_ptr(), *x_m.stride()) for x_m in x]
-    assert given["gates"] == [None, None] and given["iterates"] == iterates.data_ptr()
-    assert given["seed"] == seed.data_ptr() and given["lengths"] not in (0, lengths.data_ptr())
-    assert given["parameters"][0] not in (0, weights[0].data_ptr()), "not contiguous, so copied"
-    assert given["together"] and given["stream"] == 7
-
-
-def test_the_arguments_of_a_backward(device):
-    x = [torch.randn(3, 5, d_m) for d_m in PROBLEM.widths]
-    states, weight = torch.randn(2, 3, 5, 6), torch.randn(4, 4)
-    d_states = [states.split(PROBLEM.widths, dim=-1)[0], None]
-    cuda.backward(PROBLEM, x, [weight], None, None, states, [x[0], None], d_states, [], [None, x[1]], [weight])
-    cuda.backward(PROBLEM, x, [weight], None, None, states, x, [], [], x, [None])
-    given, other = device.started
-    assert given["grad_outputs"][1] is given["grad_iterates"][1] is given["grad_features"][0] is None
-    assert given["grad_iterates"][0] == (states.data_ptr(), 30, 6, 1) and given["grad_iterates_steps"] == [90, 0]
-    assert given["lengths"] == given["seed"] == 0 and given["grad_gates"] == [None, None]
-    assert given["grad_parameters"] == [weight.data_ptr()] and other["grad_parameters"] == [0]
-    assert [options["weights"] for options in device.planned] == [True, False]
-
-
-def test_dropout_without_a_seed_has_the_seed_0(device):
-    run(replace(PROBLEM, dropout=0.5))
-    assert device.started[0]["seed"] != 0
+def test_what_a_launch_is_given(device):
+    none = [None, None]
+    wanted = Gradients(none, none, none, none, [torch.empty(1)])
+    cuda.forward(CALL)
+    cuda.backward(CALL, wanted)
+    cuda.backward(CALL, wanted._replace(parameters=none))
+    forward, backward, _ = device.started
+    assert forward.tensors == [CALL] and backward.tensors[0] is CALL and backward.tensors[1] is wanted
+    workspace, counters, stream, _ = forward.resources
+    assert workspace and counters and stream == 7 and forward.together
+    assert [options["weights"] for options in device.planned] == [False, True, False]
 
 
 def test_a_refused_launch_is_taken_apart_and_said_once(device, recwarn):
     device.takes_together = False
-    run()
-    run()
-    assert [given["together"] for given in device.started] == [True, False, False]
+    cuda.forward(CALL)
+    cuda.forward(CALL)
+    assert [given.together for given in device.started] == [True, False, False]
     (warning,) = recwarn
     assert "refuses one launch for all steps" in str(warning.message)
 
@@ -276,34 +252,26 @@ def test_a_refused_launch_is_taken_apart_and_said_once(device, recwarn):
 def test_every_stream_has_counters_and_every_capture(device):
     for stream, capturing in ((7, False), (8, False), (7, False), (7, True), (7, False)):
         device.stream, device.capturing = stream, capturing
-        run()
-    at = [given["counters"] for given in device.started]
+        cuda.forward(CALL)
+    at = [given.resources[1] for given in device.started]
     assert at[0] == at[2] == at[4] and at[1] != at[0] and at[3] not in at[:3]
     assert all(int(counters.count_nonzero()) == 0 for counters in cuda._counters.values())
 
 
-# ---- the addresses
+# ---- the tensors
 
 
 @needs_nvcc
-def test_counts_of_tensors_are_checked():
-    launch = cuda.plan(PROBLEM, "float32", 3, tf32=False, backward=False, weights=False)
-    fine = {
-        "features": [None, None], "parameters": [0] * shapes.parameter_count(PROBLEM), "lengths": 0, "seed": 0,
-        "iterates": 0, "outputs": [None, None], "gates": [None, None], "workspace": 0, "counters": 0, "stream": 0,
-        "device": 0, "together": True,
-    }  # fmt: skip
-    for name in ("features", "parameters", "outputs", "gates"):
-        with pytest.raises(ValueError, match=rf"{name}: expected .*, got 1\."):
-            launch.forward(**{**fine, name: fine[name][:1]})
+def test_a_launch_is_of_one_direction():
+    launch = cuda.plan(PROBLEM, torch.float32, 3, tf32=False, backward=False, weights=False)
+    none = [None, None]
+    gradients = Gradients(none, none, none, none, [None] * len(CALL.parameters))
     with pytest.raises(ValueError, match="planned for the forward"):
-        absent = {f"grad_{name}": [None, None] for name in ("outputs", "iterates", "gates", "features")}
-        rest = {name: value for name, value in fine.items() if name not in ("outputs", "gates")}
-        launch.backward(**rest, **absent, grad_iterates_steps=[], grad_parameters=fine["parameters"])
+        launch.backward(CALL, gradients, (0, 0, 0, 0), True)
 
 
 @needs_nvcc
 @without_gpu
 def test_what_the_runtime_says_is_a_sentence():
     with pytest.raises(RuntimeError, match=r"CUDA: choosing the device failed: .* \(cudaError\w+\)\. "):
-        cuda._native.cuda_resident("bfloat16", False, True, 0)
+        native.library.cuda_resident("bfloat16", False, True, 0)

@@ -25,7 +25,8 @@ from torch import Tensor
 import grjca_kernels
 from cases import BY_NAME, CASES, EVERYTHING, FULL_SIZE, Case, Result, call, cotangents, make, run
 from grjca.measure import SHAPES
-from grjca_kernels import GatedRJCAFused, config, cuda, gated_rjca, shapes
+from grjca_kernels import GatedRJCAFused, cuda, gated_rjca, native
+from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE
 from on_gpu import DEVICE, TF32_ULP, captured, check, cut_draws, kernels_of, large, moved, on_device, to_device
 from test_contract import LAYOUTS, assert_same, assert_same_results
@@ -44,7 +45,7 @@ def usable(name: str) -> str:
     """
     reason = grjca_kernels.backends()[name]
     if reason is not None:
-        built = name == "cuda" and getattr(cuda._native, "cuda_architectures", "")
+        built = name == "cuda" and getattr(native.library, "cuda_architectures", "")
         if built and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
             pytest.fail(f"{name} was built for {built}, and yet: {reason}")
         pytest.skip(f"{name}: {reason}")
@@ -79,7 +80,7 @@ ORDERED = [param(case, marks=[] if case.name in FIRST else mark.slow, id=case.na
 STATISTICAL = [
     Case(f"{form}-{gating}-{p}", 8, frames, (40, 24), 2, gating, form, dropout=p, normalize=p == 0)
     for form, p, frames in (("released", 0.0, 48), ("released", 0.4, 48), ("paper", 0.0, 48), ("released", 0.4, 24))
-    for gating in shapes.GATINGS
+    for gating in problems.GATINGS
 ]
 """Large enough that many relu change sides by rounding: on a small problem one of them decides a gradient."""
 LARGE = [param(case, marks=[] if i % 5 == 1 else mark.slow, id=case.name) for i, case in enumerate(STATISTICAL)]
@@ -512,8 +513,9 @@ def workspaces(backend, monkeypatch):
     if backend == "cuda":
         noting(cuda, "launch_of", lambda launch: launch.workspace_bytes)
     else:
-        for direction in ("forward", "backward"):
-            noting(config, direction, lambda launch: 2 * launch.work + launch.bits + 4 * launch.wide)
+        from grjca_kernels.triton import launch as of_triton
+
+        noting(of_triton, "prepare", lambda of: 2 * of.launch.work + of.launch.bits + 4 * of.launch.wide)
     return noted
 
 

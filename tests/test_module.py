@@ -13,7 +13,8 @@ from torch import nn
 
 import grjca_kernels
 from cases import BACKENDS
-from grjca_kernels import GatedRJCAFused, backends, cpu, gated_rjca, reference, shapes
+from grjca_kernels import GatedRJCAFused, backends, cpu, gated_rjca, native, reference
+from grjca_kernels import problem as problems
 
 B, L, D_V, D_A, T = 2, 4, 5, 3, 3
 build = partial(GatedRJCAFused, D_V, D_A, L, iterations=T)
@@ -68,15 +69,15 @@ def test_defaults_are_those_of_the_issue():
 
 
 @mark.parametrize("share_weights", [False, True])
-@mark.parametrize("gating", shapes.GATINGS)
-@mark.parametrize("form", shapes.FORMS)
+@mark.parametrize("gating", problems.GATINGS)
+@mark.parametrize("form", problems.FORMS)
 def test_parameters(form, gating, share_weights):
     module = build(form=form, gating=gating, share_weights=share_weights)
     biases, d = form == "released", D_V + D_A
     layer = d * (d + 1) * biases + sum(
         rows * (columns + biases) for d_m in (D_V, D_A) for rows, columns in ((L, L), (d_m, d_m), (d_m, d))
     )
-    ways = sum(shapes.gate_ways(gating, T))
+    ways = sum(problems.gate_ways(gating, T))
     expected = layer * (1 if share_weights else T) + ways * (D_V + D_A + 2 * biases)
     assert sum(parameter.numel() for parameter in module.parameters()) == expected
 
@@ -98,7 +99,7 @@ def test_reset_parameters_draws_again():
     assert not any(torch.equal(value, before[key]) for key, value in module.state_dict().items() if "weight" in key)
 
 
-@mark.parametrize("dtype", shapes.DTYPES, ids=str)
+@mark.parametrize("dtype", problems.DTYPES, ids=str)
 def test_device_and_dtype(dtype):
     module = build(dtype=dtype)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
@@ -117,7 +118,7 @@ def test_to_and_half_follow_nn_module(x):
 
 
 @mark.parametrize("backend", BACKENDS)
-@mark.parametrize("gating", shapes.GATINGS)
+@mark.parametrize("gating", problems.GATINGS)
 @mark.parametrize("output", ["pair", "concat"])
 def test_shapes_of_what_comes_back(backend, gating, output, x):
     module = build(gating=gating, output=output, backend=backend)
@@ -271,8 +272,9 @@ def test_a_backend_that_cannot_run_says_why(name, x, monkeypatch):
 
 def test_without_native_code_the_reference_runs(x, monkeypatch):
     module = build().eval()
-    monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "_why_not", "the native code is not installed.")
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "_exchanges", False)
+    monkeypatch.setattr(native, "missing", "the native code is not installed.")
     assert "not installed" in backends()["cpu"] and cpu.instruction_sets() == []
     expected = build(backend="reference").eval()
     expected.load_state_dict(module.state_dict())

@@ -8,7 +8,8 @@ from hypothesis import strategies as some
 from pytest import mark
 
 from cases import BACKENDS, Case, Inputs, call, cotangents, make, run
-from grjca_kernels import cpu, gated_rjca, shapes
+from grjca_kernels import cpu, gated_rjca
+from grjca_kernels import problem as problems
 from tolerances import check_float64, check_rule, exact
 
 pytestmark = mark.skipif("cpu" not in BACKENDS, reason=str(cpu.why_not()))
@@ -17,7 +18,7 @@ examples = partial(settings, deadline=None, print_blob=True)
 
 
 @some.composite
-def problems(draw) -> Case:
+def any_case(draw) -> Case:
     batch, length = draw(some.integers(0, 4)), draw(some.integers(1, 20))
     lengths = draw(some.none() | some.lists(some.integers(0, length), min_size=batch, max_size=batch).map(tuple))
     widths = draw(some.lists(some.integers(1, 20) | some.integers(30, 36), min_size=2, max_size=4).map(tuple))
@@ -27,8 +28,8 @@ def problems(draw) -> Case:
         length,
         widths,
         draw(some.integers(1, 4)),
-        draw(some.sampled_from(shapes.GATINGS)),
-        draw(some.sampled_from(shapes.FORMS)),
+        draw(some.sampled_from(problems.GATINGS)),
+        draw(some.sampled_from(problems.FORMS)),
         normalize=draw(some.booleans())
         and min(widths) > 1,  # the norm of one number has no gradient but rounding errors
         dropout=draw(some.sampled_from([0.0, 0.0, 0.1, 0.5])),
@@ -42,14 +43,14 @@ instruction_sets = some.sampled_from([name for name in cpu.instruction_sets() if
 
 
 @examples(max_examples=150, derandomize=True)  # where a gate is saturated, its gradient can be all rounding error
-@given(problems(), instruction_sets)
+@given(any_case(), instruction_sets)
 def test_float64(case, instruction_set):
     with cpu.instruction_set(instruction_set):
         check_float64(run(native, case, make(case)), exact.__wrapped__(case, torch.float64))
 
 
 @examples(max_examples=60, derandomize=True)  # the rule compares random errors: in a thousand draws one may exceed it
-@given(problems(), instruction_sets)
+@given(any_case(), instruction_sets)
 def test_float32(case, instruction_set):
     with cpu.instruction_set(instruction_set):
         check_rule(run(native, case, make(case, torch.float32)), case, torch.float32)
@@ -75,7 +76,7 @@ def arrange(x: torch.Tensor, layout) -> torch.Tensor:
 
 
 @examples(max_examples=100)
-@given(problems(), some.lists(layouts(4), min_size=4, max_size=4), some.lists(layouts(4), min_size=4, max_size=4))
+@given(any_case(), some.lists(layouts(4), min_size=4, max_size=4), some.lists(layouts(4), min_size=4, max_size=4))
 def test_strides(case, of_features, of_gradients):
     """Inputs and incoming gradients that lie anyhow in memory give the same bits."""
     inputs = make(case)

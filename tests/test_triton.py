@@ -15,6 +15,7 @@ from torch import Tensor
 importorskip("triton", minversion="3.6")
 from behaviour import (
     check_absent_frames,
+    check_all_is_written,
     check_bad_number,
     check_large_float16,
     check_strides,
@@ -22,10 +23,10 @@ from behaviour import (
     check_subsets_of_incoming_gradients,
     check_twice,
 )
-from cases import BY_NAME, SEED, Case, Result, call, cotangents, describe, make, run
-from grjca_kernels import GatedRJCAFused, config, gated_rjca, shapes, triton
+from cases import BY_NAME, SEED, Case, Result, call, cotangents, make, run
+from grjca_kernels import GatedRJCAFused, config, gated_rjca, triton
+from grjca_kernels import problem as problems
 from test_contract import LAYOUTS, assert_same, assert_same_results, backward
-from test_cpu import Guarded
 from tolerances import check_rule
 
 pytestmark = mark.skipif(not triton.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU")
@@ -44,6 +45,14 @@ def fast():
     from interpreter import speed_up
 
     speed_up()
+
+
+@fixture(autouse=True)
+def prepared_anew(monkeypatch):
+    """At every call, for tests change what launches follow from."""
+    from grjca_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
 
 
 @fixture
@@ -82,8 +91,8 @@ def check(case: Case, dtype: torch.dtype = torch.float32, **options) -> None:
 # ---- against the reference
 
 
-@mark.parametrize("gating", shapes.GATINGS)
-@mark.parametrize("form", shapes.FORMS)
+@mark.parametrize("gating", problems.GATINGS)
+@mark.parametrize("form", problems.FORMS)
 def test_every_gating_and_form(form, gating, dataflow):
     check(Case(f"{form}-{gating}", 2, 3, (3, 2), 2, gating, form))
 
@@ -257,25 +266,10 @@ def test_all_is_written_and_nothing_else(case, dtype, dataflow, monkeypatch, set
         return a._replace(work=guard(a.work), wide=guard(a.wide))
 
     monkeypatch.setattr(launch, "gather", guarded)
-    inputs, widths, frames = make(case, dtype), case.widths, (case.batch, case.length)
-    problem = describe(case, inputs)
-    outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in widths]
-    gates = [Guarded((*frames, sum(problem.gate_ways)), dtype, step=3) for _ in widths]
-    iterates = Guarded((case.iterations, *frames, sum(widths)), dtype)
-    seed = torch.tensor(SEED) if problem.dropout else None
-    common = (problem, inputs.features, inputs.parameters, inputs.lengths, seed)
-    launch.forward(*common, [y.inside for y in outputs], iterates.inside, [g.inside for g in gates])
-    d_features = [Guarded(x.shape, dtype, step=2) for x in inputs.features]
-    d_parameters = [Guarded(parameter.shape, dtype) for parameter in inputs.parameters]
-    launch.backward(
-        *common, iterates.inside, [torch.randn(y.inside.shape).to(dtype) for y in outputs], [], [None] * len(widths),
-        [d.inside for d in d_features], [d.inside for d in d_parameters],
-    )  # fmt: skip
+    check_all_is_written(launch.forward, launch.backward, case, dtype)
     assert len(workspaces) == 4
     for around in workspaces:
         assert around[:4096].isnan().all() and around[-4096:].isnan().all(), "the workspace is overrun"
-    for tensor in (*outputs, *gates, iterates, *d_features, *d_parameters):
-        tensor.check()
 
 
 # ---- strides

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grjca_kernels
 from cases import EVERYTHING, call, make
-from grjca_kernels import gated_rjca, triton, verification
+from grjca_kernels import derivation, gated_rjca, triton, verification
 from grjca_kernels.backends import TABLE, _first_that_can
 
 CPU, ROW = torch.device("cpu"), TABLE["cpu"]
@@ -54,9 +54,8 @@ def test_what_is_allowed_is_small(dtype):
         verification.Case(4, 70, (72, 40), "flat", False),
     ):
         inputs = verification.make(case, dtype, seed=0)
-        forward, backward = (
-            f(case.problem, inputs) for f in (verification.derived_forward, verification.derived_backward)
-        )
+        forward = verification.computed_forward(derivation.forward, case, inputs)
+        backward = verification.computed_backward(derivation.backward, case, inputs)
         for finding in verification.compare(ROW, case, CPU, dtype):
             if finding.tensor in forward:
                 assert finding.bound < 0.1 * float(forward[finding.tensor].abs().max()), finding
@@ -77,9 +76,9 @@ def test_the_interpreter_passes(capsys):
 def forward_with(change):
     """The row with a forward after which ``change(outputs, iterates, gates)`` runs."""
 
-    def forward(*arguments):
-        ROW.forward(*arguments)
-        change(*arguments[5:])
+    def forward(call):
+        ROW.forward(call)
+        change(call.outputs, call.iterates, call.gates)
 
     return replace(ROW, forward=forward)
 
@@ -87,9 +86,9 @@ def forward_with(change):
 def backward_with(change):
     """The row with a backward after which ``change(features, parameters)`` runs on the gradients."""
 
-    def backward(*arguments):
-        ROW.backward(*arguments)
-        change(*arguments[9:])
+    def backward(call, gradients):
+        ROW.backward(call, gradients)
+        change(gradients.features, gradients.parameters)
 
     return replace(ROW, backward=backward)
 

@@ -183,9 +183,9 @@ struct Backward {
     const int64_t rows = smaller(kCorrelationRows, p.widths[m] - i), ld = a.ld;
     const int64_t place = start * ld + p.offset(m) + i, block = rows * kPanel<R>;
     const int64_t transposed = (p.offset(m) + i) * kept.frames_ld + start;
-    R* const correlations = scratch;                                       // drop(tanh(K J)), [panel][row][kPanel]
-    R* const d_scores = scratch + kCorrelationRows * kCorrelationColumns;  // d (K J), the same
-    R packed[kPaired<E> ? kCorrelationRows * kPanel<R> / 2 : 1];           // a panel of that
+    R* const correlations = scratch;                              // drop(tanh(K J)), [panel][row][kPanel]
+    R* const d_scores = scratch + correlation_size<R>(p);         // d (K J), the same
+    R packed[kPaired<E> ? kCorrelationRows * kPanel<R> / 2 : 1];  // a panel of that
     for (int64_t first = 0; first < panels<R>(d); first += kPanels) {
       const int64_t count = smaller(kPanels, panels<R>(d) - first);
       for (int64_t q = first; q < first + count; ++q) {

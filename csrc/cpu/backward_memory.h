@@ -11,6 +11,14 @@ namespace grjca::GRJCA_ISA {
 // Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
 constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 256;
 
+// Elements of such a block of C.
+template <class R>
+int64_t correlation_size(const Problem& p) {
+  int64_t rows = 0;
+  for (int m = 0; m < p.modalities; ++m) rows = larger(rows, p.widths[m]);
+  return smaller(kCorrelationRows, rows) * smaller(kCorrelationColumns, panels<R>(p.width()) * kPanel<R>);
+}
+
 // Frames from which on tanh(K J) is kept from attend() until d (V C) is there, instead of being computed anew: a value
 // takes L products. Tried at L = 300, where it pays; the limit is an estimate.
 constexpr int64_t kKeptFrom = 64;
@@ -119,7 +127,7 @@ struct BackwardMemory {
     w.plan_kept(p, w.split.chunk * p.length, arena);
     w.passing_step = w.plan_passing(p, w.split.unit, nullptr) / static_cast<int64_t>(sizeof(R));
     w.plan_passing(p, w.split.unit, arena.take<R>(w.passing_step * w.split.workers));
-    int64_t scratch = larger(Iteration<R>::scratch_size(p), 2 * kCorrelationRows * kCorrelationColumns);
+    int64_t scratch = larger(Iteration<R>::scratch_size(p), 2 * correlation_size<R>(p));
     scratch = larger(scratch, Sums<R>::scratch_size(p));
     for (int m = 0; m < p.modalities; ++m)
       scratch = larger(scratch, Frame<R>::scratch_size(p.widths[m], p.iterations) +

@@ -75,7 +75,7 @@ inline int64_t samples_per_group(const Problem& p) { return larger(1, kTerms / p
 // from the first equation to the last; where there are too few groups of samples to keep all threads busy, a unit is a
 // whole chunk and the threads share every equation instead. Nothing computed depends on the choice.
 struct Split {
-  int64_t chunk, unit;  // samples: whole groups
+  int64_t chunk, unit;  // samples: whole groups, or all there are
   int workers, threads_each;
 
   // bytes_shared: of a sample in a chunk; bytes_private: of a sample in a unit.
@@ -85,11 +85,11 @@ struct Split {
     if (groups >= 4 * threads || (groups && groups % threads == 0)) {
       const int64_t round = group * threads;
       const int64_t rounds = bytes_shared ? larger(1, budget / (bytes_shared * round)) : p.batch;
-      return {smaller(rounds * round, groups * group), group, threads, 1};
+      return {smaller(rounds * round, p.batch), smaller(group, p.batch), threads, 1};
     }
     const int64_t most = larger(1, budget / ((bytes_shared + bytes_private) * group));
-    const int64_t chunk = blocks(larger(1, groups), blocks(larger(1, groups), most)) * group;
-    return {chunk, chunk, 1, threads};
+    const int64_t chunk = smaller(blocks(larger(1, groups), blocks(larger(1, groups), most)) * group, p.batch);
+    return {larger(1, chunk), larger(1, chunk), 1, threads};
   }
 };
 

@@ -43,7 +43,7 @@ struct Common {
   Problem p;
   Plan plan;
   View features[kMaxModalities];
-  const void* parameters[kMaxParameters];  // in the order of shapes.flatten()
+  const void* parameters[kMaxParameters];  // in the order of problem.flatten()
   const int64_t* lengths;                  // [B], or null
   const uint64_t* seed;
   void* iterates;      // [T, B, L, d]

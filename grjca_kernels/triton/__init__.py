@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 from importlib import metadata
-from typing import Any
 
 import torch
+
+from grjca_kernels.call import Call, Gradients
 
 OLDEST, CAPABILITY = (3, 6), (8, 0)
 
@@ -60,15 +61,15 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def forward(*arguments: Any) -> None:
+def forward(call: Call) -> None:
     """:func:`launch.forward`."""
     from grjca_kernels.triton import launch
 
-    launch.forward(*arguments)
+    launch.forward(call)
 
 
-def backward(*arguments: Any) -> None:
+def backward(call: Call, gradients: Gradients) -> None:
     """:func:`launch.backward`."""
     from grjca_kernels.triton import launch
 
-    launch.backward(*arguments)
+    launch.backward(call, gradients)

@@ -42,14 +42,13 @@ class Scalars(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Of both directions. ``parameters`` stand in the order of shapes.flatten."""
+    """Of both directions. ``parameters`` stand in the order of problem.flatten."""
 
     shape: Shape
     scalars: Scalars
     features: tuple[View, ...]
     parameters: tuple[Any, ...]
-    lengths: Any  # [B], or None
-    lengths_step: int
+    lengths: Any  # [B], int64 and contiguous, or None
     seed: Any  # one int64, or None
     iterates: Any  # [T, B, L, d]
     batch_odd: int

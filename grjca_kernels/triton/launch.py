@@ -7,95 +7,46 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import partial, reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from grjca_kernels import config, dropout
-from grjca_kernels.precision import allows_tf32
-from grjca_kernels.shapes import Problem
+from grjca_kernels.call import Call
+from grjca_kernels.call import Gradients as CallGradients
+from grjca_kernels.modes import allows_tf32
+from grjca_kernels.problem import Problem, refuse_memory
 from grjca_kernels.triton.arguments import Arguments, Gradients, Outputs, Scalars, Shape, View
 from grjca_kernels.triton.backward import backward_kernel
 from grjca_kernels.triton.forward import forward_kernel
 
 
-def forward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    outputs: Sequence[Tensor],
-    iterates: Tensor,
-    gates: Sequence[Tensor],
-) -> None:
-    """Fill ``outputs`` [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]."""
-    if problem.batch == 0:
-        return
-    launch = config.forward(
-        problem,
-        iterates.dtype,
-        device_of(iterates),
-        tf32=allows_tf32(),
-        lengths=lengths is not None,
-        return_gates=bool(gates),
-    )
-    arguments = gather(problem, launch, features, parameters, lengths, seed, iterates)
-    to = Outputs(tuple(view(y) for y in outputs), tuple(view(g) for g in gates))
-    run(forward_kernel, launch, arguments, to, problem.batch)
+def forward(call: Call) -> None:
+    """Fill what the call wants."""
+    prepared = prepare(call, backward=False, return_gates=bool(call.gates))
+    to = Outputs(tuple(map(view, call.outputs)), tuple(map(view, call.gates)))
+    run(forward_kernel, prepared, gather(call, prepared), to, call.problem.batch)
 
 
-def backward(
-    problem: Problem,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-    grad_outputs: Sequence[Tensor | None],
-    grad_iterates: Sequence[Tensor | None],
-    grad_gates: Sequence[Tensor | None],
-    grad_features: Sequence[Tensor | None],
-    grad_parameters: Sequence[Tensor | None],
-) -> None:
-    """Fill ``grad_features`` and ``grad_parameters`` where not None; incoming gradients that are None are zero."""
-    if problem.batch == 0:
-        for gradient in grad_parameters:
-            if gradient is not None:
-                gradient.zero_()
-        return
-    weights = any(gradient is not None for gradient in grad_parameters)
-    launch = config.backward(
-        problem,
-        iterates.dtype,
-        device_of(iterates),
-        tf32=allows_tf32(),
-        lengths=lengths is not None,
-        weights=weights,
-        d_iterates=any(gradient is not None for gradient in grad_iterates),
-    )
-    arguments = gather(problem, launch, features, parameters, lengths, seed, iterates)
-    of_iterates = grad_iterates or [None] * len(features)
-    wanted = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if gradient is None else gradient
-        for gradient, x in zip(grad_features, features, strict=True)
-    ]
+def backward(call: Call, gradients: CallGradients) -> None:
+    """Fill the gradients that are wanted."""
+    features, of_iterates = call.features, gradients.iterates
+    weights = any(gradient is not None for gradient in gradients.parameters)
+    d_iterates = any(gradient is not None for gradient in of_iterates)
+    prepared = prepare(call, backward=True, weights=weights, d_iterates=d_iterates)
     to = Gradients(
-        outputs=incoming(grad_outputs, features),
+        outputs=incoming(gradients.outputs, features),
         iterates=incoming([None if g is None else g[0] for g in of_iterates], features),
         iterates_steps=tuple(0 if g is None else g.stride(0) for g in of_iterates),
-        gates=incoming(grad_gates or [None] * len(features), features),
-        features=tuple(view(gradient) for gradient in wanted),
-        parameters=tuple(
-            torch.empty_like(parameter, memory_format=torch.contiguous_format) if gradient is None else gradient
-            for gradient, parameter in zip(grad_parameters, parameters, strict=True)
-        )
-        if weights
-        else (),
+        gates=incoming(gradients.gates, features),
+        features=tuple(map(view, or_new(gradients.features, features))),
+        parameters=tuple(or_new(gradients.parameters, call.parameters)) if weights else (),
     )
-    run(backward_kernel, launch, arguments, to, problem.batch)
+    run(backward_kernel, prepared, gather(call, prepared), to, call.problem.batch)
 
 
 def incoming(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> tuple[View, ...]:
@@ -106,22 +57,90 @@ def incoming(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> 
     )
 
 
-def run(kernel: Any, launch: config.Launch, arguments: Arguments, others: Any, batch: int) -> None:
+def or_new(wanted: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What is wanted; and where nothing is, memory at which nobody looks."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if gradient is None else gradient
+        for gradient, x in zip(wanted, tensors, strict=True)
+    ]
+
+
+def view(x: Tensor) -> View:
+    return View(x, *x.stride())
+
+
+# ---- what stays the same from call to call
+
+
+class Prepared(NamedTuple):
+    """A launch; what kernels are told of it; and compiled kernels that wait for addresses, by all else they rely on."""
+
+    launch: config.Launch
+    shape: Shape
+    scalars: Scalars
+    waiting: dict[Any, Any]
+
+
+def prepare(call: Call, **options: bool) -> Prepared:
+    """What stays the same for calls like this one; ``options`` are those of config.launch."""
+    device, lengths = device_of(call.iterates), call.lengths is not None
+    return _prepare(call.problem, call.iterates.dtype, device, tf32=allows_tf32(), lengths=lengths, **options)
+
+
+@functools.lru_cache(maxsize=512)
+def _prepare(problem: Problem, dtype: torch.dtype, device: config.Device, **options: bool) -> Prepared:
+    launch = config.launch(problem, dtype, device, **options)
+    shape = Shape(
+        length_parts=problem.length // launch.constants.length_step,
+        width=problem.width,
+        widths=problem.widths,
+        chunk_odd=2 * launch.chunk + 1,
+        unit=config.unit(problem, launch.chunk),
+        gate_values=launch.gate_values,
+        gradients=launch.gradients,
+        parts_odd=2 * (launch.parts + 1) + 1,
+    )
+    scalars = Scalars(
+        key_scale=1 / math.sqrt(problem.width),
+        temperature=problem.temperature,
+        threshold=dropout.threshold(problem.dropout),
+        kept=1 / (1 - problem.dropout),
+    )
+    return Prepared(launch, shape, scalars, {})
+
+
+def gather(call: Call, prepared: Prepared) -> Arguments:
+    """Arguments of both directions, with new workspaces."""
+    launch, iterates = prepared.launch, call.iterates
+    return Arguments(
+        shape=prepared.shape,
+        scalars=prepared.scalars,
+        features=tuple(map(view, call.features)),
+        parameters=tuple(parameter.contiguous() for parameter in call.parameters),
+        lengths=call.lengths,
+        seed=call.seed,
+        iterates=iterates,
+        batch_odd=2 * call.problem.batch + 1,
+        work=iterates.new_empty(launch.work),
+        wide=iterates.new_empty(launch.wide, dtype=torch.float32),
+        bits=iterates.new_empty(launch.bits, dtype=torch.uint8) if launch.bits else None,
+    )
+
+
+# ---- launches
+
+
+def run(kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batch: int) -> None:
     """All steps in one cooperative launch, on the current stream of the tensors' device.
 
     Where the driver refuses it, since something else holds a part of the GPU, every step becomes a launch of its own.
     """
-    device = arguments.iterates.device
-
-    def call(first: int, last: int, together: bool) -> None:
-        kernel[(launch.programs,)](
-            arguments, others, batch, first, last, counter(device), launch.constants, **options(launch, together)
-        )
-
+    device, steps = arguments.iterates.device, prepared.launch.steps
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        start = partial(_start, kernel, prepared, arguments, others, batch, counter(device))
         if device not in _apart:
             try:
-                return call(0, launch.steps, True)
+                return start(0, steps, True)
             except RuntimeError as error:
                 if "cooperative" not in str(error).lower():
                     raise
@@ -131,12 +150,62 @@ def run(kernel: Any, launch: config.Launch, arguments: Arguments, others: Any, b
                     "alone from now on, with the same results but slower. Are other processes using this GPU?",
                     stacklevel=2,
                 )
-        for step in range(launch.steps):
-            call(step, step + 1, False)
+        for step in range(steps):
+            start(step, step + 1, False)
 
 
 _apart: set[torch.device] = set()
 """Devices on which every phase is launched alone."""
+
+ALIGNED = 16
+"""Bytes of which an address is a multiple, or Triton compiles another kernel for it."""
+
+
+def _start(
+    kernel: Any,
+    prepared: Prepared,
+    arguments: Arguments,
+    others: Any,
+    batch: int,
+    counter: Tensor,
+    first: int,
+    last: int,
+    together: bool,
+) -> None:
+    """Steps first <= step < last.
+
+    The first time, Triton looks at every argument, and finds or compiles a kernel. From then on, for the same strides,
+    that kernel is given addresses, and nobody looks.
+    """
+    launch = prepared.launch
+    given, to, found, numbers = _addressed(arguments, others)
+    key = (counter.device, together, *numbers) if reduce(or_, found) % ALIGNED == 0 else None
+    if key in prepared.waiting:
+        prepared.waiting[key](given, to, batch, first, last, counter.data_ptr(), launch.constants)
+        return
+    compiled = kernel[(launch.programs,)](
+        arguments, others, batch, first, last, counter, launch.constants, **options(launch, together)
+    )
+    if key is not None and compiled is not None:  # the interpreter compiles none
+        prepared.waiting[key] = compiled[(launch.programs, 1, 1)]
+
+
+def _addressed(arguments: Arguments, others: Any) -> tuple[Arguments, Any, list[int], list[Any]]:
+    """Both with addresses for tensors; these addresses; and the numbers that two calls alike may have otherwise."""
+    found: list[int] = []
+    numbers: list[Any] = []
+
+    def of(what: str, part: Any, i: int = 0) -> Any:
+        if type(part) is tuple:
+            return tuple(of(what, one, i) for i, one in enumerate(part))
+        if isinstance(part, Tensor):
+            found.append(part.data_ptr())
+            return found[-1] or refuse_memory(what, i, part)
+        numbers.append(part if type(part) is not View else part[1:])
+        return part if type(part) is not View else View(of(what, part.data, i), *part[1:])
+
+    given, to = ({name: of(name, part) for name, part in of_both._asdict().items()} for of_both in (arguments, others))
+    return Arguments(**given), type(others)(**to), found, numbers
 
 
 def options(launch: config.Launch, together: bool = True) -> dict[str, Any]:
@@ -173,50 +242,6 @@ def counter(device: torch.device) -> Tensor:
     if key not in _counters:
         _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _counters[key]
-
-
-def gather(
-    problem: Problem,
-    launch: config.Launch,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-) -> Arguments:
-    """Arguments of both directions, with new workspaces."""
-    return Arguments(
-        shape=Shape(
-            length_parts=problem.length // launch.constants.length_step,
-            width=problem.width,
-            widths=problem.widths,
-            chunk_odd=2 * launch.chunk + 1,
-            unit=config.unit(problem, launch.chunk),
-            gate_values=launch.gate_values,
-            gradients=launch.gradients,
-            parts_odd=2 * (launch.parts + 1) + 1,
-        ),
-        scalars=Scalars(
-            key_scale=1 / math.sqrt(problem.width),
-            temperature=problem.temperature,
-            threshold=dropout.threshold(problem.dropout),
-            kept=1 / (1 - problem.dropout),
-        ),
-        features=tuple(view(x) for x in features),
-        parameters=tuple(parameter.contiguous() for parameter in parameters),
-        lengths=lengths,
-        lengths_step=0 if lengths is None else lengths.stride(0),
-        seed=seed,
-        iterates=iterates,
-        batch_odd=2 * problem.batch + 1,
-        work=iterates.new_empty(launch.work),
-        wide=iterates.new_empty(launch.wide, dtype=torch.float32),
-        bits=iterates.new_empty(launch.bits, dtype=torch.uint8) if launch.bits else None,
-    )
-
-
-def view(x: Tensor) -> View:
-    return View(x, *x.stride())
 
 
 @functools.cache

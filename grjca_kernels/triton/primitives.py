@@ -143,7 +143,7 @@ def frames(a, sample, C: tl.constexpr):
     """Present frames of a sample, or of a tensor of samples. Lengths outside 0..L count as the nearer of both."""
     length = length_of(a, C)
     if C.lengths:
-        given = tl.load(a.lengths + tl.cast(sample, tl.int64) * a.lengths_step)
+        given = tl.load(a.lengths + sample)
         return tl.minimum(tl.maximum(given.to(tl.int64), 0), length).to(tl.int32)
     else:
         return length

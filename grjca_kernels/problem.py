@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Layer(NamedTuple):
 Gates = tuple[tuple[Linear, ...], ...]
 """Per modality the gates in the order stage 1..T, final ("hierarchical"), one gate ("flat", "dynamic") or none."""
 
+SETTINGS = ("iterations", "gating", "form", "dropout", "temperature", "normalize")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -63,6 +65,11 @@ class Problem:
     def width(self) -> int:
         """d, the width of the joint features."""
         return sum(self.widths)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All but the sizes, in this order."""
+        return tuple(getattr(self, name) for name in (*SETTINGS, "shared"))
 
     @property
     def released(self) -> bool:
@@ -88,153 +95,94 @@ def modality_names(count: int) -> tuple[str, ...]:
 # ---- options
 
 
-def check_options(
-    *, iterations: int, gating: str, form: str, dropout: float, temperature: float, backend: str | None = None
-) -> None:
-    """Refuse options outside the contract with ValueError or TypeError."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations: expected an int from 1 to {MAX_ITERATIONS}, got {iterations!r}.")
-    if not 1 <= iterations <= MAX_ITERATIONS:
-        raise ValueError(f"iterations: expected 1 to {MAX_ITERATIONS}, got {iterations}.")
-    check_choice("gating", gating, GATINGS)
-    check_choice("form", form, FORMS)
-    check_number("dropout", dropout)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability p with 0 <= p < 1, got {dropout}.")
-    check_number("temperature", temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}.")
+_CHOICES = {"gating": GATINGS, "form": FORMS}
+_NUMBERS = {
+    "dropout": ("a probability p with 0 <= p < 1", lambda p: 0 <= p < 1),
+    "temperature": ("a finite number above 0", lambda tau: 0 < tau < math.inf),
+}
+
+
+def check_options(**options: Any) -> None:
+    """Refuse options outside the contract, by their names, with ValueError or TypeError."""
+    for name, value in options.items():
+        if name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        elif name in _NUMBERS:
+            expected, holds = _NUMBERS[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}.")
+            if not holds(value):
+                raise ValueError(f"{name}: expected {expected}, got {value}.")
+        elif name == "iterations":
+            check_size(name, value, MAX_ITERATIONS)
+        elif not isinstance(value, bool):  # "no" would count as true
+            raise TypeError(f"{name}: expected True or False, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a ``value`` that is not one of ``choices``."""
-    listed = ", ".join(repr(choice) for choice in choices)
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {listed}, got {value!r}.")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Refuse a ``value`` that is not a bool: "no" would count as true."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}.")
-
-
-def check_size(name: str, value: object) -> None:
-    """Refuse a width or length that is not a positive int."""
+def check_size(name: str, value: object, most: int | None = None) -> None:
+    """Refuse what is not a positive int, or one above ``most``."""
+    expected = "a positive int" if most is None else f"an int from 1 to {most}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a positive int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value}.")
+        raise TypeError(f"{name}: expected {expected}, got {value!r}.")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {expected}, got {value}.")
 
 
 # ---- tensors
-
-
-MOST_REMEMBERED = 512
-_legal: dict[Any, Problem] = {}
 
 
 def check(
     features: Sequence[Tensor],
     layers: Sequence[Layer],
     gates: Gates,
-    *,
-    seed: Tensor | int | None = None,
-    **options: Any,
+    parameters: Sequence[Tensor],
+    settings: tuple[Any, ...],
 ) -> Problem:
-    """Check one call and describe it. One that is like an earlier and legal one is only compared with that.
+    """Check all that a problem is made of, and describe it.
+
+    ``layers`` and ``gates`` have passed :func:`check_structure`; ``parameters`` are what :func:`flatten` makes of them,
+    as they are or cast; ``settings`` are the :data:`SETTINGS`, or None for the iterations.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    if torch.compiler.is_compiling():
-        return _check(features, layers, gates, seed=seed, **options)
-    call = features, layers, gates, seed if isinstance(seed, Tensor) else type(seed)
-    try:
-        key = _likeness(call), *((name, _likeness(value)) for name, value in options.items())
-        problem = _legal.get(key)
-    except TypeError:  # a size that is a symbol cannot be looked up
-        return _check(features, layers, gates, seed=seed, **options)
-    if problem is None:
-        problem = _check(features, layers, gates, seed=seed, **options)
-        if len(_legal) >= MOST_REMEMBERED:
-            _legal.clear()
-        _legal[key] = problem
-    return problem
-
-
-def _likeness(value: Any) -> Any:
-    """All of an argument that its check looks at; equal for no two of which only one is legal."""
-    if isinstance(value, Tensor):
-        return value.is_nested or value.shape, value.dtype, value.device, value.layout  # a nested one may have no shape
-    if isinstance(value, (tuple, list)):
-        return type(value), *map(_likeness, value)
-    return type(value), value
-
-
-def _check(
-    features: Sequence[Tensor],
-    layers: Sequence[Layer],
-    gates: Gates,
-    *,
-    iterations: int | None = None,
-    gating: str = "flat",
-    form: str = "released",
-    dropout: float = 0.0,
-    temperature: float = 0.1,
-    normalize: bool = False,
-    lengths: Tensor | None = None,
-    seed: Tensor | int | None = None,
-) -> Problem:
-    check_structure(features, layers, gates)
-    check_flag("normalize", normalize)
-    total = len(layers) if iterations is None else iterations
-    check_options(iterations=total, gating=gating, form=form, dropout=dropout, temperature=temperature)
+    options = {name: value for name, value in zip(SETTINGS, settings, strict=True)}
+    total = options["iterations"] = len(layers) if options["iterations"] is None else options["iterations"]
+    check_options(**options)
     if len(layers) != 1 and len(layers) != total:  # not `in`: PyTorch 2.4 compiles that wrongly where total is symbolic
         raise ValueError(f"layers: expected {total} of them (one per iteration) or 1 (shared), got {len(layers)}.")
-
-    batch, length, widths = _check_features(features)
-    problem = Problem(
-        batch=batch,
-        length=length,
-        widths=widths,
-        iterations=total,
-        gating=gating,
-        form=form,
-        dropout=float(dropout) if form == "released" else 0.0,
-        temperature=float(temperature),
-        normalize=normalize,
-        shared=len(layers) == 1,
-    )
-    like = features[0]
-    names = modality_names(len(features))
-    for name, given, shape in _expected_parameters(problem, layers, gates):
-        _check_parameter(name, given, shape, like, names[0])
-    if lengths is not None:
-        _check_lengths_tensor(lengths, batch, like)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected one int64 value, got {seed.dtype} of shape {list(seed.shape)}.")
-        if seed.device != like.device:
-            raise ValueError(f"seed: expected device {like.device}, as {names[0]} has, got {seed.device}.")
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected an int, an int64 tensor of one value or None, got {seed!r}.")
+    options["dropout"] = float(options["dropout"]) if options["form"] == "released" else 0.0
+    options["temperature"] = float(options["temperature"])
+    problem = Problem(*_check_features(features), **options, shared=len(layers) == 1)
+    _check_presence(problem, layers, gates)
+    for (name, shape), given in zip(expected_tensors(problem), parameters, strict=True):
+        _check_parameter(name, given, shape, features[0], modality_names(len(features))[0])
     return problem
+
+
+def check_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
+    """The same for parameters in the order of :func:`flatten`; ``settings`` are iterations to shared of Problem."""
+    _check_modalities(features)
+    check_options(**dict(zip(SETTINGS, settings[:-1], strict=True)))
+    problem = Problem(*_check_features(features), *settings)
+    count = sum(1 for _ in expected_tensors(problem))
+    if len(parameters) != count:
+        raise ValueError(f"parameters: expected {count} tensors in the order of flatten(), got {len(parameters)}.")
+    return check(features, *unflatten(problem, parameters), parameters, tuple(settings[:-1]))
 
 
 def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates) -> None:
     """Refuse arguments that are not the nested sequences of tensors they should be, whatever the tensors hold."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"features: expected a sequence of tensors, one per modality, got {_kind(features)}.")
-    if not MODALITIES[0] <= len(features) <= MODALITIES[1]:
-        raise ValueError(f"features: expected {MODALITIES[0]} to {MODALITIES[1]} modalities, got {len(features)}.")
+    _check_modalities(features)
     for name, x in zip(modality_names(len(features)), features, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor [B, L, d], got {_kind(x)}.")
@@ -256,6 +204,11 @@ def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: 
         raise TypeError(f"gates: expected a sequence of gates per modality, got {_kind(gates)}.")
     for m, group in enumerate(gates):
         _check_group(f"gates[{m}]", group, None)
+
+
+def _check_modalities(features: Sequence[Tensor]) -> None:
+    if not MODALITIES[0] <= len(features) <= MODALITIES[1]:
+        raise ValueError(f"features: expected {MODALITIES[0]} to {MODALITIES[1]} modalities, got {len(features)}.")
 
 
 def _kind(value: object) -> str:
@@ -320,45 +273,50 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
     return first.shape[0], first.shape[1], tuple(x.shape[2] for x in features)
 
 
-_Expected = tuple[str, Tensor | None, tuple[int, ...] | None]  # name, tensor, its shape or None for "must be absent"
-
-
-def _expected_parameters(problem: Problem, layers: Sequence[Layer], gates: Gates) -> Iterator[_Expected]:
-    def linear(name: str, given: Linear | None, rows: int, columns: int) -> Iterator[_Expected]:
-        if given is None:
-            raise TypeError(f"{name}: expected a Linear(weight, bias), got None.")
-        yield f"{name}.weight", given[0], (rows, columns)
-        yield f"{name}.bias", given[1], (rows,) if problem.released else None
-
-    length, width, count = problem.length, problem.width, len(problem.widths)
+def _check_presence(problem: Problem, layers: Sequence[Layer], gates: Gates) -> None:
+    """Refuse a W_q or a bias that should be absent, or is; and another number of gates."""
     for t, layer in enumerate(layers):
-        if problem.released:
-            yield from linear(f"layers[{t}].query", layer[0], width, width)
-        elif layer[0] is not None:
+        if problem.released and layer[0] is None:
+            raise TypeError(f"layers[{t}].query: expected a Linear(weight, bias), got None.")
+        if not problem.released and layer[0] is not None:
             raise ValueError(f"layers[{t}].query: expected None in the paper form, which has no W_q, got a Linear.")
-        for kind, group in zip(("key", "value", "output"), layer[1:], strict=True):
+    ways, count = problem.gate_ways, len(problem.widths)
+    if len(gates) != count and (ways or len(gates) > 0):
+        raise ValueError(f"gates: expected {count} entries, one per modality, got {len(gates)}.")
+    for m, group in enumerate(gates):
+        if len(group) != len(ways):
+            raise ValueError(f"gates[{m}]: expected {len(ways)} gates for gating={problem.gating!r}, got {len(group)}.")
+    for (name, rows, _), linear in zip(expected_linears(problem), every_linear(layers, gates), strict=True):
+        if problem.released and linear[1] is None:
+            raise TypeError(f"{name}.bias: expected a tensor of shape {[rows]}, got None.")
+        if not problem.released and linear[1] is not None:
+            raise ValueError(f"{name}.bias: expected None in the paper form, which has no biases, got a tensor.")
+
+
+def expected_linears(problem: Problem) -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of every linear map of a problem, in the order of :func:`flatten`."""
+    length, width = problem.length, problem.width
+    for t in range(1 if problem.shared else problem.iterations):
+        if problem.released:
+            yield f"layers[{t}].query", width, width
+        for kind in ("key", "value", "output"):
             for m, d_m in enumerate(problem.widths):
                 rows, columns = {"key": (length, length), "value": (d_m, d_m), "output": (d_m, width)}[kind]
-                yield from linear(f"layers[{t}].{kind}[{m}]", group[m], rows, columns)
-    ways = problem.gate_ways
-    if not ways and len(gates) == 0:
-        return
-    if len(gates) != count:
-        raise ValueError(f"gates: expected {count} entries, one per modality, got {len(gates)}.")
+                yield f"layers[{t}].{kind}[{m}]", rows, columns
     for m, d_m in enumerate(problem.widths):
-        if len(gates[m]) != len(ways):
-            raise ValueError(
-                f"gates[{m}]: expected {len(ways)} gates for gating={problem.gating!r}, got {len(gates[m])}."
-            )
-        for g, rows in enumerate(ways):
-            yield from linear(f"gates[{m}][{g}]", gates[m][g], rows, d_m)
+        for g, rows in enumerate(problem.gate_ways):
+            yield f"gates[{m}][{g}]", rows, d_m
 
 
-def _check_parameter(name: str, given: Tensor | None, shape: tuple[int, ...] | None, like: Tensor, first: str) -> None:
-    if shape is None:
-        if given is not None:
-            raise ValueError(f"{name}: expected None in the paper form, which has no biases, got a tensor.")
-        return
+def expected_tensors(problem: Problem) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight and bias."""
+    for name, rows, columns in expected_linears(problem):
+        yield f"{name}.weight", (rows, columns)
+        if problem.released:
+            yield f"{name}.bias", (rows,)
+
+
+def _check_parameter(name: str, given: object, shape: tuple[int, ...], like: Tensor, first: str) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {list(shape)}, got {type(given).__name__}.")
     if given.dim() != len(shape) or any(size != expected for size, expected in zip(given.shape, shape, strict=True)):
@@ -372,7 +330,31 @@ def _check_parameter(name: str, given: Tensor | None, shape: tuple[int, ...] | N
         raise ValueError(f"{name}: expected device {like.device}, as {first} has, got {given.device}.")
 
 
-def _check_lengths_tensor(lengths: Tensor, batch: int, like: Tensor) -> None:
+def refuse_memory(what: str, index: int, x: Tensor) -> NoReturn:
+    """Say of a tensor, whose address was asked for, that it has no memory. C++ calls this too."""
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{what}[{index}]: expected a strided tensor, got layout {x.layout}; make it one by x.to_dense()."
+        )
+    raise ValueError(
+        f"{what}[{index}]: expected a tensor with memory, got one of shape {list(x.shape)} whose storage was freed. "
+        "Sharding frees parameters between calls, and has to gather those of the whole block before one."
+    )
+
+
+def check_seed(seed: object, like: Tensor) -> None:
+    """Refuse what is neither an int nor one int64 on the device of ``like``."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected one int64 value, got {seed.dtype} of shape {list(seed.shape)}.")
+        if seed.device != like.device:
+            raise ValueError(f"seed: expected device {like.device}, as the features have, got {seed.device}.")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, an int64 tensor of one value or None, got {seed!r}.")
+
+
+def check_lengths(lengths: Tensor, batch: int, like: Tensor) -> None:
+    """Refuse what is no integer tensor [B] on the device of ``like``."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [B], got {type(lengths).__name__}.")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
@@ -383,26 +365,24 @@ def _check_lengths_tensor(lengths: Tensor, batch: int, like: Tensor) -> None:
         raise ValueError(f"lengths: expected device {like.device}, as the features have, got {lengths.device}.")
 
 
-# ---- the flat order in which operators take parameters
+# ---- the flat order in which kernels take parameters
+
+
+def every_linear(layers: Sequence[Layer], gates: Gates) -> list[Linear]:
+    """Per iteration W_q, where there is one, key, value and output; then per modality the gates."""
+    found: list[Linear] = []
+    for query, key, value, output in layers:
+        if query is not None:
+            found.append(query)
+        found += (*key, *value, *output)
+    for group in gates:
+        found += group
+    return found
 
 
 def flatten(layers: Sequence[Layer], gates: Gates) -> list[Tensor]:
-    """Parameters as one list: per iteration W_q, b_q, then key, value, output (per modality W, b); then the gates."""
-    groups = [
-        linear
-        for layer in layers
-        for linear in (*(() if layer[0] is None else (layer[0],)), *layer[1], *layer[2], *layer[3])
-    ]
-    groups += [linear for modality in gates for linear in modality]
-    return [tensor for linear in groups for tensor in linear if tensor is not None]
-
-
-def parameter_count(problem: Problem) -> int:
-    """Length of that list."""
-    modalities = len(problem.widths)
-    layers = 1 if problem.shared else problem.iterations
-    linears = layers * (3 * modalities + problem.released) + modalities * len(problem.gate_ways)
-    return linears * (2 if problem.released else 1)
+    """Weights and biases of :func:`every_linear`, as one list."""
+    return [tensor for linear in every_linear(layers, gates) for tensor in linear if tensor is not None]
 
 
 def unflatten(problem: Problem, parameters: Sequence[Tensor]) -> tuple[tuple[Layer, ...], Gates]:
@@ -413,12 +393,11 @@ def unflatten(problem: Problem, parameters: Sequence[Tensor]) -> tuple[tuple[Lay
     def linear() -> Linear:
         return Linear(next(tensors), next(tensors) if problem.released else None)
 
-    def linears(n: int) -> tuple[Linear, ...]:
+    def group(n: int) -> tuple[Linear, ...]:
         return tuple(linear() for _ in range(n))
 
     layers = tuple(
-        Layer(linear() if problem.released else None, linears(count), linears(count), linears(count))
+        Layer(linear() if problem.released else None, group(count), group(count), group(count))
         for _ in range(1 if problem.shared else problem.iterations)
     )
-    gates = tuple(linears(len(problem.gate_ways)) for _ in range(count))
-    return layers, gates
+    return layers, tuple(group(len(problem.gate_ways)) for _ in range(count))

@@ -9,8 +9,9 @@ from pytest import mark, param
 from torch import Tensor
 
 import grjca_kernels
-from cases import BACKENDS, Case, make
-from grjca_kernels import GatedRJCAFused, Layer, Linear, reference, shapes
+from cases import BACKENDS, Case, describe, make
+from grjca_kernels import GatedRJCAFused, Layer, Linear, reference
+from grjca_kernels import problem as problems
 
 CASE = Case("legal", 2, 4, (5, 3), 2, "flat")
 ENTRIES = {"gated_rjca": grjca_kernels.gated_rjca, "reference.gated_rjca": reference.gated_rjca}
@@ -53,7 +54,7 @@ def edit_layer(arguments: dict, group: str, change, t: int = 1, m: int = 1) -> N
 @pytest.fixture(autouse=True, scope="module")
 def a_legal_call_came_before():
     """What is like it is not checked again, so every refusal below is of a call that only seems to be."""
-    for form in shapes.FORMS:
+    for form in problems.FORMS:
         arguments = legal(Case("legal", 2, 4, (5, 3), 2, "flat", form, lengths=(4, 2)))
         for lengths in (None, arguments.pop("lengths")):
             grjca_kernels.gated_rjca(**arguments, lengths=lengths)
@@ -386,25 +387,24 @@ def test_a_module_of_another_dtype_says_what_to_do():
 # ---- what is legal
 
 
-@mark.parametrize("gating", shapes.GATINGS)
-@mark.parametrize("form", shapes.FORMS)
+@mark.parametrize("gating", problems.GATINGS)
+@mark.parametrize("form", problems.FORMS)
 @mark.parametrize("shared", [False, True])
 def test_flatten_and_unflatten_are_inverse(gating, form, shared):
     case = Case("flat", iterations=3, gating=gating, form=form, shared=shared)
     inputs = make(case)
-    options = {name: value for name, value in case.options.items() if name != "seed"}
-    problem = shapes.check(inputs.features, inputs.layers, inputs.gates, **options)
-    flat = shapes.flatten(inputs.layers, inputs.gates)
-    assert len(flat) == shapes.parameter_count(problem)
-    layers, gates = shapes.unflatten(problem, flat)
+    problem = describe(case, inputs)
+    flat = problems.flatten(inputs.layers, inputs.gates)
+    assert [list(x.shape) for x in flat] == [list(shape) for _, shape in problems.expected_tensors(problem)]
+    layers, gates = problems.unflatten(problem, flat)
     assert all(isinstance(layer, Layer) for layer in layers)
-    again = shapes.flatten(layers, gates)
+    again = problems.flatten(layers, gates)
     assert len(again) == len(flat) and all(a is b for a, b in zip(again, flat, strict=True))
 
 
 @mark.parametrize("gating, ways", [("none", ()), ("dynamic", (2,)), ("flat", (4,)), ("hierarchical", (2, 3, 4, 3))])
 def test_gate_ways(gating, ways):
-    assert shapes.gate_ways(gating, 3) == ways
+    assert problems.gate_ways(gating, 3) == ways
 
 
 @mark.parametrize("name", ["normalize", "concat", "return_gates", "return_iterates"])
@@ -415,29 +415,3 @@ def test_flags_are_bools(name):
 @mark.parametrize("name", ["normalize", "share_weights"])
 def test_flags_of_the_module_are_bools(name):
     refused(TypeError, name, lambda: GatedRJCAFused(3, 2, 4, **{name: 1}), "1")
-
-
-# ---- what is remembered
-
-
-def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(shapes, "_legal", {})
-    monkeypatch.setattr(shapes, "MOST_REMEMBERED", 3)
-    arguments = legal()
-    for batch in range(1, 9):
-        features = [x[:1].expand(batch, -1, -1) for x in arguments["features"]]
-        assert shapes.check(features, arguments["layers"], arguments["gates"], dropout=0.5).batch == batch
-        assert 1 <= len(shapes._legal) <= 3
-    before = dict(shapes._legal)
-    shapes.check(features, arguments["layers"], arguments["gates"], dropout=0.5)
-    assert shapes._legal == before
-
-
-@mark.parametrize("value", [True, 1.0, "1"], ids=repr)
-def test_equal_is_not_alike(value):
-    """1 == True == 1.0, and only one of them counts iterations."""
-    arguments = legal(Case("one", 2, 4, (5, 3), 1, "flat"))
-    tensors = [arguments[name] for name in ("features", "layers", "gates")]
-    assert shapes.check(*tensors, iterations=1).iterations == 1
-    refused(TypeError, "iterations", lambda: shapes.check(*tensors, iterations=value))
-    refused(TypeError, "seed", lambda: shapes.check(*tensors, iterations=1, seed=value))

@@ -1,0 +1,219 @@
+"""One call: described and checked once, at the public door, and handed down as it is.
+
+What was legal once is recognised: a call that is like it is compared with it, and not checked again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from grjca_kernels import problem as problems
+from grjca_kernels.modes import autocast_dtype, undisturbed
+from grjca_kernels.native import likeness
+from grjca_kernels.problem import Gates, Layer, Linear, Problem
+
+P = ParamSpec("P")
+
+
+class Call(NamedTuple):
+    """What is computed from what, and where to: all that ``forward(call)`` of a backend is given.
+
+    ``features`` are X_m [B, L, d_m] of any strides, ``parameters`` stand in the order of :func:`problem.flatten`,
+    ``lengths`` [B] and ``seed`` [] are int64; where there is dropout there is a seed. A forward fills ``outputs`` Y_m
+    [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]. A backward reads the iterates.
+    ``likeness`` is that of features and parameters, or None unless all of them are plain tensors.
+    """
+
+    problem: Problem
+    features: Sequence[Tensor]
+    parameters: Sequence[Tensor]
+    lengths: Tensor | None = None
+    seed: Tensor | None = None
+    concat: bool = False
+    return_gates: bool = False
+    return_iterates: bool = False
+    backend: str = "auto"
+    likeness: Any = None
+    outputs: Sequence[Tensor] = ()
+    iterates: Any = None
+    gates: Sequence[Tensor] = ()
+
+
+class Gradients(NamedTuple):
+    """What ``backward(call, gradients)`` of a backend is given beside the call: all per modality but ``parameters``.
+
+    The first three come in, in the shapes of what the forward filled, iterates as [T, B, L, d_m]; None counts as zero.
+    ``features`` and ``parameters`` are to be filled, where they are not None.
+    """
+
+    outputs: Sequence[Tensor | None]
+    iterates: Sequence[Tensor | None]
+    gates: Sequence[Tensor | None]
+    features: Sequence[Tensor | None]
+    parameters: Sequence[Tensor | None]
+
+
+# ---- the public door
+
+
+def describe(
+    features: Sequence[Tensor],
+    layers: Sequence[Layer],
+    gates: Gates = (),
+    *,
+    iterations: int | None = None,
+    gating: str = "flat",
+    form: str = "released",
+    dropout: float = 0.0,
+    temperature: float = 0.1,
+    normalize: bool = False,
+    lengths: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    concat: bool = False,
+    return_gates: bool = False,
+    return_iterates: bool = False,
+    backend: str = "auto",
+) -> Call:
+    """Check the arguments of :func:`grjca_kernels.gated_rjca`, cast them where autocast is on, and describe the call.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    options = iterations, gating, form, dropout, temperature, normalize, concat, return_gates, return_iterates
+
+    def check() -> Problem:
+        problems.check_structure(features, layers, gates)
+        problems.check_options(concat=concat, return_gates=return_gates, return_iterates=return_iterates)
+        return problems.check(features, layers, gates, parameters, options[:6])
+
+    walk = _walk(features, layers, gates)
+    if walk is None:
+        problems.check_structure(features, layers, gates)
+    parameters, nesting = walk or (problems.flatten(layers, gates), None)
+    features, parameters = _autocast(features, parameters)
+    alike = nesting and likeness([*features, *parameters])
+    problem = _once(alike and (alike, nesting, options, tuple(map(type, options))), check)  # 1 == True == 1.0
+    if lengths is not None:
+        problems.check_lengths(lengths, problem.batch, features[0])
+        if type(lengths) is Tensor and undisturbed((lengths,)):  # or the operator, which is given real ones, does it
+            lengths = known_lengths(problem, lengths)
+    seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
+    return Call(problem, features, parameters, lengths, seed, *options[6:], backend, alike)
+
+
+def answers(describe: Callable[P, Call]) -> Callable[[Callable[[Call], Any]], Callable[P, Any]]:
+    """Make of ``answer(call)`` a function of what ``describe`` takes."""
+
+    def decorate(answer: Callable[[Call], Any]) -> Callable[P, Any]:
+        @wraps(answer)
+        def described(*arguments: P.args, **options: P.kwargs) -> Any:
+            return answer(describe(*arguments, **options))
+
+        described.__annotations__ = {**describe.__annotations__, "return": "Any"}
+        described.__signature__ = inspect.signature(describe).replace(return_annotation="Any")  # type: ignore[attr-defined]
+        return described
+
+    return decorate
+
+
+def flat_problem(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
+    """Check a call of an operator, whose parameters are one list; ``settings`` are those of Problem."""
+    alike = likeness([*features, *parameters])
+    key = alike and (alike, len(features), tuple(settings), tuple(map(type, settings)))
+    return _once(key, lambda: problems.check_flat(features, parameters, settings))
+
+
+# ---- its tensors
+
+
+def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequence[Tensor], list[Any]]:
+    """Features and parameters in autocast's dtype, where it is on; float64 is left alone, as torch's operators do."""
+    dtype = autocast_dtype(features[0].device.type)
+    if dtype is None or any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in (*features, *parameters)):
+        return features, parameters
+
+    def cast(given: Any) -> Any:
+        return given.to(dtype) if isinstance(given, Tensor) else given
+
+    return [cast(x) for x in features], [cast(x) for x in parameters]
+
+
+def known_lengths(problem: Problem, lengths: Tensor) -> Tensor:
+    """As contiguous int64; on the CPU a copy, of which the values are checked, so that nobody changes them after."""
+    on_cpu = lengths.device.type == "cpu"
+    lengths = lengths.to(torch.int64, copy=on_cpu).contiguous()
+    if on_cpu:
+        problems.check_lengths_values(lengths, problem.length)
+    return lengths
+
+
+def _drawn_seed(problem: Problem, seed: Tensor | int | None, like: Tensor) -> Tensor | None:
+    """The seed as one int64 on the device of ``like``, from PyTorch's generator if None; None without dropout."""
+    if seed is not None:
+        problems.check_seed(seed, like)
+    if problem.dropout == 0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.reshape(())
+    if seed is not None:
+        word = seed & (2**64 - 1)
+        return torch.full((), word - 2**64 if word >= 2**63 else word, dtype=torch.int64, device=like.device)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+
+
+# ---- what is recognised
+
+MOST_REMEMBERED = 512
+_legal: dict[Any, Problem] = {}
+
+
+def _once(key: Any, check: Callable[[], Problem]) -> Problem:
+    """What ``check`` finds, or found before: a key holds all that it looks at, and None is for what has none."""
+    try:
+        if key and key in _legal:
+            return _legal[key]
+    except TypeError:  # an option that is nothing one could remember
+        key = None
+    problem = check()
+    if key:
+        if len(_legal) >= MOST_REMEMBERED:
+            _legal.clear()
+        _legal[key] = problem
+    return problem
+
+
+class Layers(tuple[Layer, ...]):
+    """Layers that are handed over again and again, and remember what was found when they were walked through."""
+
+    walk: tuple[Gates, Any] | None = None
+
+
+def _walk(features: Any, layers: Any, gates: Any) -> tuple[list[Tensor], Any] | None:
+    """The parameters as one list, and how they are nested, as far as a check looks at it; None where it is odd, or
+    traced, and has to be looked at closely."""
+    if torch.compiler.is_compiling() or type(features) not in (list, tuple):
+        return None
+    if not features or not isinstance(features[0], Tensor):
+        return None
+    if type(layers) is Layers and layers.walk and layers.walk[0] is gates:
+        return layers.walk[1]
+    try:
+        linears = problems.every_linear(layers, gates)
+        nesting = [len(features), type(layers), type(gates)]
+        for query, *groups in layers:
+            nesting += (query is None, *((type(group), len(group)) for group in groups))
+        nesting += ((type(group), len(group)) for group in gates)
+        if not {Layer, Linear, tuple}.issuperset(map(type, (*layers, *linears))) or {*map(len, linears)} != {2}:
+            return None
+    except (TypeError, ValueError):  # no tuples where some should be
+        return None
+    walk = [x for linear in linears for x in linear if x is not None], tuple(nesting)
+    if type(layers) is Layers and type(gates) is tuple:
+        layers.walk = gates, walk
+    return walk

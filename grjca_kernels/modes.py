@@ -1,0 +1,55 @@
+"""What PyTorch is set to around a call: TF32, autocast, and modes and transforms that want to see every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant_when_compiled(function: F) -> F:
+    """torch.compile calls it once, instead of tracing how devices and the environment are looked up.
+
+    It is torch.compiler.assume_constant_result, without the 1.5 seconds that this takes to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's settings let float32 products of CUDA tensors use TF32."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+_AUTOCAST = {name for name in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(name)}
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast is set to for this device type, or None where it is off or does not exist."""
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def undisturbed(tensors: Iterable[Tensor], parameters: Iterable[Tensor] = ()) -> bool:
+    """Whether kernels may read the memory of plain tensors without asking PyTorch.
+
+    Dispatch modes (FakeTensorMode, FlopCounterMode, tracing), function modes, torch.func, forward-mode derivatives and
+    the compiler want to see operators; and what a lazy negation, or a lazy zero, stands for is nowhere in memory.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(map(Tensor.is_neg, chain(tensors, parameters)))
+        or any(map(Tensor._is_zerotensor, tensors))
+    )
