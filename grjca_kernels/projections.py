@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from grjca_kernels.problem import Gates, Layer, Linear, every_linear
+from grjca_kernels.problem import Gates, Layer, Linear, flatten
 
 _RECOMPUTE = (BasePruningMethod, SpectralNorm, WeightNorm)  # they do so as hooks before the projection's forward
 
@@ -84,35 +84,32 @@ class Gathered(NamedTuple):
 
     layers: tuple[Layer, ...]
     gates: Gates
-    modules: dict[str, Any] | None  # of the block itself, which a replica of it has not; None: gather at every call
+    modules: dict[str, Any] | None  # of the block itself, which a replica has not; None: to be gathered at every call
     dictionaries: tuple[dict[str, Any], ...] = ()
     keys: tuple[str, ...] = ()
     held: tuple[Any, ...] = ()
+    sized: tuple[dict[str, Any], ...] = ()  # another entry would be a layer or gate more, or hide a parameter
+    sizes: tuple[int, ...] = ()
     projections: tuple[nn.Module, ...] = ()
-    attributes: tuple[int, ...] = ()  # how many each projection has of its own: one could hide a parameter
 
     @classmethod
     def of(cls, block: nn.Module, layers: tuple[Layer, ...], gates: Gates) -> Gathered:
-        """What ``block``, a GatedRJCAFused, holds now; nothing is relied on unless all its weights are Parameters of
-        a torch.nn.Linear."""
-        projections, containers = [], set()
-        for module in block.modules():
-            if type(module) is nn.Linear:
-                projections.append(module)
-            elif type(module) not in (nn.ModuleList, nn.ModuleDict):
-                containers.add(module)
-        parameters = {id(parameter) for of in projections for parameter in of._parameters.values()}
-        given = [tensor for linear in every_linear(layers, gates) for tensor in linear]
-        plain = all(type(tensor) in (nn.Parameter, type(None)) and id(tensor) in parameters for tensor in given)
-        if not plain or containers != {block, *block.layers}:  # type: ignore[misc]
+        """What ``block``, a GatedRJCAFused, holds now, if all its weights are Parameters of torch.nn.Linear."""
+        parameters = flatten(layers, gates)
+        if any(type(parameter) is not nn.Parameter for parameter in parameters):
             return cls(layers, gates, None)
-        entries: list[tuple[Any, str, Any]] = []
-        for module in block.modules():
-            entries += ((module._modules, *item) for item in module._modules.items())
-            entries += ((module._parameters, *item) for item in module._parameters.items())
+        modules = [*block.modules()]
+        projections = tuple(module for module in modules if type(module) is nn.Linear)
+        own = {id(parameter) for projection in projections for parameter in projection._parameters.values()}
+        known = {block, *block.layers, *projections}  # type: ignore[misc]
+        others = [module for module in modules if module not in known]
+        if not own.issuperset(map(id, parameters)) or not {nn.ModuleList, nn.ModuleDict}.issuperset(map(type, others)):
+            return cls(layers, gates, None)
+        entries = [(of._modules, *item) for of in modules for item in of._modules.items()]
+        entries += [(of._parameters, *item) for of in projections for item in of._parameters.items()]  # type: ignore[misc]
         dictionaries, keys, held = zip(*entries, strict=True)
-        attributes = tuple(len(vars(projection)) for projection in projections)
-        return cls(layers, gates, block._modules, dictionaries, keys, held, tuple(projections), attributes)
+        sized = (*(module._modules for module in modules), *map(vars, projections))
+        return cls(layers, gates, block._modules, dictionaries, keys, held, sized, tuple(map(len, sized)), projections)
 
     def hold(self, block: nn.Module) -> bool:
         """Whether they are what ``block`` computes with."""
@@ -120,8 +117,8 @@ class Gathered(NamedTuple):
             return (
                 self.modules is block._modules
                 and all(map(is_, map(getitem, self.dictionaries, self.keys), self.held))
+                and all(map(eq, map(len, self.sized), self.sizes))
                 and all(map(is_, map(type, self.projections), repeat(nn.Linear)))
-                and all(map(eq, map(len, map(vars, self.projections)), self.attributes))
             )
         except KeyError:
             return False

@@ -46,6 +46,14 @@ def fast():
     speed_up()
 
 
+@fixture(autouse=True)
+def prepared_anew(monkeypatch):
+    """At every call, for tests change what launches follow from."""
+    from grjca_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
+
+
 # ---- every phase alone
 
 
@@ -102,7 +110,6 @@ def alone(case: Case, dataflow: str):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", run_alone)
-        patch.setattr(launch, "_prepare", launch._prepare.__wrapped__)  # whose numbers change here
         patch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
         patch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
         patch.setattr(config, "parts_of", lambda *_: 2)
@@ -114,9 +121,6 @@ def alone(case: Case, dataflow: str):
 @mark.parametrize("case", CASES, ids=str)
 def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     """The same bits: what is launched where the driver refuses a grid that waits for itself."""
-    from grjca_kernels.triton import launch
-
-    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
     monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
     monkeypatch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
     monkeypatch.setattr(config, "parts_of", lambda *_: 2)
@@ -136,7 +140,6 @@ def test_masks_stay_in_their_bytes(dataflow, monkeypatch):
         assert (arguments.bits[-guard:] == 165).all() and not (arguments.bits[:-guard] == 165).all()
 
     monkeypatch.setattr(launch, "run", guarded)
-    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
     monkeypatch.setattr(config, "mask_bytes", lambda *of: mask_bytes(*of) + guard)
     monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
     run(function, CASES[0], make(CASES[0], torch.float32))

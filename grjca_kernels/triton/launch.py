@@ -200,7 +200,9 @@ def _addressed(arguments: Arguments, others: Any) -> tuple[Arguments, Any, list[
             return tuple(of(what, one, i) for i, one in enumerate(part))
         if isinstance(part, Tensor):
             found.append(part.data_ptr())
-            return found[-1] or refuse_memory(what, i, part)
+            if not found[-1] and part.numel():
+                refuse_memory(what, i, part)
+            return found[-1]
         numbers.append(part if type(part) is not View else part[1:])
         return part if type(part) is not View else View(of(what, part.data, i), *part[1:])
 
