@@ -1,9 +1,9 @@
 """What is counted and not timed, against what is recorded: ``python -m benchmarks.counted``.
 
-The same on every run and under any load: memory, operators, FLOP, and instructions of the native kernels under
-valgrind. Whatever differs from ``counted.json`` is printed, and the exit status is 1: what grew is a regression or has
-a reason, and what shrank is to be recorded, so that it cannot grow back. ``--update`` rewrites the file;
-``tests/test_counted.py`` compares with it in CI.
+The same on every run and under any load: memory, operators, FLOP, functions of the package that a call runs in Python,
+and instructions of the native kernels under valgrind. Whatever differs from ``counted.json`` is printed, and the exit
+status is 1: what grew is a regression or has a reason, and what shrank is to be recorded, so that it cannot grow back.
+``--update`` rewrites the file; ``tests/test_counted.py`` compares with it in CI.
 
 A count is compared only where what made it is what made the recorded one: this PyTorch, or this compiler. PyTorch's
 operators are those that reach the dispatcher below autograd, views among them.
@@ -12,6 +12,7 @@ operators are those that reach the dispatcher below autograd, views among them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import re
@@ -28,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import grjca_kernels
 from benchmarks.cases import DROPOUT
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
@@ -183,6 +185,40 @@ def _of_autograd(kind: type[GatedRJCAFused], **options: Any) -> Iterator[tuple[s
             torch.autograd.grad(output, leaves, gradient)
         yield f"{name}, operators of the backward", operators.total
         yield f"{name}, FLOP of the backward", flop.get_total_flops()
+
+
+def python_calls() -> Counts:
+    """Functions of the package that a call runs in Python, once what can be remembered is."""
+    result: Counts = {}
+    for gating in GATINGS:
+        block, inputs = replace(TINY, gating=gating).block(GatedRJCAFused, backend="cpu"), TINY.inputs(0)
+        for name, training in (("inference", False), ("training", True)):
+            block.train(training)
+            with torch.set_grad_enabled(training):
+                block(*inputs)
+                with calls_of_package() as called:
+                    output = block(*inputs)
+            result[f"{gating}, {name}"] = len(called)
+        with calls_of_package() as called:
+            output.backward(torch.ones_like(output))
+        result[f"{gating}, backward"] = len(called)
+    return result
+
+
+@contextlib.contextmanager
+def calls_of_package() -> Iterator[list[str]]:
+    """Names of the functions that run within a ``with`` block, on this thread."""
+    called, folder = [], str(Path(grjca_kernels.__file__).parent)
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(look)
+    try:
+        yield called
+    finally:
+        sys.setprofile(None)
 
 
 def _shapes() -> Iterator[tuple[str, Shape]]:
@@ -369,6 +405,11 @@ def of_torch() -> dict[str, str]:
     return {"torch": torch.__version__.partition("+")[0]}
 
 
+def of_python() -> dict[str, str]:
+    """The way to a tensor's memory is another before PyTorch 2.11; and up to 3.11 a comprehension is a function."""
+    return {**of_torch(), "Python": ".".join(platform.python_version_tuple()[:2])}
+
+
 def of_compiler() -> dict[str, str]:
     """The compiler has left its name in the library; the first is that of what it was linked by."""
     name = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(native.library.__file__).read_bytes())
@@ -389,6 +430,7 @@ def without_cuda() -> str | None:
 SECTIONS = {
     "eager": Section(eager, lambda: None, of_torch),
     "fused": Section(fused, cpu.why_not, of_torch),
+    "python calls": Section(python_calls, cpu.why_not, of_python),
     "cpu workspace": Section(cpu_workspaces, cpu.why_not, lambda: {"processor": platform.machine()}),
     "triton plan": Section(triton_plans, lambda: None, dict),
     "cuda plan": Section(cuda_plans, without_cuda, dict),

@@ -1,9 +1,9 @@
 """Publish the benchmarks: ``python -m benchmarks.report``.
 
-It runs them, then those of whole_step, roofline and scaling that have not been run yet, keeps the rows of this machine
-in ``results/``, and rewrites what stands between two markers in README.md and in RESULTS.md. ``--render`` does the last
-alone, and ``--check`` only fails where that is not what the rows say. Rows of GPUs, which ``benchmarks.gpu`` keeps in
-``results/*.jsonl``, get tables too; there need not be any.
+It runs them, then host, then those of whole_step, roofline and scaling that have not been run yet, keeps the rows of
+this machine in ``results/``, and rewrites what stands between two markers in README.md and in RESULTS.md. ``--render``
+does the last alone, and ``--check`` only fails where that is not what the rows say. Rows of GPUs, which
+``benchmarks.gpu`` keeps in ``results/*.jsonl``, get tables too; there need not be any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 
-from benchmarks import ledger, roofline, row_files, scaling, whole_step
+from benchmarks import host, ledger, roofline, row_files, scaling, whole_step
 from benchmarks.row_files import ROOT, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         path = store(rows(arguments.json) if arguments.json else measure(), RESULTS)
         print(f"wrote {path.relative_to(ROOT)}")
     if not only_text and not arguments.json:
-        for part in (whole_step, roofline, scaling):
+        for part in (host, whole_step, roofline, scaling):
             part.main([])
     return max(publish(path, text_of, arguments.check) for path, text_of in ((README, summary), (DETAILS, details)))
 
@@ -117,11 +117,12 @@ def summary(folder: Path) -> str:
 
 
 def details(folder: Path) -> str:
-    """Memory, ceilings and growth, on every machine."""
+    """Memory, the host's time, ceilings and growth, on every machine."""
     weighed = [f"{_where(rows)}, in MB.\n\n{memory(rows)}" for rows in _files(folder)]
+    hosts = [*map(host.table, _files(folder / "host"))]
     ceilings = [ceilings_of(path) for path in sorted((folder / "roofline").glob("*.json"))]
     growths = [growth_of(path) for path in sorted((folder / "scaling").glob("*.json"))]
-    parts = {"Memory": weighed, "Ceilings": ceilings, "Growth": growths}
+    parts = {"Memory": weighed, "Host": hosts, "Ceilings": ceilings, "Growth": growths}
     return "\n\n".join(text for title, texts in parts.items() if texts for text in [f"## {title}", *texts])
 
 

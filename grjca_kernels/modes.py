@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -41,15 +42,21 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def undisturbed(tensors: Iterable[Tensor], parameters: Iterable[Tensor] = ()) -> bool:
     """Whether kernels may read the memory of plain tensors without asking PyTorch.
 
-    Dispatch modes (FakeTensorMode, FlopCounterMode, tracing), function modes, torch.func, forward-mode derivatives and
-    the compiler want to see operators; and what a lazy negation, or a lazy zero, stands for is nowhere in memory.
+    Dispatch modes (FakeTensorMode, FlopCounterMode, tracing), function modes other than a default device, torch.func,
+    forward-mode derivatives and the compiler want to see operators; and what a lazy negation, or a lazy zero, stands
+    for is nowhere in memory.
     """
     return not (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _only_a_device())
         or torch._C._are_functorch_transforms_active()
         or any(map(Tensor.is_neg, chain(tensors, parameters)))
         or any(map(Tensor._is_zerotensor, tensors))
     )
+
+
+def _only_a_device() -> bool:
+    """Whether all function modes are those of torch.set_default_device."""
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())

@@ -526,7 +526,9 @@ def test_the_readme_is_that_of_the_rows():
 
 
 @pytest.mark.skipif(not report.README.exists(), reason="needs the sources")
-@pytest.mark.parametrize("name", ["report", "whole_step", "roofline", "scaling", "compare", "counted", "plots", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["report", "host", "whole_step", "roofline", "scaling", "compare", "counted", "plots", "gpu"]
+)
 def test_commands_are_commands(name):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     assert "usage:" in subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True).stdout

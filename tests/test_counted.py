@@ -106,6 +106,21 @@ def test_an_operator_less(recorded, monkeypatch):
 
 
 @needs_native
+def test_a_call_runs_few_functions():
+    calls = counted.python_calls()
+    assert max(count for name, count in calls.items() if "inference" in name) <= 60, calls
+
+
+@needs_native
+def test_one_more_function(recorded, monkeypatch):
+    recorded("python calls")
+    of_role = GatedRJCAFused.parameters_by_role
+    monkeypatch.setattr(GatedRJCAFused, "parameters_by_role", lambda block: of_role(block) and of_role(block))
+    lines = recorded.changed("python calls")
+    assert len(lines) == 2 and all("It grew" in line for line in lines)
+
+
+@needs_native
 def test_a_larger_workspace_of_the_cpu(recorded, monkeypatch):
     recorded("cpu workspace")
     code = native.library

@@ -68,8 +68,8 @@ class Gradients(NamedTuple):
     """What the backward reads and fills."""
 
     outputs: tuple[View, ...]
-    iterates: tuple[View, ...]
-    iterates_steps: tuple[int, ...]
     gates: tuple[View, ...]
+    iterates: tuple[View, ...]
     features: tuple[View, ...]
+    iterates_steps: tuple[int, ...]
     parameters: tuple[Any, ...]
