@@ -41,10 +41,6 @@ class Backend:
         return self.why_not() or self.refuses(device, dtype)
 
 
-def _never(device: str, dtype: torch.dtype) -> str | None:
-    return None
-
-
 def _on(expected: str) -> Callable[[str, torch.dtype], str | None]:
     def refuses(device: str, dtype: torch.dtype) -> str | None:
         return None if device == expected else f"it computes on {expected} tensors, and these are on {device}."
@@ -58,7 +54,7 @@ TABLE = {
         Backend("cuda", cuda.why_not, cuda.refusal, cuda.forward, cuda.backward, unproven=True),
         Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "about a minute"),
         Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward),
-        Backend("reference", lambda: None, _never),
+        Backend("reference", lambda: None, lambda device, dtype: None),
     )
 }
 CHOICES = ("auto", *TABLE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from grjca_kernels.native import likeness
 from grjca_kernels.problem import Gates, Layer, Linear, Problem
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Call(NamedTuple):
@@ -98,7 +99,7 @@ def describe(
     parameters, nesting = walk or (problems.flatten(layers, gates), None)
     features, parameters = _autocast(features, parameters)
     alike = nesting and likeness([*features, *parameters])
-    problem = _once(alike and (alike, nesting, options, tuple(map(type, options))), check)  # 1 == True == 1.0
+    problem = once(alike and (alike, nesting, options, tuple(map(type, options))), check)  # 1 == True == 1.0
     if lengths is not None:
         problems.check_lengths(lengths, problem.batch, features[0])
         if type(lengths) is Tensor and undisturbed((lengths,)):  # or the operator, which is given real ones, does it
@@ -126,7 +127,7 @@ def flat_problem(features: Sequence[Tensor], parameters: Sequence[Tensor], setti
     """Check a call of an operator, whose parameters are one list; ``settings`` are those of Problem."""
     alike = likeness([*features, *parameters])
     key = alike and (alike, len(features), tuple(settings), tuple(map(type, settings)))
-    return _once(key, lambda: problems.check_flat(features, parameters, settings))
+    return once(key, lambda: problems.check_flat(features, parameters, settings))
 
 
 # ---- its tensors
@@ -170,22 +171,22 @@ def _drawn_seed(problem: Problem, seed: Tensor | int | None, like: Tensor) -> Te
 # ---- what is recognised
 
 MOST_REMEMBERED = 512
-_legal: dict[Any, Problem] = {}
+_legal: dict[Any, Any] = {}
 
 
-def _once(key: Any, check: Callable[[], Problem]) -> Problem:
+def once(key: Any, check: Callable[[], R]) -> R:
     """What ``check`` finds, or found before: a key holds all that it looks at, and None is for what has none."""
     try:
         if key and key in _legal:
             return _legal[key]
     except TypeError:  # an option that is nothing one could remember
         key = None
-    problem = check()
+    found = check()
     if key:
         if len(_legal) >= MOST_REMEMBERED:
             _legal.clear()
-        _legal[key] = problem
-    return problem
+        _legal[key] = found
+    return found
 
 
 class Layers(tuple[Layer, ...]):

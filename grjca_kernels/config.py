@@ -239,7 +239,7 @@ def constants(
 ) -> tuple[Constants, Tiles]:
     """What is compiled for a problem."""
     stream = streams(problem)
-    frames = max(16, _power_of_two(problem.length)) if stream else 0
+    frames = max(16, 1 << (problem.length - 1).bit_length()) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
     columns = tile.n if aligned(problem) else 16
     rows, columns = (32, 128 if backward or dtype == torch.float32 else 256) if tile.warps == 8 else (16, columns)
@@ -339,7 +339,6 @@ def gate_values(problem: Problem, chunk: int) -> int:
 
 def parameter_elements(problem: Problem) -> int:
     """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given 16 ways."""
-
     sizes = [
         (16 if name.startswith("gates") else rows) * (columns + problem.released)
         for name, rows, columns in expected_linears(problem)
@@ -385,7 +384,3 @@ def chunk_of(problem: Problem, tile: Tiles, programs: int) -> int:
     enough = max(1, round(WAVES * programs / (rows * columns)))
     chunks = -(-problem.batch // enough)
     return -(-problem.batch // chunks)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,35 +120,16 @@ def attention_backward(
     d_next: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Through U_m, H_m, C_m, V_m and K_m: what d U_m = d X_m^(t+1) contributes to d X_m^t and to d J."""
-
-    def drop(a: Tensor, site: int) -> Tensor:
-        """A product with the mask: it takes gradients back as it takes values forth."""
-        if seed is None:
-            return a
-        shape = (a.shape[0], a.shape[1], a.shape[2])
-        return a * masks.scaled_mask(
-            seed, problem.dropout, iteration=t, modality=m, site=site, shape=shape, dtype=a.dtype
-        )
-
-    scale = 1 / math.sqrt(problem.width)
-    key = linear(x.mT, layer.key[m])  # K [B, d_m, L]
-    if present is not None:
-        key = torch.where(present.mT, key, 0)
-    value = linear(x, layer.value[m])  # V [B, L, d_m]
-    correlation = torch.tanh(key @ joint * scale)  # C before dropout [B, d_m, d]
-    dropped = drop(correlation, masks.SITE_CORRELATION)
-    attended = value @ dropped
-    hidden = torch.relu(torch.tanh(attended) if problem.released else attended)  # H [B, L, d]
-
+    drop = partial(masks.drop, seed=seed, p=problem.dropout, iteration=t, modality=m)
+    key, value, correlation, dropped, hidden, update = reference.attend(problem, x, joint, m, layer, t, present, seed)
     d_update = _present(d_next, present)
     if problem.released:
-        update = linear(hidden, layer.output[m])
-        d_update = _where_positive(update, drop(d_update, masks.SITE_OUTPUT))
+        d_update = _where_positive(update, drop(d_update, site=masks.SITE_OUTPUT))
     d_hidden = linear_backward(d_update, hidden, layer.output[m], d_layer.output[m])
     d_attended = _where_positive(hidden, d_hidden * (1 - hidden.square()) if problem.released else d_hidden)
     d_value = d_attended @ dropped.mT
-    d_correlation = drop(value.mT @ d_attended, masks.SITE_CORRELATION)
-    d_score = d_correlation * (1 - correlation.square()) * scale  # d (K J)
+    d_correlation = drop(value.mT @ d_attended, site=masks.SITE_CORRELATION)
+    d_score = d_correlation * (1 - correlation.square()) / math.sqrt(problem.width)  # d (K J)
     d_joint = key.mT @ d_score
     d_key = d_score @ joint.mT
     if present is not None:

@@ -54,9 +54,8 @@ def _products(problem: Problem) -> Iterator[Product]:
         for d_m in widths:
             yield Product(length * d_m * width, reads=None if problem.released else t)  # K J
             yield Product(length * d_m * width)  # V C
-            yield Product(
-                length * width * d_m, weight=weight, recomputed=problem.released
-            )  # U, for the sign in its relu
+            # U is recomputed for the sign in its relu.
+            yield Product(length * width * d_m, weight=weight, recomputed=problem.released)
             weight += 1
     for d_m in widths:
         for ways in problem.gate_ways:

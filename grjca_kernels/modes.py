@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -50,13 +51,8 @@ def undisturbed(tensors: Iterable[Tensor], parameters: Iterable[Tensor] = ()) ->
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and not _only_a_device())
+        or (torch._C._len_torch_function_stack() and any(type(mode) is not DeviceContext for mode in _function_modes()))
         or torch._C._are_functorch_transforms_active()
         or any(map(Tensor.is_neg, chain(tensors, parameters)))
         or any(map(Tensor._is_zerotensor, tensors))
     )
-
-
-def _only_a_device() -> bool:
-    """Whether all function modes are those of torch.set_default_device."""
-    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())

@@ -37,9 +37,11 @@ _shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", 
 def likeness(tensors: list[Tensor]) -> Any:
     """The dtype and device of all and the shape of each, equal only where these are; None unless all are plain tensors
     of one dtype and device, which have memory and sizes that are numbers."""
+    if torch.compiler.is_compiling():
+        return None
     if _exchanges:
         return library.likeness(tensors)
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+    if not _PLAIN.issuperset(map(type, tensors)):
         return None
     try:
         of_all = {*map(_dtype, tensors)}, {*map(_device, tensors)}, {*map(_layout, tensors)}

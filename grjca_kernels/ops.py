@@ -5,11 +5,15 @@ tensors allocated here. A new backend therefore registers nothing. In plain eage
 :func:`run` goes around it, to the very functions that the operator calls.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from grjca_kernels import flops
 from grjca_kernels.backends import TABLE
-from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths
+from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths, once
 from grjca_kernels.modes import undisturbed
 from grjca_kernels.native import likeness
 from grjca_kernels.problem import Problem, check_choice, check_lengths
@@ -130,10 +134,8 @@ def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list
 
 def _compute(name: str, wanted: Wanted, row: Any, *given: Any) -> None:
     """By a function of a row; under a name in profiles, which operators have anyway."""
-    if wanted.directly and torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-        with torch.profiler.record_function(name):
-            row(*given)
-    else:
+    profiled = wanted.directly and torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    with torch.profiler.record_function(name) if profiled else nullcontext():
         row(*given)
 
 
@@ -222,24 +224,28 @@ def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | N
 
 
 @torch.library.register_fake("grjca::forward", lib=_library)
-def _forward_fake(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+def _forward_fake(features, parameters, lengths, seed, *options):
     wanted = _checked(features, parameters, options)
     return _new_results(wanted.problem, features[0], wanted.concat, wanted.return_gates)
 
 
-def _forward(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+def _forward(features, parameters, lengths, seed, *options):
     wanted = _checked(features, parameters, options)
     return _forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
 
 
 @torch.library.register_fake("grjca::backward", lib=_library)
-def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *_):  # type: ignore[no-untyped-def]
+def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *_):
     return [gradient for gradient in _new_gradients((*features, *parameters), needed) if gradient is not None]
 
 
-def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):  # type: ignore[no-untyped-def]
+def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):
     wanted = _checked(features, parameters, options)
+    if len(needed) != len(features) + len(parameters):
+        raise ValueError(f"needed: expected one for each of the features and parameters, got {len(needed)}.")
     _check_incoming(wanted, grads, iterates, features[0])
+    # PyTorch makes lazy negations and zeros real wherever they are given to an operator, but not in lists with None.
+    grads = [grad.clone() if grad is not None and (grad.is_neg() or grad._is_zerotensor()) else grad for grad in grads]
     lengths, seed = _real(wanted, features[0], lengths, seed)
     gradients = _backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed)
     return [gradient for gradient in gradients if gradient is not None]
@@ -259,14 +265,14 @@ class _OnceDifferentiable(torch.autograd.Function):
     """What is refused of both functions, in a sentence."""
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    def vmap(info, in_dims, *args):
         raise RuntimeError(
             "gated_rjca: the kernels have no vmap. Make the mapped dimension part of the batch, or use "
             "backend='reference'."
         )
 
     @staticmethod
-    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+    def jvp(ctx, *tangents):
         raise RuntimeError(f"gated_rjca: the kernels have no forward-mode derivative. {_WAY_OUT}")
 
 
@@ -274,7 +280,7 @@ class GatedRJCA(_OnceDifferentiable):
     """The forward, with the backward as its gradient. Saves the arguments and the iterates only."""
 
     @staticmethod
-    def forward(wanted, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
+    def forward(wanted, lengths, seed, *tensors):
         count = len(wanted.problem.widths)
         features, parameters = tensors[:count], tensors[count:]
         if wanted.directly:
@@ -282,14 +288,14 @@ class GatedRJCA(_OnceDifferentiable):
         return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *wanted.options()))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output):
         ctx.wanted, lengths, seed, *tensors = inputs
         iterates = output[1 if ctx.wanted.concat else len(ctx.wanted.problem.widths)]
         ctx.save_for_backward(lengths, seed, iterates, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):
         needed, wanted, count = ctx.needs_input_grad[3:], ctx.wanted, len(ctx.wanted.problem.widths)
         given = [grad for grad in grads if grad is not None]
         if not any(needed) or not given:
@@ -298,11 +304,13 @@ class GatedRJCA(_OnceDifferentiable):
         features, parameters = tensors[:count], tensors[count:]
         # A parameter may have got other data since, and hooks on saved tensors may have given other ones back.
         as_checked = wanted.likeness is not None and likeness(tensors) == wanted.likeness
-        fitting = likeness([*given, iterates, features[0]]) is not None and undisturbed((*given, iterates))
-        if torch.is_grad_enabled() or not as_checked or not fitting:
+        fit = likeness([*given, iterates, features[0]]) if undisturbed((*given, iterates)) else None
+        if torch.is_grad_enabled() or not as_checked or fit is None:
             arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options()
             found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))
             return (None, None, None, *(next(found) if wanted else None for wanted in needed))
+        key = fit, (*map(is_, grads, repeat(None)),), iterates.is_contiguous(), wanted.likeness, wanted.options()
+        once(key, lambda: _check_incoming(wanted, grads, iterates, features[0]))
         now = wanted._replace(directly=True)
         return (None, None, None, *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed))
 
@@ -314,21 +322,21 @@ class GatedRJCAGradient(_OnceDifferentiable):
     """``grjca::backward``, with a gradient that says that there is none."""
 
     @staticmethod
-    def forward(counts, lengths, seed, iterates, needed, options, *tensors):  # type: ignore[no-untyped-def]
+    def forward(counts, lengths, seed, iterates, needed, options, *tensors):
         grads, rest = list(tensors[: counts[0]]), tensors[counts[0] :]
         features, parameters = list(rest[: counts[1]]), list(rest[counts[1] :])
         return tuple(torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output):
         pass
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):
         raise RuntimeError(f"gated_rjca: the kernels have no second derivative. {_WAY_OUT}")
 
 
-def _forward_autograd(features, parameters, lengths, seed, *options):  # type: ignore[no-untyped-def]
+def _forward_autograd(features, parameters, lengths, seed, *options):
     if _differentiable((*features, *parameters)):
         wanted = Wanted(_described(features, options), *options[-3:])
         return list(GatedRJCA.apply(wanted, lengths, seed, *features, *parameters))
@@ -336,9 +344,7 @@ def _forward_autograd(features, parameters, lengths, seed, *options):  # type: i
         return torch.ops.grjca.forward(features, parameters, lengths, seed, *options)
 
 
-def _backward_autograd(  # type: ignore[no-untyped-def]
-    grads, features, parameters, lengths, seed, iterates, needed, *options
-):
+def _backward_autograd(grads, features, parameters, lengths, seed, iterates, needed, *options):
     if _differentiable((*grads, *features, *parameters)):
         counts = (len(grads), len(features))
         return list(
@@ -361,13 +367,11 @@ def _described(features: Sequence[Any], options: tuple[Any, ...]) -> Problem:
     return Problem(sizes[0][0], sizes[0][1], tuple(size[2] for size in sizes), *options[:-3])
 
 
-def _forward_flops(features, parameters, lengths, seed, *options, **_):  # type: ignore[no-untyped-def]
+def _forward_flops(features, parameters, lengths, seed, *options, **_):
     return flops.forward(_described(features, options))
 
 
-def _backward_flops(  # type: ignore[no-untyped-def]
-    grads, features, parameters, lengths, seed, iterates, needed, *options, **_
-):
+def _backward_flops(grads, features, parameters, lengths, seed, iterates, needed, *options, **_):
     return flops.backward(_described(features, options), needed)
 
 

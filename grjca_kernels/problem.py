@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -69,7 +70,7 @@ class Problem:
     @property
     def settings(self) -> tuple[Any, ...]:
         """All but the sizes, in this order."""
-        return tuple(getattr(self, name) for name in (*SETTINGS, "shared"))
+        return attrgetter(*SETTINGS, "shared")(self)
 
     @property
     def released(self) -> bool:
@@ -266,10 +267,7 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
                 f"{name}: expected the batch and length of {names[0]}, {list(first.shape[:2])}, "
                 f"got {list(x.shape[:2])} in a tensor of shape {list(x.shape)}."
             )
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name}: expected dtype {first.dtype}, as {names[0]} has, got {x.dtype}.")
-        if x.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device}, as {names[0]} has, got {x.device}.")
+        _check_like(name, x, first, names[0])
     return first.shape[0], first.shape[1], tuple(x.shape[2] for x in features)
 
 
@@ -321,13 +319,14 @@ def _check_parameter(name: str, given: object, shape: tuple[int, ...], like: Ten
         raise TypeError(f"{name}: expected a tensor of shape {list(shape)}, got {type(given).__name__}.")
     if given.dim() != len(shape) or any(size != expected for size, expected in zip(given.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(given.shape)}.")
-    if given.dtype != like.dtype:
-        raise TypeError(
-            f"{name}: expected dtype {like.dtype}, as {first} has, got {given.dtype}; "
-            "convert one of them or run under torch.autocast."
-        )
-    if given.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as {first} has, got {given.device}.")
+    _check_like(name, given, like, first, "; convert one of them or run under torch.autocast")
+
+
+def _check_like(name: str, x: Tensor, like: Tensor, first: str, advice: str = "") -> None:
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected dtype {like.dtype}, as {first} has, got {x.dtype}{advice}.")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, as {first} has, got {x.device}.")
 
 
 def refuse_memory(what: str, index: int, x: Tensor) -> NoReturn:

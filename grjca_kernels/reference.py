@@ -76,9 +76,7 @@ def initial(problem: Problem, x: Tensor, present: Tensor | None) -> Tensor:
         x = torch.where(present, x, 0)
     if not problem.normalize:
         return x
-    wide = (
-        x if x.dtype == torch.float64 else x.float()
-    )  # 1e-12 is 0 in float16, and the norm of large frames is not finite
+    wide = x if x.dtype == torch.float64 else x.float()  # float16 has no 1e-12, and no norm of large frames
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
@@ -86,34 +84,40 @@ def iterate(
     problem: Problem, x: Sequence[Tensor], layer: Layer, t: int, present: Tensor | None, seed: Tensor | None
 ) -> list[Tensor]:
     """X^(t+1) of every modality from X^t (t counts from 0)."""
-
-    def drop(a: Tensor, modality: int, site: int) -> Tensor:
-        if seed is None:
-            return a
-        shape = (a.shape[0], a.shape[1], a.shape[2])
-        return a * masks.scaled_mask(
-            seed, problem.dropout, iteration=t, modality=modality, site=site, shape=shape, dtype=a.dtype
-        )
-
     joint = torch.cat(list(x), dim=-1)
     if layer.query is not None:
         joint = linear(joint, layer.query)  # J [B, L, d]
     result = []
     for m, x_m in enumerate(x):
-        key = linear(x_m.mT, layer.key[m])  # K_m [B, d_m, L]
-        if present is not None:
-            key = torch.where(present.mT, key, 0)
-        value = linear(x_m, layer.value[m])  # V_m [B, L, d_m]
-        correlation = torch.tanh(key @ joint / math.sqrt(problem.width))  # C_m [B, d_m, d]
-        attended = value @ drop(correlation, m, masks.SITE_CORRELATION)
-        hidden = torch.relu(torch.tanh(attended) if problem.released else attended)  # H_m [B, L, d]
-        update = linear(hidden, layer.output[m])
+        *_, update = attend(problem, x_m, joint, m, layer, t, present, seed)
         if problem.released:
-            update = drop(torch.relu(update), m, masks.SITE_OUTPUT)  # U_m [B, L, d_m]
+            update = masks.drop(torch.relu(update), seed, problem.dropout, t, m, masks.SITE_OUTPUT)  # U_m [B, L, d_m]
         if present is not None:
             update = torch.where(present, update, 0)
         result.append(x_m + update)
     return result
+
+
+def attend(
+    problem: Problem,
+    x: Tensor,
+    joint: Tensor,
+    m: int,
+    layer: Layer,
+    t: int,
+    present: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """K_m, V_m, C_m, C_m after dropout, H_m, and H_m W_h^T + b_h, of which U_m is made."""
+    key = linear(x.mT, layer.key[m])  # [B, d_m, L]
+    if present is not None:
+        key = torch.where(present.mT, key, 0)
+    value = linear(x, layer.value[m])  # [B, L, d_m]
+    correlation = torch.tanh(key @ joint / math.sqrt(problem.width))  # [B, d_m, d]
+    dropped = masks.drop(correlation, seed, problem.dropout, t, m, masks.SITE_CORRELATION)
+    attended = value @ dropped
+    hidden = torch.relu(torch.tanh(attended) if problem.released else attended)  # [B, L, d]
+    return key, value, correlation, dropped, hidden, linear(hidden, layer.output[m])
 
 
 def gate(problem: Problem, states: Sequence[Tensor], gates: Sequence[Linear]) -> tuple[Tensor, Any]:

@@ -1,10 +1,10 @@
 """Whether kernels compute what the reference does, on the very machine: what "auto" asks before it uses unproven ones.
 
 A check runs forward and backward of two problems that reach both dataflows of the kernels (C streamed, C stored), with
-every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
-error which derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
-operator.md, with values measured by the largest element, and gradients as vectors, all of one kind together. A second
-run must give the same bits.
+every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the error which
+derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of operator.md, with
+values measured by the largest element, and gradients as vectors, all of one kind together. A second run must give the
+same bits.
 
 A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
 In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
@@ -80,10 +80,8 @@ class Case:
 
 def cases(device: torch.device) -> tuple[Case, ...]:
     """A GPU is kept busy: tiles are cut off by the edge, and a large batch passes through the workspace in chunks."""
-    if device.type == "cpu":
-        return Case(1, 6, (5, 3), "hierarchical", True), Case(
-            1, 33, (4, 3), "flat", False, 1
-        )  # the interpreter is slow
+    if device.type == "cpu":  # the interpreter is slow
+        return Case(1, 6, (5, 3), "hierarchical", True), Case(1, 33, (4, 3), "flat", False, 1)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     return Case(3 * programs, 20, (72, 40), "hierarchical", True), Case(programs, 70, (72, 40), "flat", False)
 
@@ -307,7 +305,6 @@ def check(
 # ---- what is remembered
 
 _verdicts: dict[str, Verdict] = {}
-_said: set[str] = set()
 _lock = threading.RLock()
 
 
@@ -356,16 +353,13 @@ def file_of(key: str) -> Path:
 
 def recall(key: str) -> Verdict | None:
     """What this or an earlier process found; a file that cannot be read, or says something else, says nothing."""
-    if key not in _verdicts:
-        if json.loads(key)["device"] in RECORDS:
-            _verdicts[key] = Verdict(None)
-        else:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
-                content = json.loads(file_of(key).read_text())
-                if isinstance(content, dict) and content.get("key") == json.loads(key) and "reason" in content:
-                    reason = content["reason"]
-                    if reason is None or isinstance(reason, str):
-                        _verdicts[key] = Verdict(reason)
+    if key not in _verdicts and json.loads(key)["device"] in RECORDS:
+        _verdicts[key] = Verdict(None)
+    elif key not in _verdicts:
+        with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):  # RuntimeError: no home
+            content = json.loads(file_of(key).read_text())
+            if content["key"] == json.loads(key) and isinstance(content["reason"], (str, type(None))):
+                _verdicts[key] = Verdict(content["reason"])
     return _verdicts.get(key)
 
 
@@ -426,10 +420,9 @@ def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, key: st
     return verdict
 
 
+@functools.cache  # so that it is said once
 def say(sentence: str) -> None:
-    if sentence not in _said:
-        _said.add(sentence)
-        _log.warning(sentence)
+    _log.warning(sentence)
 
 
 def name_of(key: str) -> str:
@@ -466,10 +459,8 @@ def report(row: Row, device: torch.device | str | int | None) -> bool:
 def find_device(row: Row, given: torch.device | str | int | None) -> torch.device:
     """The device to check on: by default a GPU, or the CPU if that is where ``row`` computes."""
     candidates = [torch.device(kind) for kind in ("cuda", "cpu")] if given is None else [torch.device(given)]
-    reasons = [row.refusal(device.type, torch.float32) for device in candidates]
-    for device, reason in zip(candidates, reasons, strict=True):
-        if reason is None:
-            if device.type == "cuda" and device.index is None:
-                device = torch.device("cuda", torch.cuda.current_device())
-            return device
-    raise RuntimeError(f"backend {row.name!r} cannot be checked: {reasons[0]}")
+    for device in candidates:
+        if row.refusal(device.type, torch.float32) is None:
+            unnumbered = device.type == "cuda" and device.index is None
+            return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
+    raise RuntimeError(f"backend {row.name!r} cannot be checked: {row.refusal(candidates[0].type, torch.float32)}")

@@ -403,14 +403,31 @@ def test_a_parameter_that_changes_its_dtype_before_the_backward_is_refused():
 def test_what_hooks_on_saved_tensors_return_is_looked_at():
     of = make(CASE, torch.float32).leaves()
     given = {"layers": of.layers, "gates": of.gates, **CASE.options, "backend": "cpu"}
-    for back, error in ((lambda x: x[..., :-1], "expected"), (torch.Tensor.double, None)):
+    for back, error in (
+        (lambda x: x[..., :-1], "expected"),
+        (torch.Tensor.double, None),
+        (lambda x: x.mT.contiguous().mT, "iterates: expected a contiguous tensor"),
+    ):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x, back=back: x if x.dim() < 2 else back(x)):
             y, _ = gated_rjca(of.features, **given)
         with pytest.raises((TypeError, ValueError), match=error):
             y.sum().backward()
+        y, _ = gated_rjca(of.features, **given)
+        y.sum().backward()  # which is remembered
     with torch.autograd.graph.save_on_cpu():
         y, _ = gated_rjca(of.features, **given)
     y.sum().backward()
     expected = of.leaves()
     reference.gated_rjca(expected.features, expected.layers, expected.gates, **CASE.options)[0].sum().backward()
-    torch.testing.assert_close(of.features[0].grad, expected.features[0].grad)
+    torch.testing.assert_close(of.features[0].grad / 4, expected.features[0].grad)
+
+
+@mark.skipif("cpu" not in BACKENDS, reason="no kernels here")
+def test_gradients_of_another_shape_are_refused_of_a_node_that_is_called_by_hand():
+    """Autograd looks at the shapes of gradients; whoever calls a node goes around that."""
+    of = make(CASE, torch.float32).leaves()
+    y, _ = gated_rjca(of.features, of.layers, of.gates, **CASE.options, backend="cpu")
+    node, others = y.grad_fn, [None] * 2
+    node.apply(torch.ones_like(y), *others)
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected \["):
+        node.apply(torch.ones(1, 1, 1), *others)

@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them: schema, fakes, autograd, autocast, torch.compile, torch.func."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,9 +9,14 @@ import torch
 from pytest import mark
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from cases import BACKENDS, BY_NAME, EVERYTHING, SEED, Case, Inputs, call, cotangents, make
-from grjca_kernels import GatedRJCAFused, cpu, gated_rjca
+from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, ops
 
 pytestmark = mark.skipif("cpu" not in BACKENDS, reason=str(cpu.why_not()))
 native = partial(gated_rjca, backend="cpu")
@@ -109,6 +115,188 @@ def test_a_raw_call_is_checked_too():
         torch.ops.grjca.forward(features, parameters[:-1], *rest)
     with pytest.raises(ValueError, match=r"layers\[0\]\.query\.weight: expected shape"):
         torch.ops.grjca.forward(features, [parameters[1], *parameters[1:]], *rest)
+    for backend in ("reference", "auto", "nosuch"):
+        with pytest.raises(ValueError, match=f"backend: expected .*got '{backend}'"):
+            torch.ops.grjca.forward(features, parameters, *rest[:-1], backend)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: it computes on cuda tensors"):
+        torch.ops.grjca.forward(features, parameters, *rest[:-1], "cuda")
+
+
+def test_a_raw_backward_is_checked_too():
+    grads, *given, iterates, needed = backward_arguments(EVERYTHING, make(EVERYTHING))[:7]
+    options = backward_arguments(EVERYTHING, make(EVERYTHING))[7:]
+    for changed, iterates_of, expected in (
+        ([grads[0][:1], *grads[1:]], iterates, r"grads\[0\]: expected \["),
+        ([grads[0].float(), *grads[1:]], iterates, r"grads\[0\]: .*got .*torch\.float32"),
+        (grads[:-1], iterates, r"grads: expected \d+ of them or None"),
+        (grads, iterates[1:], r"iterates: expected \["),
+        (grads, iterates.mT.contiguous().mT, "iterates: expected a contiguous tensor, got strides"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            torch.ops.grjca.backward(changed, *given, iterates_of, needed, *options)
+    with pytest.raises(ValueError, match="needed: expected"):
+        torch.ops.grjca.backward(grads, *given, iterates, needed[:-1], *options)
+
+
+# ---- which way a call takes
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """What calls go through: a letter for every forward and backward that computed; d is directly, o an operator."""
+    found = []
+
+    def noting(name):
+        compute = getattr(ops, name)
+
+        def noted(wanted, *given):
+            found.append("d" if wanted.directly else "o")
+            return compute(wanted, *given)
+
+        monkeypatch.setattr(ops, name, noted)
+
+    noting("_forward_now")
+    noting("_backward_now")
+    return found
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **options or {})
+
+
+DIRECT = {
+    "plain": nullcontext,
+    "anomaly": torch.autograd.detect_anomaly,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "profiler": torch.profiler.profile,
+    "hooks on saved tensors": partial(torch.autograd.graph.saved_tensors_hooks, lambda x: x, lambda x: x),
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "default device": partial(torch.device, "cpu"),
+    "deterministic": partial(torch.random.fork_rng, devices=[]),
+}
+BY_OPERATOR = {
+    "dispatch mode": Dispatched,
+    "FLOP": partial(FlopCounterMode, display=False),
+    "function mode": BaseTorchFunctionMode,
+    "forward-mode": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.fixture
+def small():
+    """A module, its inputs, and a step with it: all results."""
+    torch.manual_seed(0)
+    module = GatedRJCAFused(5, 3, 4, backend="cpu", gating="hierarchical", dropout=0.4)
+    x = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
+
+    def all_of_it():
+        torch.manual_seed(1)
+        return step(module, x, [torch.ones(2, 4, 5), torch.ones(2, 4, 3)])
+
+    return module, x, all_of_it
+
+
+@mark.filterwarnings("ignore:Anomaly Detection")
+@mark.parametrize("context", DIRECT)
+def test_plain_calls_go_directly(context, ways, small):
+    with DIRECT[context]():
+        small[2]()
+    assert ways == ["d", "d"]
+
+
+@mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_calls_without_gradients_go_directly(context, ways, small):
+    module, x, _ = small
+    with context():
+        module(*x)
+    assert ways == ["d"]
+
+
+@mark.parametrize("reentrant", [False, True])
+def test_checkpoints_go_directly(reentrant, ways, small):
+    module, x, _ = small
+    leaves = [tensor.clone().requires_grad_() for tensor in x]
+    outputs = checkpoint(module, *leaves, use_reentrant=reentrant)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert ways == ["d"] * 3
+
+
+@mark.parametrize("context", BY_OPERATOR)
+def test_who_looks_at_operators_gets_them_and_the_same_bits(context, ways, small):
+    expected = small[2]()
+    ways.clear()
+    with BY_OPERATOR[context]():
+        found = small[2]()
+    assert ways == ["o", "d" if context == "function mode" else "o"]  # such a mode is off within what it has seen
+    assert all(map(torch.equal, found, expected))
+
+
+@mark.parametrize("mode", ["dispatch mode", "FLOP"])
+def test_a_mode_that_comes_with_the_backward_sees_an_operator(mode, ways, small):
+    module, x, _ = small
+    outputs = module(*x)
+    with BY_OPERATOR[mode]():
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert ways == ["d", "o"]
+
+
+@mark.parametrize("case", CASES, ids=str)
+def test_both_ways_give_the_same_bits(case, ways):
+    found = []
+    for context in (nullcontext, Dispatched):
+        inputs = make(case, torch.float32).leaves()
+        with context():
+            values = [*call(native, case, inputs).values()]
+            given = torch.autograd.grad(values, inputs.features + inputs.parameters, cotangents(values))
+        found.append([*values, *given])
+    assert ways == ["d", "d", "o", "o"]
+    assert all(map(torch.equal, *found))
+
+
+def test_gradients_that_stand_for_others_go_by_the_operator(ways, small):
+    """Their memory holds something else: a lazy negation."""
+    module, x, _ = small
+    outputs = module(*x)
+    g = torch.randn(2, 4, 5)
+    by_operator = torch.autograd.grad(outputs[0], [*module.parameters()], g._neg_view(), retain_graph=True)
+    directly = torch.autograd.grad(outputs[0], [*module.parameters()], -g)
+    assert ways == ["d", "o", "d"]
+    assert all(map(torch.equal, by_operator, directly))
+
+
+def test_what_traces_and_fakes_sees_operators(ways, small):
+    module, x, _ = small
+    module.eval()
+    traced = make_fx(module)(*x)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert names.count("grjca.forward.default") == 1 and set(ways) <= {"o"}
+    ways.clear()
+    assert all(map(torch.equal, traced(*x), module(*x)))
+    ways.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = module(*map(mode.from_tensor, x))
+    assert [y.shape for y in fakes] == [tensor.shape for tensor in x] and not ways
+
+
+def test_torch_func_and_the_compiler_see_operators(ways, small):
+    module, x, _ = small
+    module.eval()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    torch.func.grad(functional_loss(module, x))(parameters)
+    assert ways == ["o", "o"]
+    ways.clear()
+    torch.compiler.reset()
+    step(torch.compile(module, fullgraph=True, backend="aot_eager"), x, [torch.ones(2, 4, 5), torch.ones(2, 4, 3)])
+    assert ways == ["o", "o"]
+
+
+@mark.parametrize("context", [nullcontext, BaseTorchFunctionMode])
+def test_a_profile_shows_each_direction_once(context, small):
+    with context(), torch.profiler.profile() as profile:
+        small[2]()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["grjca::forward"] == counts["grjca::backward"] == 1
 
 
 # ---- derivatives
