@@ -103,6 +103,27 @@ def test_changed_weights():
 
 
 @mark.gpu
+def test_graphed_callables():
+    """`torch.cuda.make_graphed_callables` of the block: forward and backward replayed as CUDA graphs, on a GPU"""
+    torch.manual_seed(0)
+    block = GatedRJCAFused(D_V, D_A, L, normalize=True, dropout=0.0).cuda()
+    inputs = [
+        tuple(torch.randn(3, L, width, device="cuda", requires_grad=True) for width in (D_V, D_A)) for _ in range(3)
+    ]
+    expected = [gradients_of(block, x) for x in inputs]
+    graphed = torch.cuda.make_graphed_callables(block, tuple(x.detach().requires_grad_() for x in inputs[0]))
+    for x, values in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(gradients_of(graphed, x), values, rtol=0, atol=0)
+
+
+def gradients_of(block: nn.Module, x: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Outputs, and gradients of inputs and parameters."""
+    y = block(*x)
+    gradients = torch.autograd.grad(y, [*x, *block.parameters()], [torch.ones_like(y_m) for y_m in y])
+    return [tensor.detach().clone() for tensor in (*y, *gradients)]
+
+
+@mark.gpu
 @mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs(mode):
     """`mode="reduce-overhead"` and `"max-autotune"`, which capture CUDA graphs, on a GPU"""
