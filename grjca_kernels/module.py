@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from grjca_kernels import problem as problems
 from grjca_kernels import released
 from grjca_kernels.backends import CHOICES
-from grjca_kernels.call import Layers
 from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
 from grjca_kernels.problem import Gates, Layer
 from grjca_kernels.projections import Gathered, as_linear
@@ -155,7 +154,7 @@ class GatedRJCAFused(nn.Module):
     _gathered: Gathered | None = None
 
     def _by_role(self) -> tuple[tuple[Layer, ...], Gates]:
-        layers = Layers(cast(_Iteration, layer).as_layer() for layer in self.layers)
+        layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
         gates = tuple(tuple(as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
         return layers, gates
 

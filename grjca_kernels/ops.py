@@ -174,7 +174,8 @@ def _backward_now(
     computed = _new_gradients((*features, *parameters), needed)
     gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
     if problem.batch:
-        call = Call(problem, features, parameters, lengths, seed, iterates=iterates)
+        # Hooks on saved tensors, and Inductor, may have laid them out anew.
+        call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous())
         _compute("grjca::backward", wanted, TABLE[wanted.backend].backward, call, gradients)
     else:
         for gradient in gradients.parameters:
@@ -196,8 +197,6 @@ def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Te
                 f"{name}: expected {list(shape)} of {like.dtype} on {like.device}, as the features have it, got "
                 f"{list(x.shape)} of {x.dtype} on {x.device}."
             )
-    if not iterates.is_contiguous():
-        raise ValueError(f"iterates: expected a contiguous tensor, got strides {list(iterates.stride())}.")
 
 
 # ---- the operators
@@ -309,7 +308,7 @@ class GatedRJCA(_OnceDifferentiable):
             arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options()
             found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))
             return (None, None, None, *(next(found) if wanted else None for wanted in needed))
-        key = fit, (*map(is_, grads, repeat(None)),), iterates.is_contiguous(), wanted.likeness, wanted.options()
+        key = fit, (*map(is_, grads, repeat(None)),), wanted.likeness, wanted.options()
         once(key, lambda: _check_incoming(wanted, grads, iterates, features[0]))
         now = wanted._replace(directly=True)
         return (None, None, None, *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed))

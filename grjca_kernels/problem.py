@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -70,7 +69,7 @@ class Problem:
     @property
     def settings(self) -> tuple[Any, ...]:
         """All but the sizes, in this order."""
-        return attrgetter(*SETTINGS, "shared")(self)
+        return self.iterations, self.gating, self.form, self.dropout, self.temperature, self.normalize, self.shared
 
     @property
     def released(self) -> bool:

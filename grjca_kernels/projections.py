@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from grjca_kernels.call import Layers
 from grjca_kernels.problem import Gates, Layer, Linear, flatten
 
 _RECOMPUTE = (BasePruningMethod, SpectralNorm, WeightNorm)  # they do so as hooks before the projection's forward
@@ -95,7 +96,7 @@ class Gathered(NamedTuple):
     @classmethod
     def of(cls, block: nn.Module, layers: tuple[Layer, ...], gates: Gates) -> Gathered:
         """What ``block``, a GatedRJCAFused, holds now, if all its weights are Parameters of torch.nn.Linear."""
-        parameters = flatten(layers, gates)
+        layers, parameters = Layers(layers), flatten(layers, gates)
         if any(type(parameter) is not nn.Parameter for parameter in parameters):
             return cls(layers, gates, None)
         modules = [*block.modules()]
