@@ -303,7 +303,8 @@ class GatedRJCA(_OnceDifferentiable):
         features, parameters = tensors[:count], tensors[count:]
         # A parameter may have got other data since, and hooks on saved tensors may have given other ones back.
         as_checked = wanted.likeness is not None and likeness(tensors) == wanted.likeness
-        fit = likeness([*given, iterates, features[0]]) if undisturbed((*given, iterates)) else None
+        plain = undisturbed((*given, iterates, *features), parameters)
+        fit = likeness([*given, iterates, features[0]]) if plain else None
         if torch.is_grad_enabled() or not as_checked or fit is None:
             arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options()
             found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))

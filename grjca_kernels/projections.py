@@ -79,13 +79,17 @@ class Gathered(NamedTuple):
     """Parameters by role, and all by which one sees that they still are what the module computes with.
 
     Whatever puts another tensor in the place of a parameter (assignment, another submodule, parametrize, prune, LoRA,
-    functional_call, FSDP) does so in a dictionary on the way to it, so each is asked for what it held. That a parameter
-    has another shape, dtype, device or memory is not seen here, but where its tensor is looked at.
+    functional_call, FSDP) does so in a dictionary on the way to it, or replaces the dictionary (unpickling, ZeRO), so
+    each is asked for what it held. That a parameter has another shape, dtype, device or memory is not seen here, but
+    where its tensor is looked at.
     """
 
     layers: tuple[Layer, ...]
     gates: Gates
     modules: dict[str, Any] | None  # of the block itself, which a replica has not; None: to be gathered at every call
+    owners: tuple[nn.Module, ...] = ()
+    names: tuple[str, ...] = ()
+    owned: tuple[dict[str, Any], ...] = ()
     dictionaries: tuple[dict[str, Any], ...] = ()
     keys: tuple[str, ...] = ()
     held: tuple[Any, ...] = ()
@@ -109,14 +113,18 @@ class Gathered(NamedTuple):
         entries = [(of._modules, *item) for of in modules for item in of._modules.items()]
         entries += [(of._parameters, *item) for of in projections for item in of._parameters.items()]  # type: ignore[misc]
         dictionaries, keys, held = zip(*entries, strict=True)
+        owns = [(of, "_modules", of._modules) for of in modules[1:] if of._modules]
+        owns += [(of, "_parameters", of._parameters) for of in projections]  # type: ignore[misc]
         sized = (*(module._modules for module in modules), *map(vars, projections))
-        return cls(layers, gates, block._modules, dictionaries, keys, held, sized, tuple(map(len, sized)), projections)
+        seen = (*zip(*owns, strict=True), dictionaries, keys, held, sized, tuple(map(len, sized)), projections)
+        return cls(layers, gates, block._modules, *seen)
 
     def hold(self, block: nn.Module) -> bool:
         """Whether they are what ``block`` computes with."""
         try:
             return (
                 self.modules is block._modules
+                and all(map(is_, map(getattr, self.owners, self.names), self.owned))
                 and all(map(is_, map(getitem, self.dictionaries, self.keys), self.held))
                 and all(map(eq, map(len, self.sized), self.sizes))
                 and all(map(is_, map(type, self.projections), repeat(nn.Linear)))

@@ -116,6 +116,19 @@ def of_another_class(module: GatedRJCAFused) -> None:
     module.layers[0].query.__class__ = Doubled
 
 
+def of_another_module(name: str, entry: str) -> Change:
+    """Replaces a dictionary itself, as unpickling and DeepSpeed's ZeRO do."""
+
+    def replace(module: GatedRJCAFused) -> None:
+        setattr(module.get_submodule(name), entry, dict(getattr(block().get_submodule(name), entry)))
+
+    return replace
+
+
+def unpickled_into(module: GatedRJCAFused) -> None:
+    module.layers[0].query.__setstate__(nn.Linear(D_V + D_A, D_V + D_A).__dict__)
+
+
 def stepped(module: GatedRJCAFused) -> None:
     torch.optim.SGD(module.parameters(), lr=0.1).step()
 
@@ -214,6 +227,11 @@ CHANGES: dict[str, Change] = {
     "freed and filled again": freed_and_filled,
     "hidden by an attribute": hidden,
     "of another class": of_another_class,
+    "unpickled into": unpickled_into,
+    "other parameters": of_another_module("gates.audio.0", "_parameters"),
+    "other projections": of_another_module("layers.1.key", "_modules"),
+    "other iterations": of_another_module("layers", "_modules"),
+    "other modules": of_another_module("", "_modules"),
     "weight_norm": normed,
     "weight_norm and back": normed_and_back,
     "weight_norm by hooks": normed_by_hooks,

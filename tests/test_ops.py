@@ -265,6 +265,18 @@ def test_gradients_that_stand_for_others_go_by_the_operator(ways, small):
     assert all(map(torch.equal, by_operator, directly))
 
 
+@mark.parametrize("lazily", [torch._neg_view, lambda x: torch._efficientzerotensor(x.shape)], ids=["negated", "zero"])
+def test_features_that_stand_for_others_go_by_the_operator(lazily, ways, small):
+    module, x, _ = small
+    found = []
+    for given in ([lazily(of) for of in x], [lazily(of).clone() for of in x]):
+        torch.manual_seed(0)
+        outputs = module(*given)
+        found.append([*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), module.parameters())])
+    assert ways == ["o", "o", "d", "d"]
+    assert all(map(torch.equal, *found))
+
+
 def test_what_traces_and_fakes_sees_operators(ways, small):
     module, x, _ = small
     module.eval()
