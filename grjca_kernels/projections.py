@@ -5,8 +5,9 @@ The kernels read weights and never call the projections, so what acts in a call 
 
 from __future__ import annotations
 
-from itertools import repeat
-from operator import eq, getitem, is_
+from collections.abc import Iterable
+from itertools import chain, repeat
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -80,54 +81,53 @@ class Gathered(NamedTuple):
 
     Whatever puts another tensor in the place of a parameter (assignment, another submodule, parametrize, prune, LoRA,
     functional_call, FSDP) does so in a dictionary on the way to it, or replaces the dictionary (unpickling, ZeRO), so
-    each is asked for what it held. That a parameter has another shape, dtype, device or memory is not seen here, but
+    the way is gone through again. That a parameter has another shape, dtype, device or memory is not seen here, but
     where its tensor is looked at.
     """
 
     layers: tuple[Layer, ...]
     gates: Gates
     modules: dict[str, Any] | None  # of the block itself, which a replica has not; None: to be gathered at every call
-    owners: tuple[nn.Module, ...] = ()
-    names: tuple[str, ...] = ()
-    owned: tuple[dict[str, Any], ...] = ()
-    dictionaries: tuple[dict[str, Any], ...] = ()
-    keys: tuple[str, ...] = ()
-    held: tuple[Any, ...] = ()
-    sized: tuple[dict[str, Any], ...] = ()  # another entry would be a layer or gate more, or hide a parameter
-    sizes: tuple[int, ...] = ()
+    containers: tuple[nn.Module, ...] = ()
     projections: tuple[nn.Module, ...] = ()
+    held: tuple[Any, ...] = ()  # by the block, the containers and the projections
+    sizes: tuple[int, ...] = ()  # of the attributes of each projection, of which one more would hide a parameter
 
     @classmethod
     def of(cls, block: nn.Module, layers: tuple[Layer, ...], gates: Gates) -> Gathered:
         """What ``block``, a GatedRJCAFused, holds now, if all its weights are Parameters of torch.nn.Linear."""
         layers, parameters = Layers(layers), flatten(layers, gates)
-        if any(type(parameter) is not nn.Parameter for parameter in parameters):
-            return cls(layers, gates, None)
-        modules = [*block.modules()]
+        _, *modules = block.modules()
         projections = tuple(module for module in modules if type(module) is nn.Linear)
+        containers = tuple(module for module in modules if type(module) is not nn.Linear)
+        known = {nn.ModuleList, nn.ModuleDict, *map(type, block.layers)}  # type: ignore[arg-type]
         own = {id(parameter) for projection in projections for parameter in projection._parameters.values()}
-        known = {block, *block.layers, *projections}  # type: ignore[misc]
-        others = [module for module in modules if module not in known]
-        if not own.issuperset(map(id, parameters)) or not {nn.ModuleList, nn.ModuleDict}.issuperset(map(type, others)):
+        if (
+            any(type(parameter) is not nn.Parameter for parameter in parameters)
+            or not own.issuperset(map(id, parameters))
+            or not known.issuperset(map(type, containers))
+        ):
             return cls(layers, gates, None)
-        entries = [(of._modules, *item) for of in modules for item in of._modules.items()]
-        entries += [(of._parameters, *item) for of in projections for item in of._parameters.items()]  # type: ignore[misc]
-        dictionaries, keys, held = zip(*entries, strict=True)
-        owns = [(of, "_modules", of._modules) for of in modules[1:] if of._modules]
-        owns += [(of, "_parameters", of._parameters) for of in projections]  # type: ignore[misc]
-        sized = (*(module._modules for module in modules), *map(vars, projections))
-        seen = (*zip(*owns, strict=True), dictionaries, keys, held, sized, tuple(map(len, sized)), projections)
-        return cls(layers, gates, block._modules, *seen)
+        held = (*_contents(block._modules, containers, projections),)
+        return cls(layers, gates, block._modules, containers, projections, held, (*map(len, map(vars, projections)),))
 
     def hold(self, block: nn.Module) -> bool:
         """Whether they are what ``block`` computes with."""
-        try:
-            return (
-                self.modules is block._modules
-                and all(map(is_, map(getattr, self.owners, self.names), self.owned))
-                and all(map(is_, map(getitem, self.dictionaries, self.keys), self.held))
-                and all(map(eq, map(len, self.sized), self.sizes))
-                and all(map(is_, map(type, self.projections), repeat(nn.Linear)))
-            )
-        except KeyError:
-            return False
+        modules = self.modules
+        return (
+            modules is not None
+            and modules is block._modules
+            and all(map(is_, _contents(modules, self.containers, self.projections), self.held))
+            and all(map(eq, map(len, map(vars, self.projections)), self.sizes))
+            and all(map(is_, map(type, self.projections), repeat(nn.Linear)))
+        )
+
+
+def _contents(of_block: dict[str, Any], containers: Iterable[nn.Module], projections: Iterable[nn.Module]) -> Any:
+    """Modules and parameters in the order of the dictionaries that hold them, and a mark of the end."""
+    dictionaries = chain((of_block,), map(_modules, containers), map(_parameters, projections))
+    return chain(chain.from_iterable(map(dict.values, dictionaries)), (_END,))
+
+
+_modules, _parameters = map(attrgetter, ("_modules", "_parameters"))
+_END = object()
