@@ -7,9 +7,9 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial, reduce
-from itertools import chain, islice
-from operator import or_
+from functools import partial
+from itertools import chain, islice, repeat
+from operator import mod
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +52,8 @@ def backward(call: Call, gradients: CallGradients) -> None:
 
 def incoming(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> tuple[View, ...]:
     """Views of gradients; one that is absent is a feature of which nothing is read."""
-    return tuple(
-        _new_view((x, *x.stride(), 0)) if gradient is None else view(gradient)
-        for gradient, x in zip(gradients, features, strict=True)
-    )
+    both = zip(gradients, features, strict=True)
+    return tuple([_new_view((x, *x.stride(), 0)) if gradient is None else view(gradient) for gradient, x in both])
 
 
 def or_new(wanted: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -183,7 +181,7 @@ def _start(
     """
     launch = prepared.launch
     given, to, found, numbers = _addressed(arguments, others)
-    key = (counter.device, together, *numbers) if reduce(or_, found) % ALIGNED == 0 else None
+    key = None if any(map(mod, found, repeat(ALIGNED))) else (counter.device, together, *numbers)
     if key in prepared.waiting:
         prepared.waiting[key](given, to, batch, first, last, counter.data_ptr(), launch.constants)
         return
