@@ -45,11 +45,11 @@ Dtype dtype_of(const std::string& name) {
 
 Problem problem(const std::string& dtype, int64_t batch, int64_t length, const std::vector<int64_t>& widths,
                 int iterations, const std::string& gating, const std::string& form, double dropout, double temperature,
-                bool normalize, bool shared) {
+                bool normalize, bool shared, const std::string& joint, bool /* reduced: of the launch */) {
   if (widths.size() < 2 || widths.size() > kMaxModalities)
     throw py::value_error("widths: expected 2 to 4 modalities, got " + std::to_string(widths.size()) + ".");
   if (iterations < 1 || iterations > kMaxIterations)
-    throw py::value_error("iterations: expected 1 to 8, got " + std::to_string(iterations) + ".");
+    throw py::value_error("iterations: expected 1 to 16, got " + std::to_string(iterations) + ".");
   if (batch < 0 || length < 1) throw py::value_error("batch, length: expected batch >= 0 and length >= 1.");
   Problem p{};
   p.batch = batch;
@@ -66,6 +66,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t length, const s
                             {"flat", Gating::flat},
                             {"hierarchical", Gating::hierarchical}});
   p.released = named<bool>("form", form, {{"released", true}, {"paper", false}});
+  p.projected = named<bool>("joint", joint, {{"projected", true}, {"raw", false}}) && p.released;
   p.dtype = dtype_of(dtype);
   p.dropout = dropout;
   p.temperature = temperature;
@@ -305,7 +306,7 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   module.doc() =
       "Native kernels of grjca_kernels. Internal: called by grjca_kernels.native, cpu and cuda, which own every check.";
-  module.attr("interface") = 2;  // of native.py
+  module.attr("interface") = 3;  // of native.py
   py::class_<Problem>(module, "Problem").def(py::init(&problem));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;

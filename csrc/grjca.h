@@ -20,7 +20,7 @@
 namespace grjca {
 
 constexpr int kMaxModalities = 4;
-constexpr int kMaxIterations = 8;
+constexpr int kMaxIterations = 16;
 constexpr int kMaxGates = kMaxIterations + 1;  // of one modality: a gate per stage and the last one
 
 enum class Dtype { float32, float64, bfloat16, float16 };
@@ -33,7 +33,7 @@ struct Problem {
   int iterations;
   Gating gating;
   Dtype dtype;
-  bool released, normalize, shared;
+  bool released, projected, normalize, shared;  // projected: there is a W_q, never in the paper form
   double dropout, temperature;
 
   GRJCA_INLINE int64_t width() const {
@@ -66,11 +66,11 @@ struct Problem {
 struct ParameterIndex {
   const Problem& p;
   GRJCA_INLINE int per_linear() const { return p.released ? 2 : 1; }
-  GRJCA_INLINE int per_layer() const { return per_linear() * (3 * p.modalities + (p.released ? 1 : 0)); }
+  GRJCA_INLINE int per_layer() const { return per_linear() * (3 * p.modalities + (p.projected ? 1 : 0)); }
   GRJCA_INLINE int layer(int t) const { return (p.shared ? 0 : t) * per_layer(); }
   GRJCA_INLINE int query(int t) const { return layer(t); }
   GRJCA_INLINE int grouped(int t, int kind, int m) const {
-    return layer(t) + per_linear() * ((p.released ? 1 : 0) + kind * p.modalities + m);
+    return layer(t) + per_linear() * ((p.projected ? 1 : 0) + kind * p.modalities + m);
   }
   GRJCA_INLINE int key(int t, int m) const { return grouped(t, 0, m); }
   GRJCA_INLINE int value(int t, int m) const { return grouped(t, 1, m); }

@@ -72,18 +72,20 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     return {name: _passed_over(row, place.type, place.index, torch.float32) for name, row in TABLE.items()}
 
 
-def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype) -> str | None:
+def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str | None:
     """Why "auto" does not take it, or None. Nothing is asked of a GPU where the tensors are on none."""
     reason = row.refuses(device, dtype) or row.why_not()
-    if reason is None and row.unproven and not verification.passed(row, device, index, dtype):
+    if reason is None and row.unproven and not verification.passed(row, device, index, dtype, reduced):
         if device == "cpu":
             return "its interpreter is for tests, and slow; it is used where it is named."
         return f"the self-check did not pass it on this device; grjca_kernels.self_check({row.name!r}) prints why."
     return reason
 
 
-def choose(name: str | None, tensor: Tensor) -> str:
+def choose(name: str | None, tensor: Tensor, reduced: bool = False) -> str:
     """The backend to run for tensors like ``tensor``; "auto" defers to ``GRJCA_BACKEND``, then to the first that can.
+
+    ``reduced`` is Problem's.
 
     Raises:
         ValueError: for an unknown name.
@@ -95,7 +97,7 @@ def choose(name: str | None, tensor: Tensor) -> str:
     check_choice(source, name, CHOICES)
     device = tensor.device
     if name == "auto":
-        return _first_that_can(device.type, device.index, tensor.dtype)
+        return _first_that_can(device.type, device.index, tensor.dtype, reduced)
     reason = _refusal(name, device.type, tensor.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason} Choose another, or backend='auto'.")
@@ -113,10 +115,10 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 @constant_when_compiled
-def _first_that_can(device: str, index: int | None, dtype: torch.dtype) -> str:
+def _first_that_can(device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str:
     for row in TABLE.values():
         if row.unproven and device == "cpu":
             continue  # an interpreter, which is used where it is named
-        if _passed_over(row, device, index, dtype) is None:
+        if _passed_over(row, device, index, dtype, reduced) is None:
             break
     return row.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -74,6 +74,7 @@ def describe(
     dropout: float = 0.0,
     temperature: float = 0.1,
     normalize: bool = False,
+    joint: str = "projected",
     lengths: Tensor | None = None,
     seed: Tensor | int | None = None,
     concat: bool = False,
@@ -86,26 +87,26 @@ def describe(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    options = iterations, gating, form, dropout, temperature, normalize, concat, return_gates, return_iterates
+    options = iterations, gating, form, dropout, temperature, normalize, joint, concat, return_gates, return_iterates
 
     def check() -> Problem:
         problems.check_structure(features, layers, gates)
         problems.check_options(concat=concat, return_gates=return_gates, return_iterates=return_iterates)
-        return problems.check(features, layers, gates, parameters, options[:6])
+        return problems.check(features, layers, gates, parameters, options[:7], reduced)
 
     walk = _walk(features, layers, gates)
     if walk is None:
         problems.check_structure(features, layers, gates)
     parameters, nesting = walk or (problems.flatten(layers, gates), None)
-    features, parameters = _autocast(features, parameters)
+    features, parameters, reduced = _autocast(features, parameters)
     alike = nesting and likeness([*features, *parameters])
-    problem = once(alike and (alike, nesting, options, tuple(map(type, options))), check)  # 1 == True == 1.0
+    problem = once(alike and (alike, nesting, reduced, options, tuple(map(type, options))), check)  # 1 == True == 1.0
     if lengths is not None:
         problems.check_lengths(lengths, problem.batch, features[0])
         if type(lengths) is Tensor and undisturbed((lengths,)):  # or the operator, which is given real ones, does it
             lengths = known_lengths(problem, lengths)
     seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
-    return Call(problem, features, parameters, lengths, seed, *options[6:], backend, alike)
+    return Call(problem, features, parameters, lengths, seed, *options[7:], backend, alike)
 
 
 def answers(describe: Callable[P, Call]) -> Callable[[Callable[[Call], Any]], Callable[P, Any]]:
@@ -133,16 +134,23 @@ def flat_problem(features: Sequence[Tensor], parameters: Sequence[Tensor], setti
 # ---- its tensors
 
 
-def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequence[Tensor], list[Any]]:
-    """Features and parameters in autocast's dtype, where it is on; float64 is left alone, as torch's operators do."""
-    dtype = autocast_dtype(features[0].device.type)
-    if dtype is None or any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in (*features, *parameters)):
-        return features, parameters
+def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequence[Tensor], list[Any], bool]:
+    """Features and parameters in the dtype of the features, where autocast is on, and whether that is float32, whose
+    products may be as coarse then as those of autocast's dtype.
+
+    So residuals and outputs keep the dtype of the features, as with torch's operators. float64 is left alone.
+    """
+    tensors = [x for x in (*features, *parameters) if isinstance(x, Tensor)]
+    if autocast_dtype(features[0].device.type) is None or any(x.dtype == torch.float64 for x in tensors):
+        return features, parameters, False
+    dtype = reduce(torch.promote_types, [x.dtype for x in features if isinstance(x, Tensor)])
 
     def cast(given: Any) -> Any:
         return given.to(dtype) if isinstance(given, Tensor) else given
 
-    return [cast(x) for x in features], [cast(x) for x in parameters]
+    if any(x.dtype != dtype for x in tensors):
+        features, parameters = [cast(x) for x in features], [cast(x) for x in parameters]
+    return features, parameters, dtype == torch.float32
 
 
 def known_lengths(problem: Problem, lengths: Tensor) -> Tensor:

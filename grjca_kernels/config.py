@@ -56,6 +56,7 @@ class Constants:
     layers: int
     modalities: int
     released: bool
+    projected: bool
     gating: str
     gates: int
     ways: int
@@ -78,6 +79,7 @@ class Constants:
     block_time: int
     block_frames: int
     block_columns: int
+    block_ways: int
     slot_joint: int
     slot_key: int
     slot_value: int
@@ -177,8 +179,8 @@ TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd len
     ("hip", "tf32"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
     ("hip", "single"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
 }
-"""Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. (Of four modalities, T = 8
-and layers of their own, the backward may still put 8 bytes aside, once for a task.)
+"""Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. (Of four modalities and
+layers of their own, the backward may still put some bytes aside, once for a task: 8 with T = 8, 400 with T = 16.)
 
 Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
 64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
@@ -254,6 +256,7 @@ def constants(
         layers=1 if problem.shared else problem.iterations,
         modalities=modalities,
         released=released,
+        projected=problem.projected,
         gating=problem.gating,
         gates=len(problem.gate_ways),
         ways=sum(problem.gate_ways),
@@ -276,6 +279,7 @@ def constants(
         block_time=frames if stream else tile.k,
         block_frames=rows,
         block_columns=columns,
+        block_ways=ways_block(problem),
         slot_joint=0,
         slot_key=1 if overlay else 2,
         slot_value=value,
@@ -290,7 +294,7 @@ def constants(
         slots=d_update + 3 if backward else forward_slots,
         correlations=0 if stream else 1 + backward,
         most_registers=255 if device.kind == "cuda" else 0,
-        layer_parameters=(2 if released else 1) * (3 * modalities + released),
+        layer_parameters=(2 if released else 1) * (3 * modalities + problem.projected),
         backward_phases=(5 if stream else 7) + released,
         weights=weights,
         d_iterates=d_iterates,
@@ -338,12 +342,17 @@ def gate_values(problem: Problem, chunk: int) -> int:
 
 
 def parameter_elements(problem: Problem) -> int:
-    """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given 16 ways."""
+    """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given a block."""
     sizes = [
-        (16 if name.startswith("gates") else rows) * (columns + problem.released)
+        (ways_block(problem) if name.startswith("gates") else rows) * (columns + problem.released)
         for name, rows, columns in expected_linears(problem)
     ]
     return sum(-(-size // 16) * 16 for size in sizes)
+
+
+def ways_block(problem: Problem) -> int:
+    """A power of two that holds the ways of any gate, T + 1 at most, and the fewest columns of a product."""
+    return 16 if problem.iterations < 16 else 32
 
 
 MOST_PARTS, FEWEST_ROWS = 8, 256

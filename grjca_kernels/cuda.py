@@ -114,7 +114,7 @@ _apart: set[torch.device] = set()
 def launch_of(call: Call, *, backward: bool, weights: bool) -> CudaLaunch:
     """The launch for a call, remembered. ``weights``: whether gradients of any parameter are wanted."""
     dtype = call.iterates.dtype
-    tf32 = dtype == torch.float32 and allows_tf32()
+    tf32 = dtype == torch.float32 and (call.problem.reduced or allows_tf32())
     return _launch(call.problem, dtype, tf32, call.iterates.device.index, backward, weights)
 
 

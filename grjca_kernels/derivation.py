@@ -44,7 +44,7 @@ def backward(call: Call, gradients: Gradients) -> None:
     iterates = call.iterates.split(problem.widths, dim=-1)
     states, d_states = [], []  # [m][t]
     for m, x_m in enumerate(features):
-        states.append([reference.initial(problem, x_m, present), *iterates[m]])
+        states.append([reference.initial(problem.normalize, x_m, present), *iterates[m]])
         d_y, d_values = _present(gradients.outputs[m], present), _present(gradients.gates[m], present)
         if d_values is not None and problem.gating == "hierarchical":
             d_values = d_values.split(problem.gate_ways, dim=-1)

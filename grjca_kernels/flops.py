@@ -46,13 +46,13 @@ def _products(problem: Problem) -> Iterator[Product]:
     weight = 0
     for t in range(problem.iterations):
         weight = 0 if problem.shared else weight
-        sizes = [length * width**2] * problem.released  # J
+        sizes = [length * width**2] * problem.projected  # J
         sizes += [length**2 * d_m for d_m in widths] + [length * d_m**2 for d_m in widths]  # K, V
         for size in sizes:
             yield Product(size, reads=t, weight=weight)
             weight += 1
         for d_m in widths:
-            yield Product(length * d_m * width, reads=None if problem.released else t)  # K J
+            yield Product(length * d_m * width, reads=None if problem.projected else t)  # K J
             yield Product(length * d_m * width)  # V C
             # U is recomputed for the sign in its relu.
             yield Product(length * width * d_m, weight=weight, recomputed=problem.released)

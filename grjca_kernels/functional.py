@@ -31,9 +31,11 @@ def gated_rjca(call: Call) -> Any:
         layers: parameters of each iteration, or of one that all share. Same dtype and device as the features.
         gates: per modality its gates: none, one of 2 ways ("dynamic"), one of T + 1 ("flat"), or stages 1..T of t + 1
             ways and a last one of T ("hierarchical").
-        iterations: T, 1 to 8; needed only where one layer is shared.
+        iterations: T, 1 to 16; needed only where one layer is shared.
         gating: "none" (RJCA), "dynamic" (DCA), "flat" (GRJCA) or "hierarchical" (HGRJCA).
         form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
+        joint: "projected", J = [X_1, ..., X_M] W_q^T + b_q, or "raw", J = [X_1, ..., X_M], as in RJCMA and the paper
+            form; a Layer's query is then None.
         dropout: p, 0 <= p < 1, on C and U. There is no training flag: pass 0 to evaluate. The paper form has none.
         temperature: tau of the gates.
         normalize: divide every frame of every modality by its L2 norm first.
@@ -48,7 +50,7 @@ def gated_rjca(call: Call) -> Any:
 
     Returns:
         (Y_1, ..., Y_M), each [B, L, d_m], or Y [B, L, d]; followed by one dict if extras were asked for. All of it is
-        differentiable, once; twice with backend="reference".
+        differentiable, once; twice with backend="reference". Under torch.autocast it keeps the dtype of the features.
 
     Raises:
         ValueError, TypeError: for anything outside the above, before anything runs.
@@ -58,7 +60,7 @@ def gated_rjca(call: Call) -> Any:
         refuse_tracing()
         if torch.onnx.is_in_onnx_export():
             return reference.answer(call)
-    backend = choose(call.backend, call.features[0])
+    backend = choose(call.backend, call.features[0], call.problem.reduced)
     if backend == "reference":
         return reference.answer(call)
     return reference.assemble(call, *ops.run(call, backend))

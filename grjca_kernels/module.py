@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from grjca_kernels import problem as problems
-from grjca_kernels import released
+from grjca_kernels import recognition, reference, released
 from grjca_kernels.backends import CHOICES
 from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
+from grjca_kernels.gates import ScoreGate, TemporalGate, mix
 from grjca_kernels.problem import Gates, Layer
 from grjca_kernels.projections import Gathered, as_linear
 
-MODALITIES = ("visual", "audio")
-OUTPUTS = ("pair", "concat")
+MODALITIES = ("visual", "audio", "third", "fourth")
+OUTPUTS = ("pair", "concat", "iterates")
+BY_PYTORCH = ("temporal", "score")
+"""Gatings whose gates are PyTorch's own layers: gates.py."""
 
 
 class GatedRJCAFused(nn.Module):
-    """Gated recursive joint cross-attention of visual and audio features (GRJCA, HGRJCA, DCA, RJCA; arXiv 2503.12261).
+    """Gated recursive joint cross-attention of two to four modalities (GRJCA, HGRJCA, DCA, RJCA, RJCMA, TAGF).
 
     Args:
-        dim_visual, dim_audio: d_v and d_a.
+        dim_visual, dim_audio: d_v and d_a; or, as ``dim_visual`` alone, the widths of two to four modalities.
         length: L, the frames of a sequence: W_k mixes time and is [L, L]. Pad shorter ones and pass ``lengths``.
-        iterations: T, 1 to 8.
-        gating: "none" (RJCA), "dynamic" (DCA), "flat" (GRJCA) or "hierarchical" (HGRJCA).
+        iterations: T, 1 to 16.
+        gating: "none" (RJCA, RJCMA), "dynamic" (DCA), "flat" (GRJCA), "hierarchical" (HGRJCA), "temporal" (TAGF: an
+            LSTM over the iterates) or "score" (TAGF's simple gate). The last two mix by PyTorch, without a relu.
         form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
+        joint: "projected", J = X W_q^T + b_q, or "raw", J = X (RJCMA); the paper form has no W_q.
         dropout: p on C and U while training; the paper form has none.
+        gate_dropout: that within the gates of "temporal", while training.
         temperature: tau of the gates.
         normalize: divide every frame by its L2 norm first.
         share_weights: one set of iteration parameters for all T.
-        output: "pair" for (Y_v, Y_a) or "concat" for [B, L, d_v + d_a].
+        output: "pair" for (Y_v, Y_a, ...), "concat" for [B, L, d], or, with gating="none", "iterates" for
+            ([X_v^1, ..., X_v^T], [X_a^1, ..., X_a^T], ...).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         device, dtype: of the parameters.
 
@@ -45,14 +52,16 @@ class GatedRJCAFused(nn.Module):
 
     def __init__(
         self,
-        dim_visual: int,
-        dim_audio: int,
-        length: int,
+        dim_visual: int | Sequence[int],
+        dim_audio: int | None = None,
+        length: int | None = None,
         *,
         iterations: int = 2,
         gating: str = "flat",
         form: str = "released",
+        joint: str = "projected",
         dropout: float = 0.6,
+        gate_dropout: float = 0.1,
         temperature: float = 0.1,
         normalize: bool = False,
         share_weights: bool = False,
@@ -62,43 +71,57 @@ class GatedRJCAFused(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("dim_visual", dim_visual), ("dim_audio", dim_audio), ("length", length)):
-            problems.check_size(name, size)
+        self.dims, self.length = _sizes(dim_visual, dim_audio, length)
+        if len(self.dims) > 2 and type(self) is GatedRJCAFused:
+            self.__class__ = _OfSeveral
         problems.check_choice("output", output, OUTPUTS)
+        problems.check_choice("gating", gating, (*problems.GATINGS, *BY_PYTORCH))
+        if output == "iterates" and gating != "none":
+            raise ValueError(f"output: expected 'pair' or 'concat' with gating={gating!r}, got 'iterates'.")
         problems.check_choice("backend", backend, CHOICES)
         if dtype is not None and dtype not in problems.DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, problems.DTYPES))}, got {dtype}.")
-        self.dims = (dim_visual, dim_audio)
-        self.length = length
         self.iterations = iterations
         self.gating = gating
         self.form = form
+        self.joint = joint
         self.dropout = dropout
         self.temperature = temperature
         self.normalize = normalize
         self.share_weights = share_weights
         self.output = output
         self.backend = backend
-        problems.check_options(**{name: getattr(self, name) for name in (*problems.SETTINGS, "share_weights")})
+        settings = {name: getattr(self, name) for name in problems.SETTINGS if name != "gating"}
+        problems.check_options(**settings, share_weights=share_weights)
+        problems.check_options(gate_dropout=gate_dropout)
         self.dropout, self.temperature = float(dropout), float(temperature)
+        if form == "paper":
+            self.joint = "raw"
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=form == "released", device=device, dtype=dtype)
 
+        def gates(d_m: int) -> list[nn.Module]:
+            if gating == "temporal":
+                return [TemporalGate(d_m, gate_dropout, device, dtype)]
+            if gating == "score":
+                return [ScoreGate(d_m, device, dtype)]
+            return [linear(d_m, n) for n in problems.gate_ways(gating, iterations)]
+
+        by_name = dict(zip(MODALITIES, self.dims, strict=False))
         self.layers = nn.ModuleList(
-            _Iteration(self.dims, length, linear, joint=form == "released")
+            _Iteration(by_name, self.length, linear, projected=self.joint == "projected")
             for _ in range(1 if share_weights else iterations)
         )
-        ways = problems.gate_ways(gating, iterations)
-        self.gates = nn.ModuleDict(
-            {name: nn.ModuleList(linear(d_m, n) for n in ways) for name, d_m in zip(MODALITIES, self.dims, strict=True)}
-        )
+        self.gates = nn.ModuleDict({name: nn.ModuleList(gates(d_m)) for name, d_m in by_name.items()})
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """xavier_uniform weights and zero biases, as in the authors' code."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (TemporalGate, ScoreGate)):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -114,48 +137,111 @@ class GatedRJCAFused(nn.Module):
     ) -> Any:
         """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]; ``lengths`` [B] marks frames beyond as absent.
 
-        Returns (Y_v, Y_a) or their concatenation, followed by one dict if extras were asked for: ``gates``, per
-        modality [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per modality
-        [T, B, L, d_m].
+        A module of other modalities takes as many tensors, and ``lengths`` by its name.
+
+        Returns (Y_v, Y_a, ...), their concatenation, or the iterates, followed by one dict if extras were asked for:
+        ``gates``, per modality [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per
+        modality [T, B, L, d_m].
         """
+        return self._fuse((visual, audio), lengths, return_gates, return_iterates)
+
+    def _fuse(
+        self, features: tuple[Tensor, ...], lengths: Tensor | None, return_gates: bool, return_iterates: bool
+    ) -> Any:
         refuse_tracing()
-        for name, x, d_m in zip(MODALITIES, (visual, audio), self.dims, strict=True):
+        if len(features) != len(self.dims):
+            raise TypeError(f"features: expected {len(self.dims)} tensors, one per modality, got {len(features)}.")
+        for m, (x, d_m) in enumerate(zip(features, self.dims, strict=True)):
             if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3:
                 continue  # refused below
             if x.shape[1] != self.length or x.shape[2] != d_m:
-                raise ValueError(
-                    f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; "
-                    f"pad shorter sequences to L = {self.length} and pass their true `lengths`."
-                )
-        return gated_rjca(
-            (visual, audio),
+                self._refuse_shape(m, x)
+        by_pytorch, of_iterates = self.gating in BY_PYTORCH, self.output == "iterates"
+        found = gated_rjca(
+            features,
             *self.parameters_by_role(),
             iterations=self.iterations,
-            gating=self.gating,
+            gating="none" if by_pytorch else self.gating,
             form=self.form,
+            joint=self.joint,
             dropout=self.dropout if self.training else 0.0,
             temperature=self.temperature,
             normalize=self.normalize,
             lengths=lengths,
-            concat=self.output == "concat",
+            concat=self.output == "concat" and not by_pytorch,
             return_gates=return_gates,
-            return_iterates=return_iterates,
+            return_iterates=return_iterates or by_pytorch or of_iterates,
             backend=self.backend,
         )
+        if by_pytorch:
+            return self._mixed(features, lengths, found[-1]["iterates"], return_gates, return_iterates)
+        if of_iterates:
+            iterates = tuple([*x.unbind()] for x in found[-1]["iterates"])
+            extras = {name: value for name, value in found[-1].items() if name != "iterates" or return_iterates}
+            return (*iterates, extras) if extras else iterates
+        return found
+
+    @property
+    def _by_pytorch(self) -> bool:
+        return self.gating in BY_PYTORCH
+
+    def _refuse_shape(self, m: int, x: Tensor) -> NoReturn:
+        name, d_m = problems.modality_names(len(self.dims))[m], self.dims[m]
+        if x.shape[1] == d_m and x.shape[2] <= self.length:
+            advice = f"features stand last: pass {name}.transpose(1, 2)"
+        elif x.shape[2] != d_m:
+            option = ("dim_visual", "dim_audio")[m] if len(self.dims) == 2 else f"entry {m} of the widths"
+            advice = f"{option} sets the width when the module is made"
+        elif x.shape[1] < self.length:
+            advice = f"pad shorter sequences to L = {self.length} and pass their true `lengths`"
+        else:
+            advice = f"cut longer sequences into windows of L = {self.length} frames, which W_k mixes"
+        raise ValueError(f"{name}: expected shape [B, {self.length}, {d_m}], got {list(x.shape)}; {advice}.")
+
+    def _mixed(
+        self,
+        features: Sequence[Tensor],
+        lengths: Tensor | None,
+        iterates: Sequence[Tensor],
+        return_gates: bool,
+        return_iterates: bool,
+    ) -> Any:
+        """The result where PyTorch's layers are the gates."""
+        present = None
+        if lengths is not None:
+            present = (torch.arange(self.length, device=lengths.device) < lengths[:, None])[..., None]
+        outputs, values = [], []
+        for name, x, after in zip(self.gates, features, iterates, strict=True):
+            x = reference.initial(self.normalize, x, present).to(after.dtype)
+            (gate,) = cast(nn.ModuleList, self.gates[name])
+            y, value = mix(gate, (x, *after), self.temperature, present)
+            outputs.append(y)
+            values.append(value)
+        extras: dict[str, Any] = {"gates": tuple(values)} if return_gates else {}
+        if return_iterates:
+            extras["iterates"] = tuple(iterates)
+        results = (torch.cat(outputs, dim=-1),) if self.output == "concat" else tuple(outputs)
+        if extras:
+            return (*results, extras)
+        return results[0] if self.output == "concat" else results
 
     def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
         if torch.compiler.is_compiling():
             return self._by_role()
         if self._gathered is None or not self._gathered.hold(self):
-            self._gathered = Gathered.of(self, *self._by_role())
+            used = [self.layers] if self._by_pytorch else [self.layers, self.gates]
+            self._gathered = Gathered.of(self, used, *self._by_role())
         return self._gathered.layers, self._gathered.gates
 
     _gathered: Gathered | None = None
 
     def _by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
-        gates = tuple(tuple(as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in MODALITIES)
+        if self._by_pytorch:
+            return layers, ()
+        names = MODALITIES[: len(self.dims)]
+        gates = tuple(tuple(as_linear(gate) for gate in cast(nn.ModuleList, self.gates[name])) for name in names)
         return layers, gates
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,38 +254,71 @@ class GatedRJCAFused(nn.Module):
         source: nn.Module | Mapping[str, Tensor],
         *,
         prefix: str | None = None,
-        normalize: bool | None = None,
-        output: str | None = None,
+        ignore: Iterable[str] = (),
+        check: bool = True,
         keep_parameters: bool = False,
         **overrides: Any,
     ) -> GatedRJCAFused:
         """The module with the weights of the authors' block.
 
         Args:
-            source: their module (GRJCA, HGRJCA, DCA's block, DCNLayer), or a state_dict of it or of a whole model.
+            source: their module (GRJCA, HGRJCA, DCA's block, RJCMA, TAGF, DCNLayer), or a state_dict of it or of a
+                whole model.
             prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
-            normalize: default True for "flat" and "hierarchical" gating, else False, as in their code.
-            output: default "concat", and "pair" for a bare DCNLayer.
+            ignore: beginnings of the names of parameters that have no effect on the output.
+            check: run a module, and this one, on a small random batch, take the options with which both compute the
+                same, and refuse a module for which there are none.
             keep_parameters: take over the very Parameters of ``source``, a module, instead of copies of them, so that
                 an optimiser that holds them trains on, with its state.
-            **overrides: any other argument of the constructor that the weights don't fix: dropout, backend, device, ...
+            **overrides: any other argument of the constructor: output, normalize, joint, dropout, backend, device, ...
 
-        L, the widths, T and the gating are read from the shapes. At T = 1 a gate of two ways is "flat" under the name
-        GRJCA and "dynamic" otherwise; the two differ in the default of ``normalize`` only. Parameters without effect on
-        the output are ignored and named in one warning.
+        L, the widths, T and the gating are read from the shapes. A module also gives its mode, dropout, dtype, device
+        and which Parameters are frozen, and shows by running what it normalises, whether it projects J and what it
+        returns. Of a state_dict these are taken to be as in the authors' code: dropout 0.6, inputs normalised for
+        "flat", "hierarchical", "temporal" and "score", J raw for more than two modalities, output "concat" and, for a
+        bare DCNLayer, "pair". Parameters known to have no effect on the output are named in one warning.
 
         Raises:
-            ValueError: naming the key that is missing or has the wrong shape.
+            ValueError: naming the key that is missing, unknown or has the wrong shape; for a module that computes
+                something else; for a state_dict with T = 1 that may be GRJCA's or DCA's, without ``normalize``.
             TypeError: for ``keep_parameters`` with a state_dict, or with another device or dtype.
         """
-        problems.check_options(keep_parameters=keep_parameters)
-        config, weights, theirs = released.read(source, prefix)
-        chosen = {"normalize": normalize, "output": output}
-        config.update({name: value for name, value in chosen.items() if value is not None}, **overrides)
-        if keep_parameters:
-            weights = released.parameters(source, theirs, overrides)
-        module = cls(**config)
-        released.load(module, weights, theirs, assign=keep_parameters)
+        problems.check_options(keep_parameters=keep_parameters, check=check)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        found = released.read(source, prefix, ignore)
+        config, block = found.config, found.block
+
+        def build(options: Mapping[str, Any], weights: Mapping[str, Tensor] = found.weights) -> GatedRJCAFused:
+            device = torch.device(options["device"])
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn first is overwritten
+                module = cls(**options)
+            released.load(module, weights, found.theirs, assign=weights is not found.weights)
+            return module
+
+        if block is not None:
+            if "dropout" not in overrides:
+                config["dropout"] = recognition.dropout_of(block)  # None if no module says
+            if config["gating"] == "temporal" and "gate_dropout" not in overrides:
+                config["gate_dropout"] = recognition.gate_dropout_of(block)
+        if block is not None and check:
+            config |= recognition.recognise(block, config, overrides, build)
+        elif not found.certain and "normalize" not in overrides:
+            raise ValueError(
+                "normalize: expected True (GRJCA) or False (DCA), for at T = 1 their weights look alike, got None."
+            )
+        config.update(overrides)
+        if config.get("dropout", 0.0) is None:
+            config["dropout"] = 0.0
+        if config["iterations"] == 1 and config["gating"] in ("flat", "dynamic") and "gating" not in overrides:
+            config["gating"] = "flat" if config["normalize"] else "dynamic"
+        kept = (released.parameters(source, found.theirs, overrides),) if keep_parameters else ()
+        module = build(config, *kept)
+        if block is not None:
+            frozen = dict(cast(nn.Module, source).named_parameters(remove_duplicate=False))
+            for ours, parameter in module.named_parameters():
+                if (theirs := found.theirs.get(ours)) in frozen:
+                    parameter.requires_grad_(frozen[theirs].requires_grad)
+            module.train(block.training)
         return module
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -223,23 +342,55 @@ class GatedRJCAFused(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as ``print(module)`` shows them."""
-        names = ("length", *problems.SETTINGS, "share_weights", "output")
+        names = ("length", *problems.SETTINGS, "share_weights", "output", "backend")
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{self.dims[0]}, {self.dims[1]}, {settings}, backend={self.backend!r}"
+        return f"{', '.join(map(str, self.dims)) if len(self.dims) == 2 else [*self.dims]}, {settings}"
+
+
+class _OfSeveral(GatedRJCAFused):
+    """The same, called with three or four modalities."""
+
+    def forward(  # type: ignore[override]
+        self,
+        *features: Tensor,
+        lengths: Tensor | None = None,
+        return_gates: bool = False,
+        return_iterates: bool = False,
+    ) -> Any:
+        return self._fuse(features, lengths, return_gates, return_iterates)
+
+    def _get_name(self) -> str:
+        return GatedRJCAFused.__name__
+
+
+def _sizes(dim_visual: int | Sequence[int], dim_audio: int | None, length: int | None) -> tuple[tuple[int, ...], int]:
+    """The widths and L."""
+    if isinstance(dim_visual, Sequence) and not isinstance(dim_visual, str):
+        if dim_audio is not None:
+            raise TypeError(f"dim_audio: expected None beside the widths {dim_visual}, got {dim_audio!r}.")
+        fewest, most = problems.MODALITIES
+        if not fewest <= len(dim_visual) <= most:
+            raise ValueError(f"dim_visual: expected {fewest} to {most} widths, got {len(dim_visual)}.")
+        dims = {f"dim_visual[{m}]": width for m, width in enumerate(dim_visual)}
+    else:
+        dims = {"dim_visual": dim_visual, "dim_audio": dim_audio}  # type: ignore[dict-item]
+    for name, size in (*dims.items(), ("length", length)):
+        problems.check_size(name, size)
+    return tuple(dims.values()), cast(int, length)
 
 
 class _Iteration(nn.Module):
     """Holds the parameters of one iteration; computes nothing."""
 
-    def __init__(self, dims: tuple[int, ...], length: int, linear: Any, joint: bool) -> None:
+    def __init__(self, dims: Mapping[str, int], length: int, linear: Any, projected: bool) -> None:
         super().__init__()
-        width = sum(dims)
-        self.query = linear(width, width) if joint else None
-        by_name = dict(zip(MODALITIES, dims, strict=True))
-        self.key = nn.ModuleDict({name: linear(length, length) for name in by_name})
-        self.value = nn.ModuleDict({name: linear(d_m, d_m) for name, d_m in by_name.items()})
-        self.output = nn.ModuleDict({name: linear(width, d_m) for name, d_m in by_name.items()})
+        width = sum(dims.values())
+        self.query = linear(width, width) if projected else None
+        self.key = nn.ModuleDict({name: linear(length, length) for name in dims})
+        self.value = nn.ModuleDict({name: linear(d_m, d_m) for name, d_m in dims.items()})
+        self.output = nn.ModuleDict({name: linear(width, d_m) for name, d_m in dims.items()})
 
     def as_layer(self) -> Layer:
-        groups = (tuple(as_linear(group[name]) for name in MODALITIES) for group in (self.key, self.value, self.output))
+        names = MODALITIES[: len(self.key)]
+        groups = (tuple(as_linear(group[name]) for name in names) for group in (self.key, self.value, self.output))
         return Layer(None if self.query is None else as_linear(self.query), *groups)

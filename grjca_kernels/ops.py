@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import partial
 from itertools import repeat
 from operator import is_
@@ -28,8 +28,13 @@ from grjca_kernels.modes import undisturbed
 from grjca_kernels.native import likeness
 from grjca_kernels.problem import Problem, check_choice, check_lengths
 
-_SETTINGS = ", ".join(f"{field.type} {field.name}" for field in fields(Problem)[3:])
-_OPTIONS = f"{_SETTINGS}, bool concat, bool return_gates, str backend"
+_SETTINGS = [field for field in fields(Problem)[3:] if field.default is MISSING]
+_LATER = fields(Problem)[3 + len(_SETTINGS) :]  # added since programs were exported
+_OPTIONS = ", ".join(
+    [f"{field.type} {field.name}" for field in _SETTINGS]
+    + ["bool concat, bool return_gates, str backend"]
+    + [f"{field.type} {field.name}={field.default!r}" for field in _LATER]
+)
 _library = torch.library.Library("grjca", "DEF")
 _library.define(
     f"forward(Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, {_OPTIONS}) -> Tensor[]"
@@ -52,7 +57,8 @@ class Wanted(NamedTuple):
 
     def options(self) -> tuple[Any, ...]:
         """As the operators take it."""
-        return (*self.problem.settings, self.concat, self.return_gates, self.backend)
+        settings = self.problem.settings
+        return (*settings[: len(_SETTINGS)], self.concat, self.return_gates, self.backend, *settings[len(_SETTINGS) :])
 
 
 def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
@@ -202,9 +208,15 @@ def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Te
 # ---- the operators
 
 
+def _split(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The settings of Problem, and concat, return_gates and backend. PyTorch leaves out what is as by default."""
+    first, rest, later = options[: len(_SETTINGS)], options[len(_SETTINGS) :][:3], options[len(_SETTINGS) + 3 :]
+    return (*first, *later, *(field.default for field in _LATER[len(later) :])), rest
+
+
 def _checked(features: Sequence[Tensor], parameters: Sequence[Tensor], options: tuple[Any, ...]) -> Wanted:
     """Checks a raw call as strictly as the public function does: kernels are handed addresses."""
-    *settings, concat, return_gates, backend = options
+    settings, (concat, return_gates, backend) = _split(options)
     check_choice("backend", backend, [name for name, row in TABLE.items() if row.forward is not None])
     return Wanted(flat_problem(features, parameters, settings), concat, return_gates, backend)
 
@@ -338,7 +350,7 @@ class GatedRJCAGradient(_OnceDifferentiable):
 
 def _forward_autograd(features, parameters, lengths, seed, *options):
     if _differentiable((*features, *parameters)):
-        wanted = Wanted(_described(features, options), *options[-3:])
+        wanted = Wanted(_described(features, options), *_split(options)[1])
         return list(GatedRJCA.apply(wanted, lengths, seed, *features, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.grjca.forward(features, parameters, lengths, seed, *options)
@@ -364,7 +376,7 @@ _library.impl("backward", _backward_autograd, "Autograd")
 def _described(features: Sequence[Any], options: tuple[Any, ...]) -> Problem:
     """The problem of features, or of their shapes, as it is if the call is legal."""
     sizes = [getattr(x, "shape", x) for x in features]
-    return Problem(sizes[0][0], sizes[0][1], tuple(size[2] for size in sizes), *options[:-3])
+    return Problem(sizes[0][0], sizes[0][1], tuple(size[2] for size in sizes), *_split(options)[0])
 
 
 def _forward_flops(features, parameters, lengths, seed, *options, **_):

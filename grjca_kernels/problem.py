@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 FORMS = ("released", "paper")
 GATINGS = ("none", "dynamic", "flat", "hierarchical")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MAX_ITERATIONS = 8
+JOINTS = ("projected", "raw")
+MAX_ITERATIONS = 16
 MODALITIES = (2, 4)  # fewest and most
 
 
@@ -30,7 +31,7 @@ class Linear(NamedTuple):
 class Layer(NamedTuple):
     """Parameters of one iteration; the tuples hold one entry per modality, visual first.
 
-    ``query`` is W_q [d, d] (None in the paper form), ``key`` W_k,m [L, L], ``value`` W_v,m [d_m, d_m], ``output`` W_h,m
+    ``query`` is W_q [d, d] (None where J is raw), ``key`` W_k,m [L, L], ``value`` W_v,m [d_m, d_m], ``output`` W_h,m
     [d_m, d].
     """
 
@@ -43,7 +44,7 @@ class Layer(NamedTuple):
 Gates = tuple[tuple[Linear, ...], ...]
 """Per modality the gates in the order stage 1..T, final ("hierarchical"), one gate ("flat", "dynamic") or none."""
 
-SETTINGS = ("iterations", "gating", "form", "dropout", "temperature", "normalize")
+SETTINGS = ("iterations", "gating", "form", "dropout", "temperature", "normalize", "joint")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class Problem:
     iterations: int
     gating: str
     form: str
-    dropout: float
+    dropout: float  # 0 in the paper form
     temperature: float
     normalize: bool
     shared: bool
+    joint: str = "projected"  # "raw" in the paper form
+    reduced: bool = False  # products of float32 may be as coarse as those of float16 and bfloat16: autocast is on
 
     @property
     def width(self) -> int:
@@ -69,11 +72,19 @@ class Problem:
     @property
     def settings(self) -> tuple[Any, ...]:
         """All but the sizes, in this order."""
-        return self.iterations, self.gating, self.form, self.dropout, self.temperature, self.normalize, self.shared
+        p = self
+        return (
+            p.iterations, p.gating, p.form, p.dropout, p.temperature, p.normalize, p.shared, p.joint, p.reduced,
+        )  # fmt: skip
 
     @property
     def released(self) -> bool:
         return self.form == "released"
+
+    @property
+    def projected(self) -> bool:
+        """Whether there is a W_q."""
+        return self.released and self.joint == "projected"
 
     @property
     def gate_ways(self) -> tuple[int, ...]:
@@ -95,9 +106,10 @@ def modality_names(count: int) -> tuple[str, ...]:
 # ---- options
 
 
-_CHOICES = {"gating": GATINGS, "form": FORMS}
+_CHOICES = {"gating": GATINGS, "form": FORMS, "joint": JOINTS}
 _NUMBERS = {
     "dropout": ("a probability p with 0 <= p < 1", lambda p: 0 <= p < 1),
+    "gate_dropout": ("a probability p with 0 <= p < 1", lambda p: 0 <= p < 1),
     "temperature": ("a finite number above 0", lambda tau: 0 < tau < math.inf),
 }
 
@@ -144,11 +156,12 @@ def check(
     gates: Gates,
     parameters: Sequence[Tensor],
     settings: tuple[Any, ...],
+    reduced: bool,
 ) -> Problem:
     """Check all that a problem is made of, and describe it.
 
     ``layers`` and ``gates`` have passed :func:`check_structure`; ``parameters`` are what :func:`flatten` makes of them,
-    as they are or cast; ``settings`` are the :data:`SETTINGS`, or None for the iterations.
+    as they are or cast; ``settings`` are the :data:`SETTINGS`, or None for the iterations; ``reduced`` is Problem's.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -158,9 +171,10 @@ def check(
     check_options(**options)
     if len(layers) != 1 and len(layers) != total:  # not `in`: PyTorch 2.4 compiles that wrongly where total is symbolic
         raise ValueError(f"layers: expected {total} of them (one per iteration) or 1 (shared), got {len(layers)}.")
-    options["dropout"] = float(options["dropout"]) if options["form"] == "released" else 0.0
-    options["temperature"] = float(options["temperature"])
-    problem = Problem(*_check_features(features), **options, shared=len(layers) == 1)
+    if options["form"] == "paper":
+        options.update(joint="raw", dropout=0.0)
+    options["dropout"], options["temperature"] = float(options["dropout"]), float(options["temperature"])
+    problem = Problem(*_check_features(features), **options, reduced=reduced, shared=len(layers) == 1)
     _check_presence(problem, layers, gates)
     for (name, shape), given in zip(expected_tensors(problem), parameters, strict=True):
         _check_parameter(name, given, shape, features[0], modality_names(len(features))[0])
@@ -170,12 +184,14 @@ def check(
 def check_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
     """The same for parameters in the order of :func:`flatten`; ``settings`` are iterations to shared of Problem."""
     _check_modalities(features)
-    check_options(**dict(zip(SETTINGS, settings[:-1], strict=True)))
-    problem = Problem(*_check_features(features), *settings)
+    options = dict(zip([field.name for field in fields(Problem)[3:]], settings, strict=True))
+    check_options(**options)
+    problem = Problem(*_check_features(features), **options)
     count = sum(1 for _ in expected_tensors(problem))
     if len(parameters) != count:
         raise ValueError(f"parameters: expected {count} tensors in the order of flatten(), got {len(parameters)}.")
-    return check(features, *unflatten(problem, parameters), parameters, tuple(settings[:-1]))
+    chosen = tuple(options[name] for name in SETTINGS)
+    return check(features, *unflatten(problem, parameters), parameters, chosen, problem.reduced)
 
 
 def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates) -> None:
@@ -273,10 +289,11 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
 def _check_presence(problem: Problem, layers: Sequence[Layer], gates: Gates) -> None:
     """Refuse a W_q or a bias that should be absent, or is; and another number of gates."""
     for t, layer in enumerate(layers):
-        if problem.released and layer[0] is None:
-            raise TypeError(f"layers[{t}].query: expected a Linear(weight, bias), got None.")
-        if not problem.released and layer[0] is not None:
-            raise ValueError(f"layers[{t}].query: expected None in the paper form, which has no W_q, got a Linear.")
+        if problem.projected and layer[0] is None:
+            raise TypeError(f"layers[{t}].query: expected a Linear(weight, bias), got None; joint='raw' has none.")
+        if not problem.projected and layer[0] is not None:
+            where = "with joint='raw'" if problem.released else "in the paper form"
+            raise ValueError(f"layers[{t}].query: expected None {where}, which has no W_q, got a Linear.")
     ways, count = problem.gate_ways, len(problem.widths)
     if len(gates) != count and (ways or len(gates) > 0):
         raise ValueError(f"gates: expected {count} entries, one per modality, got {len(gates)}.")
@@ -294,7 +311,7 @@ def expected_linears(problem: Problem) -> Iterator[tuple[str, int, int]]:
     """Name, rows and columns of every linear map of a problem, in the order of :func:`flatten`."""
     length, width = problem.length, problem.width
     for t in range(1 if problem.shared else problem.iterations):
-        if problem.released:
+        if problem.projected:
             yield f"layers[{t}].query", width, width
         for kind in ("key", "value", "output"):
             for m, d_m in enumerate(problem.widths):
@@ -395,7 +412,7 @@ def unflatten(problem: Problem, parameters: Sequence[Tensor]) -> tuple[tuple[Lay
         return tuple(linear() for _ in range(n))
 
     layers = tuple(
-        Layer(linear() if problem.released else None, group(count), group(count), group(count))
+        Layer(linear() if problem.projected else None, group(count), group(count), group(count))
         for _ in range(1 if problem.shared else problem.iterations)
     )
     return layers, tuple(group(len(problem.gate_ways)) for _ in range(count))

@@ -94,10 +94,10 @@ class Gathered(NamedTuple):
     sizes: tuple[int, ...] = ()  # of the attributes of each projection, of which one more would hide a parameter
 
     @classmethod
-    def of(cls, block: nn.Module, layers: tuple[Layer, ...], gates: Gates) -> Gathered:
-        """What ``block``, a GatedRJCAFused, holds now, if all its weights are Parameters of torch.nn.Linear."""
+    def of(cls, block: nn.Module, used: Iterable[nn.Module], layers: tuple[Layer, ...], gates: Gates) -> Gathered:
+        """What ``block``, a GatedRJCAFused, holds in the children ``used``, if all of it are torch.nn.Linear's."""
         layers, parameters = Layers(layers), flatten(layers, gates)
-        _, *modules = block.modules()
+        modules = [module for child in used for module in child.modules()]
         projections = tuple(module for module in modules if type(module) is nn.Linear)
         containers = tuple(module for module in modules if type(module) is not nn.Linear)
         known = {nn.ModuleList, nn.ModuleDict, *map(type, block.layers)}  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     problem, seed = call.problem, call.seed
     layers, gates = unflatten(problem, call.parameters)
     present = presence(problem, call.lengths, call.features[0].device)
-    x = [initial(problem, x_m, present) for x_m in call.features]
+    x = [initial(problem.normalize, x_m, present) for x_m in call.features]
     history = [[x_m] for x_m in x]
     for t in range(problem.iterations):
         x = iterate(problem, x, layers[0 if problem.shared else t], t, present, seed)
@@ -70,11 +70,11 @@ def presence(problem: Problem, lengths: Tensor | None, device: torch.device) -> 
     return (torch.arange(problem.length, device=device) < lengths[:, None])[..., None]
 
 
-def initial(problem: Problem, x: Tensor, present: Tensor | None) -> Tensor:
+def initial(normalize: bool, x: Tensor, present: Tensor | None) -> Tensor:
     """X^0: the input with absent frames cleared, normalised per frame if asked for."""
     if present is not None:
         x = torch.where(present, x, 0)
-    if not problem.normalize:
+    if not normalize:
         return x
     wide = x if x.dtype == torch.float64 else x.float()  # float16 has no 1e-12, and no norm of large frames
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
@@ -128,7 +128,7 @@ def gate(problem: Problem, states: Sequence[Tensor], gates: Sequence[Linear]) ->
         return torch.softmax(linear(x, g) / problem.temperature, dim=-1)
 
     def mix(values: Tensor, choices: Sequence[Tensor]) -> Tensor:
-        return torch.relu(sum((values[..., i : i + 1] * choice for i, choice in enumerate(choices)), torch.zeros(())))
+        return torch.relu(sum(values[..., i : i + 1] * choice for i, choice in enumerate(choices)))  # type: ignore[arg-type]
 
     if problem.gating == "none":
         return last, None

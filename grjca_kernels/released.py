@@ -1,6 +1,6 @@
 """The authors' checkpoints, in and out: their parameter names (operator.md, last section) and those of GatedRJCAFused.
 
-Their 1 and "video" is our visual, their 2 and "audio" our audio.
+Their 1 and "video" is our visual, their 2 and "audio" our audio, their 3 and "text" our third modality.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from grjca_kernels.projections import as_linear
@@ -18,82 +19,111 @@ from grjca_kernels.projections import as_linear
 if TYPE_CHECKING:
     from grjca_kernels.module import GatedRJCAFused
 
+THEIRS = {"visual": "video", "audio": "audio", "third": "text", "fourth": "fourth"}
 _FIRST_KEY = "dcn_layers.0.dense_coattn.query_linear.weight"
 _FIRST = re.compile(rf"(.*?)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
-_DEAD = re.compile(r"text_gating_fc_layer|vregressor\.|aregressor\.|Joint\.")
+_DEAD = re.compile(r"vregressor\.|aregressor\.|Joint\.")
 _METADATA = "grjca_gating"  # key in the state_dict's metadata: at T = 1 the shapes do not tell "flat" from "dynamic"
+_LSTM = [
+    f"rnn.{kind}_{part}_l0{way}" for way in ("", "_reverse") for kind in ("weight", "bias") for part in ("ih", "hh")
+]
+_ALIKE = {  # blocks that look alike and compute something else, by a part of a key
+    "affine_a": "JCA, which has no V and transposes C",
+}
 
 
-def names(iterations: int, gating: str, inner: str) -> Iterator[tuple[str, str]]:
-    """(our name, the authors') of every Linear; ``inner`` is "coattn." or "" and stands before their iterations."""
+class Source(NamedTuple):
+    """A block of the authors, as far as its names and shapes tell."""
+
+    config: dict[str, Any]  # arguments of GatedRJCAFused that are fixed by them
+    weights: dict[str, Tensor]  # under our names
+    theirs: dict[str, str]  # our name -> theirs, with the prefix
+    block: nn.Module | None  # where the source is a module
+    certain: bool  # whether ``normalize`` is known, and not guessed
+
+
+def names(module_names: Iterable[str], iterations: int, gating: str, inner: str) -> Iterator[tuple[str, str]]:
+    """(our name, the authors') of every parameter; ``inner`` is "coattn." or "" and stands before their iterations."""
+    kinds, module_names = ("weight", "bias"), tuple(module_names)
+
+    def linear(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+        yield from ((f"{ours}.{kind}", f"{theirs}.{kind}") for kind in kinds)
+
     for t in range(iterations):
         ours, theirs = f"layers.{t}", f"{inner}dcn_layers.{t}"
-        yield f"{ours}.query", f"{theirs}.dense_coattn.query_linear"
-        for m, name in enumerate(("visual", "audio")):
-            yield f"{ours}.key.{name}", f"{theirs}.dense_coattn.key{m + 1}_linear"
-            yield f"{ours}.value.{name}", f"{theirs}.dense_coattn.value{m + 1}_linear"
-            yield f"{ours}.output.{name}", f"{theirs}.linears.{m}.0"
-    suffixes = {"none": (), "dynamic": ("",), "flat": ("",)}.get(
-        gating, (*(f"_stage{t + 1}" for t in range(iterations)), "_stage")
-    )
-    for name, theirs in (("visual", "video"), ("audio", "audio")):
+        yield from linear(f"{ours}.query", f"{theirs}.dense_coattn.query_linear")
+        for m, name in enumerate(module_names):
+            yield from linear(f"{ours}.key.{name}", f"{theirs}.dense_coattn.key{m + 1}_linear")
+            yield from linear(f"{ours}.value.{name}", f"{theirs}.dense_coattn.value{m + 1}_linear")
+            yield from linear(f"{ours}.output.{name}", f"{theirs}.linears.{m}.0")
+    suffixes: tuple[str, ...] = {"dynamic": ("",), "flat": ("",)}.get(gating, ())
+    if gating == "hierarchical":
+        suffixes = (*(f"_stage{t + 1}" for t in range(iterations)), "_stage")
+    for name in module_names:
+        ours, theirs = f"gates.{name}", THEIRS[name]
         for g, suffix in enumerate(suffixes):
-            yield f"gates.{name}.{g}", f"{theirs}_gating_fc_layer{suffix}"
+            yield from linear(f"{ours}.{g}", f"{theirs}_gating_fc_layer{suffix}")
+        if gating == "temporal":
+            for parameter in ("init_hidden", *_LSTM, "linear.weight", "linear.bias"):
+                yield f"{ours}.0.{parameter}", f"{theirs}_temporal_encoder.{parameter}"
+        if gating == "score":
+            yield from linear(f"{ours}.0.hidden", f"{theirs}_gate_mlp.0")
+            yield from linear(f"{ours}.0.score", f"{theirs}_gate_mlp.2")
 
 
-def read(
-    source: nn.Module | Mapping[str, Tensor], prefix: str | None
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Arguments of GatedRJCAFused that the weights fix, the weights under our names, and our name -> theirs."""
+def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: Iterable[str]) -> Source:
+    """What names and shapes tell of a block; all it holds is known to act, known to be dead, or refused."""
     if isinstance(source, nn.Module):
-        label, state = type(source).__name__, cast("Mapping[str, Tensor]", source.state_dict())
+        state = cast("Mapping[str, Tensor]", source.state_dict())
     elif isinstance(source, Mapping):
-        label, state = "", source
+        state = source
     else:
         raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}.")
     prefix, inner = _find(state, prefix)
     block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    module = source.get_submodule(prefix.rstrip(".")) if isinstance(source, nn.Module) else None
     numbered = re.compile(rf"{re.escape(inner)}dcn_layers\.(\d+)\.")
     iterations = 1 + max(int(match.group(1)) for key in block if (match := numbered.match(key)))
-    metadata = getattr(state, "_metadata", None) or {}
-    gating = _gating(block, prefix, iterations, metadata.get(_METADATA), named_grjca="GRJCA" in label + prefix)
-
-    ours_to_theirs = {
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in names(iterations, gating, inner)
-        for kind in ("weight", "bias")
-    }
-    missing = [prefix + theirs for theirs in ours_to_theirs.values() if theirs not in block]
+    attention = f"{inner}dcn_layers.0.dense_coattn"
+    modalities = tuple(THEIRS)[
+        : 4 if f"{attention}.key4_linear.weight" in block else 3 if f"{attention}.key3_linear.weight" in block else 2
+    ]
+    gating, certain = _gating(block, prefix, iterations, state, named_grjca="GRJCA" in type(module).__name__ + prefix)
+    known = dict(names(modalities, iterations, gating, inner))
+    _refuse_unknown(block, known.values(), len(modalities), prefix, ignore)
+    missing = [prefix + theirs for theirs in known.values() if theirs not in block]
     if missing:
         raise ValueError(f"source: expected the key {missing[0]!r} ({len(missing)} keys are missing), got none.")
-    wrong = [theirs for theirs in ours_to_theirs.values() if not isinstance(block[theirs], Tensor)]
+    wrong = [theirs for theirs in known.values() if not isinstance(block[theirs], Tensor)]
     if wrong:
         raise TypeError(f"source[{prefix + wrong[0]!r}]: expected a tensor, got {type(block[wrong[0]]).__name__}.")
-    _note_unused(block, set(ours_to_theirs.values()), prefix)
-
-    weights = {ours: block[theirs] for ours, theirs in ours_to_theirs.items()}
-    sizes = {}
-    for argument, ours in (
-        ("dim_visual", "layers.0.value.visual.weight"),
-        ("dim_audio", "layers.0.value.audio.weight"),
-        ("length", "layers.0.key.visual.weight"),
-    ):
+    weights = {ours: block[theirs] for ours, theirs in known.items()}
+    theirs = {ours: prefix + theirs for ours, theirs in known.items()}
+    sizes = [f"layers.0.value.{name}.weight" for name in modalities] + ["layers.0.key.visual.weight"]
+    for ours in sizes:
         if weights[ours].dim() != 2:
-            raise ValueError(
-                f"source[{prefix + ours_to_theirs[ours]!r}]: expected 2 dimensions, "
-                f"got shape {list(weights[ours].shape)}."
-            )
-        sizes[argument] = weights[ours].shape[0]
+            raise ValueError(f"source[{theirs[ours]!r}]: expected 2 dimensions, got shape {list(weights[ours].shape)}.")
+    *widths, length = (weights[ours].shape[0] for ours in sizes)
+    of_keys = [weights[f"layers.0.key.{name}.weight"].shape for name in modalities]
+    if of_keys == [(d_m, d_m) for d_m in widths] and len({*widths}) > 1:
+        raise ValueError(
+            f"source[{theirs[sizes[-1]]!r}]: expected W_k [L, L], which mixes frames, got {list(of_keys[0])} and "
+            f"{list(of_keys[1])}, the widths of the features. This is the DCNLayer of MultiFPE, another operator."
+        )
+    first = weights["layers.0.query.weight"]
     config = {
-        **sizes,
+        "dim_visual": widths if len(widths) > 2 else widths[0],
+        "dim_audio": None if len(widths) > 2 else widths[1],
+        "length": length,
         "iterations": iterations,
         "gating": gating,
+        "joint": "raw" if len(widths) > 2 else "projected",
         "output": "concat" if inner or gating != "none" else "pair",
-        "normalize": gating in ("flat", "hierarchical"),
-        "dtype": weights["layers.0.query.weight"].dtype,
-        "device": weights["layers.0.query.weight"].device,
+        "normalize": gating in ("flat", "hierarchical", "temporal", "score"),
+        "dtype": first.dtype,
+        "device": first.device,
     }
-    return config, weights, {ours: prefix + theirs for ours, theirs in ours_to_theirs.items()}
+    return Source(config, weights, theirs, module, certain)
 
 
 def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,11 +145,13 @@ def load(
 ) -> None:
     """Copy ``weights`` into ``module``, or put them there; a wrong shape is refused under the authors' name."""
     expected = module.state_dict()
+    if module.joint == "raw":
+        weights = {ours: weight for ours, weight in weights.items() if ".query." not in ours}
     if expected.keys() != weights.keys():
         differing = sorted(expected.keys() ^ weights.keys())[0]
         raise ValueError(
             f"source: its weights do not fit the requested gating={module.gating!r}, form={module.form!r}, "
-            f"iterations={module.iterations}, share_weights={module.share_weights}; "
+            f"joint={module.joint!r}, iterations={module.iterations}, share_weights={module.share_weights}; "
             f"the first that differs is {differing!r}."
         )
     for ours, tensor in weights.items():
@@ -140,30 +172,45 @@ def rename(module: GatedRJCAFused, state: dict[str, Any], prefix: str) -> None:
     found = [inner for inner in ("coattn.", "") if f"{prefix}{inner}{_FIRST_KEY}" in state]
     if not found or module.form != "released" or module.share_weights:
         return
-    for key in [key for key in state if key.startswith(prefix) and _DEAD.match(key, len(prefix))]:
+    dead = _dead(len(module.dims))
+    for key in [key for key in state if key.startswith(prefix) and dead.match(key, len(prefix))]:
         del state[key]
-    for ours, theirs in names(module.iterations, module.gating, found[0]):
-        for kind in ("weight", "bias"):
-            if (key := f"{prefix}{theirs}.{kind}") in state:
-                state[f"{prefix}{ours}.{kind}"] = state.pop(key)
+    for ours, theirs in names(module.gates, module.iterations, module.gating, found[0]):
+        if (key := f"{prefix}{theirs}") in state:
+            weight = state.pop(key)
+            if module.joint == "projected" or ".query." not in ours:
+                state[f"{prefix}{ours}"] = weight
 
 
 def write(module: GatedRJCAFused) -> dict[str, Tensor]:
-    """The inverse of :func:`read`. Shared weights are written once for every iteration."""
+    """The inverse of :func:`read`. Shared weights are written once for every iteration; a W_q that the authors' modules
+    have and do not use is the identity, with which a module that did use it would compute the same."""
     if module.form != "released":
         raise ValueError(
             "to_released: expected form='released', got form='paper', which has no biases; "
             "the authors' modules cannot hold it."
         )
     result: OrderedDict[str, Tensor] = OrderedDict()
-    for ours, theirs in names(module.iterations, module.gating, "" if module.gating == "none" else "coattn."):
+    for ours, theirs in names(
+        module.gates, module.iterations, module.gating, "" if module.gating == "none" else "coattn."
+    ):
         if module.share_weights:
             ours = re.sub(r"^layers\.\d+", "layers.0", ours)
-        weight, bias = as_linear(module.get_submodule(ours))
-        assert bias is not None
-        result |= {f"{theirs}.weight": weight.detach(), f"{theirs}.bias": bias.detach()}
+        result[theirs] = _value(module, ours).detach()
     result._metadata = {_METADATA: module.gating}  # type: ignore[attr-defined]
     return result
+
+
+def _value(module: GatedRJCAFused, name: str) -> Tensor:
+    path, _, kind = name.rpartition(".")
+    if module.joint == "raw" and path.endswith(".query"):
+        like, width = next(module.parameters()), sum(module.dims)
+        options = {"device": like.device, "dtype": like.dtype}
+        return torch.eye(width, **options) if kind == "weight" else torch.zeros(width, **options)  # type: ignore[call-overload]
+    owner = module.get_submodule(path)
+    if path.startswith("layers") or module.gating not in ("temporal", "score"):
+        return cast(Tensor, getattr(as_linear(owner), kind))
+    return cast(Tensor, getattr(owner, kind))
 
 
 def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
@@ -178,6 +225,12 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
             raise ValueError(
                 f"prefix: expected a choice, because the source holds several blocks, at {listed}; got None."
             )
+        for part, what in _ALIKE.items():
+            alike = [key for key in state if part in str(key)]
+            if alike:
+                raise ValueError(
+                    f"source: expected a block of the family, got {alike[0]!r} of {what}: another operator."
+                )
         some = ", ".join(repr(str(key)) for key in list(state)[:3])
         raise ValueError(
             f"source: expected a key that ends in {wanted!r}, got {len(state)} keys ({some}, ...). "
@@ -190,35 +243,52 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
     raise ValueError(f"prefix: expected where a block stands ({listed}), got {prefix!r}.")
 
 
-def _gating(block: Mapping[str, Any], prefix: str, iterations: int, recorded: str | None, named_grjca: bool) -> str:
+def _gating(block: Mapping[str, Any], prefix: str, iterations: int, state: Any, named_grjca: bool) -> tuple[str, bool]:
+    """And whether that is certain: at T = 1 GRJCA and DCA have the same shapes, and differ in what they normalise."""
+    starts = {"temporal": "video_temporal_encoder.", "score": "video_gate_mlp."}
+    for gating, start in starts.items():
+        if any(key.startswith(start) for key in block):
+            return gating, True
     gates = [key for key in block if re.match("(video|audio)_gating_fc_layer", key)]
     if not gates:
-        return "none"
+        return "none", True
     if any("_stage" in key for key in gates):
-        return "hierarchical"
+        return "hierarchical", True
     key = next((key for key in gates if key.endswith("weight")), None)
     if key is None:
-        return "flat"  # and its keys are missing, as read() will say
+        return "flat", True  # and its keys are missing, as read() will say
     ways = block[key].shape[0]
     if ways == 2 and iterations == 1:
-        return recorded or ("flat" if named_grjca else "dynamic")
+        recorded = (getattr(state, "_metadata", None) or {}).get(_METADATA)
+        return recorded or ("flat" if named_grjca else "dynamic"), named_grjca or recorded is not None
     if ways == iterations + 1:
-        return "flat"
+        return "flat", True
     if ways == 2:
-        return "dynamic"
+        return "dynamic", True
     raise ValueError(
         f"source[{prefix + key!r}]: expected 2 rows (DCA) or T + 1 = {iterations + 1} (GRJCA), got {ways}."
     )
 
 
-def _note_unused(block: Mapping[str, Any], used: set[str], prefix: str) -> None:
-    unused = [key for key in block if key not in used]
-    dead = [prefix + key for key in unused if _DEAD.match(key)]
-    other = [prefix + key for key in unused if not _DEAD.match(key)]
-    notes = []
-    if dead:
-        notes.append(f"without effect on the output: {', '.join(dead)}")
-    if other:
-        notes.append(f"not part of the fusion block: {', '.join(other)}")
-    if notes:
-        warnings.warn(f"from_released ignored keys {'; '.join(notes)}.", stacklevel=4)
+def _dead(modalities: int) -> re.Pattern[str]:
+    """What the authors' blocks hold, and their forward never uses."""
+    return re.compile(_DEAD.pattern + ("|text_gating_fc_layer" if modalities == 2 else ""))
+
+
+def _refuse_unknown(
+    block: Mapping[str, Any], known: Iterable[str], modalities: int, prefix: str, ignore: Iterable[str]
+) -> None:
+    """Refuse what may act and is not known; name what is dead in one warning."""
+    dead, starts = _dead(modalities), tuple(ignore)
+    unused = [key for key in block if key not in {*known}]
+    unknown = [key for key in unused if not dead.match(key) and not (prefix + key).startswith(starts)]
+    if unknown:
+        listed = ", ".join(repr(prefix + key) for key in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise ValueError(
+            f"source: expected the keys of a block of the family, got {len(unknown)} besides: {listed}. What they do "
+            "would be lost. If the block's output does not depend on them, pass the beginnings of their names as "
+            "`ignore`, or a `prefix` under which the block stands alone."
+        )
+    named = [prefix + key for key in unused if dead.match(key)]
+    if named:
+        warnings.warn(f"from_released ignored keys without effect on the output: {', '.join(named)}.", stacklevel=4)

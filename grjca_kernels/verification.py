@@ -59,7 +59,8 @@ Row = Any  # of the table in backends.py, a layer above this one
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too.
+    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too;
+    ``reduced`` is Problem's.
 
     Without them, outputs are views of one tensor, as they are when the caller asks for the concatenation.
     """
@@ -70,12 +71,14 @@ class Case:
     gating: str
     extras: bool
     iterations: int = 2
+    reduced: bool = False
 
     @property
     def problem(self) -> Problem:
         return Problem(
-            self.batch, self.length, self.widths, self.iterations, self.gating, "released", 0.3, 0.1, True, False
-        )
+            self.batch, self.length, self.widths, self.iterations, self.gating, "released", 0.3, 0.1, True, False,
+            reduced=self.reduced,
+        )  # fmt: skip
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
@@ -251,11 +254,15 @@ def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Te
 
 
 def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
-    """Every tensor of one case: values, gradients, and whether a second run gives the same."""
-    exact = make(case, dtype, seed)
+    """Every tensor of one case: values, gradients, and whether a second run gives the same.
+
+    Where products may be reduced, what they are held against is PyTorch in float16.
+    """
+    exact, eagers = make(case, dtype, seed), torch.float16 if case.reduced else dtype
     inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
-    draws = [inputs, *(inputs.half_an_ulp_away(generator) for _ in range(DRAWS - 1))]
-    where = f"L = {case.length}, {str(dtype).removeprefix('torch.')}"
+    first = exact.to(device, eagers)
+    draws = [first, *(first.half_an_ulp_away(generator) for _ in range(DRAWS - 1))]
+    where = f"L = {case.length}, {precision(dtype, case.reduced)}"
     sides: tuple[tuple[Callable[..., dict[str, Tensor]], Any, Any, float], ...] = (
         (computed_forward, derivation.forward, row.forward, math.inf),
         (computed_backward, derivation.backward, row.backward, 2),
@@ -265,7 +272,7 @@ def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed
         ours, again = (computed(of_row, case, inputs) for _ in range(2))
         for name, value in ours.items():
             worst = max(distance(draw[name], truth[name], norm) for draw in eager)
-            few = FEW * torch.finfo(dtype).eps * float(truth[name].norm(norm))
+            few = FEW * torch.finfo(eagers).eps * float(truth[name].norm(norm))
             yield Finding(where, name, distance(value, truth[name], norm), FACTOR * worst + few)
         changed = sum(not torch.equal(value, again[name]) for name, value in ours.items())
         yield Finding(where, "changed when repeated", changed, 0)
@@ -276,7 +283,11 @@ def distance(x: Tensor, truth: Tensor, norm: float) -> float:
 
 
 def check(
-    row: Row, device: torch.device, dtype: torch.dtype, tell: Callable[[Finding | str], None] = lambda line: None
+    row: Row,
+    device: torch.device,
+    dtype: torch.dtype,
+    reduced: bool = False,
+    tell: Callable[[Finding | str], None] = lambda line: None,
 ) -> Verdict:
     """Check one dtype; ``tell`` is given every finding, and the traceback of an exception.
 
@@ -288,7 +299,7 @@ def check(
         reason = None
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             for case in cases(device):
-                for finding in compare(row, case, device, dtype):
+                for finding in compare(row, replace(case, reduced=reduced), device, dtype):
                     tell(finding)
                     reason = reason or (None if finding.passes else f"{finding}.")
         return reason
@@ -308,9 +319,11 @@ _verdicts: dict[str, Verdict] = {}
 _lock = threading.RLock()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """The dtype, and whether PyTorch's settings let products of float32 use TF32: such kernels are other kernels."""
-    return str(dtype).removeprefix("torch.") + (" with TF32" if dtype == torch.float32 and allows_tf32() else "")
+def precision(dtype: torch.dtype, reduced: bool = False) -> str:
+    """The dtype, and whether products of float32 use TF32, by PyTorch's settings or as autocast is on: such kernels are
+    other kernels."""
+    tf32 = dtype == torch.float32 and (reduced or allows_tf32())
+    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 else "")
 
 
 @functools.cache
@@ -380,8 +393,9 @@ def remember(key: str, verdict: Verdict) -> None:
 # ---- what is asked
 
 
-def passed(row: Row, device: str, index: int | None, dtype: torch.dtype) -> bool:
-    """Whether "auto" may use ``row`` for tensors of this device and dtype. Checks it if nobody has.
+def passed(row: Row, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> bool:
+    """Whether "auto" may use ``row`` for tensors of this device and dtype, ``reduced`` as in Problem. Checks it if
+    nobody has.
 
     On the CPU, which is where Triton's interpreter computes, it is not asked for: no. What is said is said once in a
     process, by the logger "grjca_kernels".
@@ -389,25 +403,25 @@ def passed(row: Row, device: str, index: int | None, dtype: torch.dtype) -> bool
     if device == "cpu":
         return False
     index = torch.cuda.current_device() if index is None else index
-    key = key_of(row.name, index, precision(dtype))
+    key = key_of(row.name, index, precision(dtype, reduced))
     verdict = _verdicts.get(key)
     if verdict is None:
         with _lock:
-            verdict = recall(key) or first_verdict(row, device, index, dtype, key)
+            verdict = recall(key) or first_verdict(row, device, index, dtype, reduced, key)
     if verdict is None:
         return False
     if verdict.reason is not None:
         say(
-            f"backend='auto' does not use the {row.name} kernels for {precision(dtype)} on {name_of(key)}, because "
-            f"they failed their self-check: {verdict.reason} It takes the next backend; "
+            f"backend='auto' does not use the {row.name} kernels for {precision(dtype, reduced)} on {name_of(key)}, "
+            f"because they failed their self-check: {verdict.reason} It takes the next backend; "
             f"grjca_kernels.self_check({row.name!r}) prints all errors, and please report them."
         )
     return verdict.reason is None
 
 
-def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, key: str) -> Verdict | None:
+def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, reduced: bool, key: str) -> Verdict | None:
     """Check, unless a CUDA graph is being captured, in which nothing else may run."""
-    what = f"the {row.name} kernels have no test record for {precision(dtype)} on {name_of(key)}"
+    what = f"the {row.name} kernels have no test record for {precision(dtype, reduced)} on {name_of(key)}"
     if torch.cuda.is_current_stream_capturing():
         say(
             f"{what}, and a CUDA graph is being captured, so backend='auto' takes the next backend; call "
@@ -415,7 +429,7 @@ def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, key: st
         )
         return None
     say(f"{what}; backend='auto' now checks them, once and for {row.checking}, and uses them only if they pass.")
-    verdict = check(row, torch.device(device, index), dtype)
+    verdict = check(row, torch.device(device, index), dtype, reduced)
     remember(key, verdict)
     return verdict
 
@@ -440,15 +454,16 @@ def report(row: Row, device: torch.device | str | int | None) -> bool:
             line = f"{line.where:18} {line.tensor:22} error {line.error:8.2e}  allowed {line.bound:8.2e}{verdict}"
         print(line, flush=True)
 
-    for dtype in DTYPES:
+    under_autocast = [(torch.float32, True)] if device.type == "cuda" and not allows_tf32() else []
+    for dtype, reduced in [*((dtype, False) for dtype in DTYPES), *under_autocast]:
         refusal = row.refusal(device.type, dtype)
         if refusal is not None:
             print(f"{str(dtype).removeprefix('torch.')}: not checked, {refusal}")
             continue
-        verdict = check(row, device, dtype, tell)
+        verdict = check(row, device, dtype, reduced, tell)
         if device.type == "cuda":
             with _lock:
-                remember(key_of(row.name, device.index, precision(dtype)), verdict)
+                remember(key_of(row.name, device.index, precision(dtype, reduced)), verdict)
         if verdict.reason is not None:
             failures.append(verdict.reason)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -38,6 +38,7 @@ class Case:
     iterations: int = 2
     gating: str = "flat"
     form: str = "released"
+    joint: str = "projected"
     normalize: bool = False
     dropout: float = 0.0
     temperature: float = 0.1
@@ -50,8 +51,13 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of gated_rjca, all but the tensors."""
-        names = ("iterations", "gating", "form", "normalize", "dropout", "temperature")
+        names = ("iterations", "gating", "form", "joint", "normalize", "dropout", "temperature")
         return {**{name: getattr(self, name) for name in names}, "seed": SEED}
+
+    @property
+    def projected(self) -> bool:
+        """Whether there is a W_q."""
+        return self.form == "released" and self.joint == "projected"
 
 
 def cases() -> Iterator[Case]:
@@ -89,6 +95,14 @@ def cases() -> Iterator[Case]:
     yield Case("shared-paper", iterations=4, shared=True, form="paper", gating="flat")
     yield Case("shared-dropout-lengths", 3, 9, iterations=2, shared=True, dropout=0.4, lengths=(9, 2, 5))
     yield Case("warm", temperature=3.0, gating="hierarchical")
+    for gating in problems.GATINGS:
+        yield Case(f"raw-{gating}", gating=gating, joint="raw")
+    yield Case("raw-paper", joint="raw", form="paper")
+    yield Case("raw-blocks", 2, 35, (70, 33), 3, "none", joint="raw", dropout=0.4, lengths=(35, 12), normalize=True)
+    yield Case("raw-shared", 2, 9, (3, 4, 2), 3, joint="raw", shared=True, dropout=0.3)
+    yield Case("T16-hierarchical", 1, 3, (2, 3), 16, "hierarchical")
+    yield Case("T16-flat", 1, 3, (2, 3), 16, joint="raw", lengths=(2,))
+    yield Case("T16-four-modalities", 1, 2, (2, 1, 1, 2), 16, "hierarchical", dropout=0.2)
 
 
 CASES = tuple(cases())
@@ -101,8 +115,10 @@ FULL_SIZE = {
     "HGRJCA": Case("HGRJCA", 2, 300, (256, 128), gating="hierarchical", normalize=True),
     "DCA": Case("DCA", 2, 16, (512, 512), gating="dynamic"),
     "RJCA": Case("RJCA", 2, 16, (512, 512), gating="none"),
+    "RJCMA": Case("RJCMA", 2, 300, (256, 128, 128), gating="none", joint="raw"),
+    "TAGF": Case("TAGF", 2, 300, (256, 128), gating="none", normalize=True),
 }
-"""The authors' blocks as they are trained, but for the batch."""
+"""The authors' blocks as they are trained, but for the batch; of TAGF the recursion."""
 
 
 # ---- tensors
@@ -163,7 +179,7 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Input
 
     layers = tuple(
         Layer(
-            linear(width, width) if biased else None,
+            linear(width, width) if case.projected else None,
             tuple(linear(case.length, case.length) for _ in case.widths),
             tuple(linear(d_m, d_m) for d_m in case.widths),
             tuple(linear(d_m, width, 0.5) for d_m in case.widths),
@@ -183,7 +199,7 @@ def _scale_scores(case: Case, inputs: Inputs) -> None:
     """Scale W_k, b_k and the gates, in place, as the module docstring promises."""
     described = describe(case, inputs)
     present = reference.presence(described, inputs.lengths, torch.device("cpu"))
-    x = [reference.initial(described, x, present) for x in inputs.features]
+    x = [reference.initial(described.normalize, x, present) for x in inputs.features]
     for t in range(case.iterations):
         layer = inputs.layers[0 if case.shared else t]
         joint = torch.cat(x, dim=-1)
@@ -267,7 +283,7 @@ def parameter_names(case: Case) -> list[str]:
     kinds = ("weight", "bias") if case.form == "released" else ("weight",)
     linears = []
     for t in range(1 if case.shared else case.iterations):
-        linears += [f"layers[{t}].query"] * (case.form == "released")
+        linears += [f"layers[{t}].query"] * case.projected
         linears += [
             f"layers[{t}].{group}[{m}]" for group in ("key", "value", "output") for m in range(len(case.widths))
         ]
@@ -311,9 +327,9 @@ def golden_results(name: str, backend: str) -> tuple[Result, Result]:
 
 def eager_module(case: Case, inputs: Inputs) -> tuple[GatedRJCAEager, list[Tensor]]:
     """The eager module with the parameters of ``inputs``, to evaluate, and its own in the order of problems.flatten."""
-    names = ("iterations", "gating", "normalize", "temperature")
+    names = ("iterations", "gating", "joint", "normalize", "temperature")
     options = {name: getattr(case, name) for name in names}
-    module = GatedRJCAEager(*case.widths, case.length, dtype=inputs.features[0].dtype, **options).eval()
+    module = GatedRJCAEager(case.widths, length=case.length, dtype=inputs.features[0].dtype, **options).eval()
     parameters = problems.flatten(*module.parameters_by_role())
     with torch.no_grad():
         for parameter, value in zip(parameters, inputs.parameters, strict=True):

@@ -107,6 +107,7 @@ LIGHT = tuple(
     for form in problems.FORMS
     for gating, iterations, length in (("none", 1, 16), ("flat", 3, 304), ("dynamic", 2, 304), ("hierarchical", 2, 16))
 )
+DEEP = Case("raw-T16", 8, 16, (64, 32), problems.MAX_ITERATIONS, "hierarchical", joint="raw")
 NAMED = (
     Case("abaw", 12, 300, (256, 128), 2, "flat", normalize=True),
     Case("clip", 64, 16, (512, 512), 2, "dynamic", dropout=0.5),
@@ -120,7 +121,7 @@ def every_build() -> Iterator[Build]:
     for direction in ("forward", "backward"):
         for target in HARDWARE:
             for precision in PRECISIONS:
-                for case in (STREAMED, STORED, SHORT, *UNEVEN, *ODD):
+                for case in (STREAMED, STORED, SHORT, *UNEVEN, *ODD, DEEP):
                     yield Build(target, precision, direction, case)
             for case in (*LIGHT, *NAMED):
                 yield Build(target, "bfloat16", direction, case, everything=False)
@@ -132,7 +133,7 @@ def everyday() -> Iterator[Build]:
     for target, precision, *cases in (
         ("sm_80", "float16", STREAMED),
         ("sm_80", "float32", STORED),
-        ("sm_90", "bfloat16", STREAMED, STORED, UNEVEN[1], *ODD),
+        ("sm_90", "bfloat16", STREAMED, STORED, UNEVEN[1], *ODD, DEEP),
         ("sm_90", "tf32", STORED),
         ("sm_90", "float32", STREAMED),
         ("sm_100", "bfloat16", STREAMED),
@@ -145,6 +146,7 @@ def everyday() -> Iterator[Build]:
         ("sm_80", "float16", STORED),
         ("sm_90", "bfloat16", STREAMED),
         ("sm_90", "bfloat16", STORED),
+        ("sm_90", "bfloat16", DEEP),
         ("sm_90", "tf32", UNEVEN[0]),
         ("sm_90", "float32", STORED),
         ("gfx942", "bfloat16", STORED),
@@ -220,7 +222,7 @@ def arguments(build: Build, dtype: torch.dtype) -> tuple[Any, ...]:
     dropout = case.dropout if case.form == "released" else 0.0
     problem = problems.Problem(
         case.batch, case.length, case.widths, case.iterations, case.gating, case.form, dropout, case.temperature,
-        case.normalize, case.shared,
+        case.normalize, case.shared, case.joint,
     )  # fmt: skip
     like, step = torch.empty(0, dtype=dtype), 2 if everything else 1
     features = [like.new_empty(case.batch, case.length, step * width)[..., ::step] for width in case.widths]

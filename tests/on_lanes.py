@@ -162,7 +162,8 @@ def _bytes(storage: torch.UntypedStorage) -> memoryview:
 def _begin(direction: int, called: Call) -> tuple[Request, str]:
     problem, request = called.problem, Request()
     request.add(direction, problem.batch, problem.length, len(problem.widths), *problem.widths, problem.iterations)
-    request.add(problems.GATINGS.index(problem.gating), problem.form == "released", problem.normalize, problem.shared)
+    request.add(problems.GATINGS.index(problem.gating), problem.released, problem.projected)
+    request.add(problem.normalize, problem.shared)
     request.real(problem.dropout)
     request.real(problem.temperature)
     request.add(_wish.resident, _wish.chunk, _wish.tile, _wish.parts, _wish.order, _wish.apart)
@@ -172,7 +173,7 @@ def _begin(direction: int, called: Call) -> tuple[Request, str]:
     for tensor in (*request.kept, called.lengths, called.seed, called.iterates):  # type: ignore[attr-defined]
         request.tensor(tensor)
     name = str(called.iterates.dtype).removeprefix("torch.")
-    return request, "tf32" if name == "float32" and _wish.tf32 else name
+    return request, "tf32" if name == "float32" and (_wish.tf32 or problem.reduced) else name
 
 
 def forward(called: Call) -> None:

@@ -26,13 +26,14 @@ PROBLEMS = some.builds(
     batch=some.integers(1, 512),
     length=some.one_of(some.integers(1, 2048), some.integers(1, 2 * config.STREAM_FRAMES)),
     widths=some.lists(WIDTHS, min_size=2, max_size=4).map(tuple),
-    iterations=some.integers(1, 8),
+    iterations=some.integers(1, problems.MAX_ITERATIONS),
     gating=some.sampled_from(problems.GATINGS),
     form=some.sampled_from(problems.FORMS),
     dropout=some.sampled_from((0.0, 0.6)),
     temperature=some.just(0.1),
     normalize=some.booleans(),
     shared=some.booleans(),
+    joint=some.sampled_from(problems.JOINTS),
 )
 examples = partial(settings, deadline=None, print_blob=True)
 OVER_ALL = given(PROBLEMS, some.sampled_from(sorted(PRECISIONS)), some.sampled_from(sorted(DEVICES)), some.booleans())
@@ -54,8 +55,9 @@ def test_launches_are_legal(problem: Problem, precision: str, device: str, flag:
     for launch in launches(problem, precision, device, flag):
         c, tiles = launch.constants, launch.tiles
         blocks = [tiles.m, tiles.n, tiles.k, c.block_m, c.block_n, c.block_k, c.block_l, c.block_frames]
-        for block in [*blocks, c.block_c, c.block_w, c.block_key, c.block_time, c.block_columns]:
+        for block in [*blocks, c.block_c, c.block_w, c.block_key, c.block_time, c.block_columns, c.block_ways]:
             assert block >= 16 and block & (block - 1) == 0
+        assert c.block_ways >= max(problem.gate_ways, default=0)
         assert tiles.warps in (1, 2, 4, 8) and tiles.stages >= 1 and tiles.programs >= 1
         assert not c.stream or c.block_l >= problem.length, "a block must hold all frames of what is streamed"
         assert problem.length % c.length_step == 0
@@ -127,8 +129,8 @@ def forward_phases(c: Constants) -> Iterator[Phase]:
 
 def computed(c: Constants, t: int) -> Iterator[Phase]:
     """From X^t to H."""
-    joint = "joint" if c.released else state(t)
-    yield Phase([state(t)], ["joint", "value", "key"] if c.released else ["value", "key"])
+    joint = "joint" if c.projected else state(t)
+    yield Phase([state(t)], ["joint", "value", "key"] if c.projected else ["value", "key"])
     if c.stream:
         yield Phase([joint, "key", "value"], ["hidden"])
     else:
@@ -142,7 +144,8 @@ def backward_phases(c: Constants) -> Iterator[Phase]:
     yield Phase([], ["initial"])
     yield Phase(states, [d_state(c.iterations), "d_logits"])
     for t in reversed(range(c.iterations)):
-        joint, d_update = ("joint", "d_update") if c.released else (state(t), d_state(t + 1))
+        joint = "joint" if c.projected else state(t)
+        d_update = "d_update" if c.released else d_state(t + 1)
         projected, *others = computed(c, t)
         yield Phase([*projected.reads, *states, "d_logits"], [*projected.writes, d_state(t)])
         yield from others
@@ -230,14 +233,15 @@ def test_an_overlap_is_found() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=str)
 def test_every_parameter_has_room(case: Case) -> None:
-    """Linear maps one after another, each at a multiple of 16, a gate as if it had 16 ways."""
+    """Linear maps one after another, each at a multiple of 16, a gate as if it had 16 ways, or 32."""
     inputs = make(case, torch.float32)
     linears = [
         *(layer.query for layer in inputs.layers if layer.query is not None),
         *(linear for layer in inputs.layers for group in layer[1:] for linear in group),
     ]
     elements = [sum(x.numel() for x in linear if x is not None) for linear in linears]
-    elements += [16 * (gate.weight.shape[1] + (gate.bias is not None)) for of_m in inputs.gates for gate in of_m]
+    block = 16 if case.iterations < 16 else 32
+    elements += [block * (gate.weight.shape[1] + (gate.bias is not None)) for of_m in inputs.gates for gate in of_m]
     assert config.parameter_elements(describe(case, inputs)) == sum(-(-n // 16) * 16 for n in elements)
     assert len(elements) * (2 if case.form == "released" else 1) == len(inputs.parameters)
 

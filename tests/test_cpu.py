@@ -154,7 +154,7 @@ def test_every_step_of_sixteen_bits(case, dtype, instruction_set):
     wide, problem = inputs.to(torch.float64), describe(case, inputs)
     present = reference.presence(problem, wide.lengths, torch.device("cpu"))
     modalities = range(len(case.widths))
-    initial = [reference.initial(problem, x, present) for x in wide.features]
+    initial = [reference.initial(problem.normalize, x, present) for x in wide.features]
     iterates = [ours.values[f"X[{m}]"].double() for m in modalities]
     for t in range(case.iterations):
         before = [initial[m] if t == 0 else iterates[m][t - 1] for m in modalities]

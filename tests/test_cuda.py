@@ -50,6 +50,7 @@ TILES = [
 MOST = Case("most", 3, 35, (5, 9), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(35, 4, 20))
 STREAMED = replace(MOST, name="streamed", length=11, lengths=(11, 4, 0))
 BOTH = [MOST, STREAMED]
+RAW = replace(MOST, name="raw", joint="raw")
 
 
 @fixture(autouse=True)
@@ -93,13 +94,13 @@ def test_tf32(case):
     assert not torch.equal(run(function, case, make(case, torch.float32)).values["Y[0]"], result.values["Y[0]"])
 
 
-@mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_the_self_check(dtype):
+@mark.parametrize("dtype, reduced", [(torch.float32, False), (torch.float32, True), *((x, False) for x in HALVES)])
+def test_the_self_check(dtype, reduced):
     """That of "auto", with the problems it runs on a GPU made smaller."""
     device = torch.device("cpu")
     for case in (
-        verification.Case(4, 20, (72, 24), "hierarchical", True),
-        verification.Case(2, 38, (72, 24), "flat", False),
+        verification.Case(4, 20, (72, 24), "hierarchical", True, reduced=reduced),
+        verification.Case(2, 38, (72, 24), "flat", False, reduced=reduced),
     ):
         findings = list(verification.compare(TABLE["cuda"], case, device, dtype))
         assert not [str(finding) for finding in findings if not finding.passes]
@@ -121,15 +122,15 @@ def test_the_mask_is_that_of_the_cpu_backend():
 # ---- launches
 
 
-@mark.parametrize("case", [*BOTH, replace(STREAMED, name="shared", shared=True)], ids=str)
-@mark.parametrize(
-    "wish",
-    [
-        {"order": 1}, {"order": 2}, {"order": 3}, {"apart": True}, {"resident": 1}, {"resident": 7},
-        {"chunk": 2}, {"chunk": 2, "parts": 3}, {"chunk": 3, "parts": 2, "order": 4}, {"tile": 64, "resident": 2},
-    ],
-    ids=str,
-)  # fmt: skip
+WISHES = [
+    {"order": 1}, {"order": 2}, {"order": 3}, {"apart": True}, {"resident": 1}, {"resident": 7},
+    {"chunk": 2}, {"chunk": 2, "parts": 3}, {"chunk": 3, "parts": 2, "order": 4}, {"tile": 64, "resident": 2},
+]  # fmt: skip
+LAUNCHES = [(case, wish) for case in [*BOTH, replace(STREAMED, name="shared", shared=True)] for wish in WISHES]
+LAUNCHES += [(RAW, wish) for wish in WISHES if "parts" in wish]
+
+
+@mark.parametrize("case, wish", LAUNCHES, ids=str)
 def test_launches(case, wish):
     """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
     inputs = make(case, torch.float32)
@@ -217,7 +218,7 @@ def test_any_subset_of_incoming_gradients(case):
     check_subsets_of_incoming_gradients(function, case)
 
 
-@mark.parametrize("case", BOTH, ids=str)
+@mark.parametrize("case", [*BOTH, replace(RAW, name="streamed-raw", length=11, lengths=(11, 4, 0))], ids=str)
 def test_any_subset_of_gradients(case):
     check_subsets_of_gradients(function, case)
 

@@ -96,8 +96,9 @@ def any_problem(draw) -> Problem:
     widths = draw(some.lists(some.integers(1, 1024), min_size=2, max_size=4).map(tuple))
     return Problem(
         draw(some.integers(1, 512)), draw(some.integers(1, 40) | some.integers(1, 2048)), widths,
-        draw(some.integers(1, 8)), draw(some.sampled_from(problems.GATINGS)), draw(some.sampled_from(problems.FORMS)),
-        draw(some.sampled_from([0.0, 0.5])), 0.1, draw(some.booleans()), draw(some.booleans()),
+        draw(some.integers(1, problems.MAX_ITERATIONS)), draw(some.sampled_from(problems.GATINGS)),
+        draw(some.sampled_from(problems.FORMS)), draw(some.sampled_from([0.0, 0.5])), 0.1, draw(some.booleans()),
+        draw(some.booleans()), draw(some.sampled_from(problems.JOINTS)),
     )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def parameters(problem: Problem) -> int:
     def linear(rows: int, columns: int) -> int:
         return rows * (columns + released)
 
-    layer = linear(d, d) * released
+    layer = linear(d, d) * problem.projected
     layer += sum(linear(length, length) + linear(d_m, d_m) + linear(d_m, d) for d_m in problem.widths)
     gates = sum(linear(ways, d_m) for ways in problem.gate_ways for d_m in problem.widths)
     return layer * (1 if problem.shared else problem.iterations) + gates
@@ -180,7 +181,7 @@ def test_any_plan(problem, precision, resident, backward, weights):
 @mark.parametrize("widths", [(1, 1), (1, 1024), (1024,) * 4, (512, 512), (256, 128)], ids=str)
 def test_plans_at_the_corners(widths, batch, length, backward):
     for gating in ("none", "hierarchical"):
-        problem = Problem(batch, length, widths, 8, gating, "released", 0.5, 0.1, True, False)
+        problem = Problem(batch, length, widths, 16, gating, "released", 0.5, 0.1, True, False)
         for resident in (1, 264):
             p = plan(problem, "bfloat16", resident, backward, True)
             check_plan(problem, p, "bfloat16", resident, backward, True)

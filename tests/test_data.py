@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from grjca.data import Video, WindowDataset, folds, load, problems, stitch, windows
 from grjca.data.reading import annotation
 from grjca.errors import UserError
+from grjca.predict import read_template
 
 WIDTHS = (6, 3)
 LENGTHS = {"train": {"a": 20, "b_left": 31, "b_right": 31}, "validate": {"c": 12}}
@@ -180,6 +182,67 @@ class TestLoad:
                     for x, y in zip((a.labels, *a.features(0, 12)), (b.labels, *b.features(0, 12)), strict=True):
                         np.testing.assert_array_equal(x, y)
 
+    @mark.parametrize(
+        ("holder", "names"),
+        [
+            ("annotations", ("Train_Set", "Validation_Set")),
+            (".", ("Train_Set", "Validation_Set")),
+            ("VA_Estimation_Challenge", ("Train_Set", "Validation_Set")),
+            ("annotations/VA_Estimation_Challenge", ("Train_Set", "Validation_Set")),
+            ("VA", ("train", "validate")),
+            ("VA_Set", ("Train_Set", "Validation_Set")),
+            ("Annotations", ("TRAIN", "val")),
+            ("annotations", ("train set", "validation-set")),
+            (".", ("training", "valid")),
+        ],
+    )
+    def test_names_of_folders(self, root, npy_root, holder, names):
+        expected = {split: [(v.name, v.length) for v in load(root, split, widths=WIDTHS)] for split in LENGTHS}
+        (root / "annotations").rename(root / "before")
+        (root / holder).mkdir(parents=True, exist_ok=True)
+        for split, name in zip(LENGTHS, names, strict=True):
+            shutil.move(root / "before" / split, root / holder / name)
+            (npy_root / "npy_data" / split).rename(npy_root / "npy_data" / name)
+        for folder in (root, npy_root):
+            for split in LENGTHS:
+                videos = load(folder, split, widths=WIDTHS)
+                assert [(video.name, video.length) for video in videos] == expected[split]
+                assert all(video.valid.all() for video in videos)
+        found = problems(root, widths=WIDTHS)
+        assert (found.problems, found.notes) == ([], [])
+        places = [f"Labels, {split}: {root / holder / name}" for split, name in zip(LENGTHS, names, strict=True)]
+        assert sorted(found.folders) == sorted([*places, f"Features: {root / 'features'}"])
+
+    def test_labels_of_other_tasks_and_folders_of_other_things_are_let_alone(self, root):
+        shutil.copytree(root / "annotations", root / "EXPR_Recognition_Challenge")
+        (root / "train").mkdir()
+        (root / "train" / "z.mp4").touch()
+        write_features(root / "features" / "z", 9)
+        assert [v.name for v in load(root, "train", widths=WIDTHS)] == ["a", "b_left", "b_right"]
+        assert problems(root, widths=WIDTHS).problems == []
+
+    def test_annotations_that_end_in_csv(self, root):
+        for path in root.glob("annotations/*/*.txt"):
+            path.rename(path.with_suffix(".CSV" if path.stem == "a" else ".csv"))
+        assert [(v.name, v.length) for v in load(root, "train", widths=WIDTHS)] == list(LENGTHS["train"].items())
+        shutil.copy(root / "annotations/train/a.CSV", root / "annotations/train/a.txt")
+        assert "is there twice, as annotation" in refusal(root)
+
+    @mark.parametrize("written", ["NFC", "NFD"])
+    def test_names_in_either_form_of_unicode(self, root, written):
+        other = {"NFC": "NFD", "NFD": "NFC"}[written]
+        composed, name, features = (unicodedata.normalize(form, "René") for form in ("NFC", written, other))
+        write_annotation(root / "annotations/train" / f"{name}.txt", labels_of(9))
+        write_features(root / "features" / features, 9)
+        video = load(root, "train", widths=WIDTHS)[0]
+        assert (video.name, video.length) == (composed, 9) and problems(root, widths=WIDTHS).problems == []
+        (root / "template.txt").write_text(f"image_location\n{name}/00001.jpg\n", encoding="utf-8")
+        (row,) = read_template(root / "template.txt", {video.name})
+        assert row == (f"{name}/00001.jpg", composed, 1)
+        write_annotation(root / "annotations/validate" / f"{features}.txt", labels_of(9))
+        message = refusal(root)
+        assert "is there twice" in message and "so do the ways in which Unicode" in message
+
     def test_flat_npy_data_without_labels_is_for_testing(self, tmp_path):
         write_features(tmp_path / "npy_data" / "x", 7, ("video.npy", "logmel.npy"))
         (video,) = load(tmp_path, "test", widths=WIDTHS)
@@ -303,6 +366,7 @@ BAD_FEATURES = {
     "two arrays": (lambda path: path.write_bytes(path.read_bytes() * 2), "608 bytes more than"),
     "wrong width": (saved(np.zeros((20, 7), np.float32)), r"holds \[20, 7\]; expected visual \[N, 6\]"),
     "wrong ndim": (saved(np.zeros((20, 2, 3), np.float32)), r"holds \[20, 2, 3\]; expected"),
+    "transposed": (saved(np.zeros((6, 20), np.float32)), r"holds \[6, 20\]; expected.*Transpose the array"),
     "one number": (saved(np.float32(3)), r"holds \[\]; expected"),
     "images": (saved(np.zeros((20, 3, 8, 8), np.uint8)), "holds images.*face network"),
     "integers": (saved(np.zeros((20, 6), np.int32)), "holds int32 numbers; expected.*float32"),
@@ -436,6 +500,47 @@ class TestBadFolders:
         assert re.search(r"validate split of .* is empty: create annotations/validate", refusal(root, "validate"))
         with raises(UserError, match=r"no split 'val': expected one of train, validate, test, all"):
             load(root, "val")
+
+    @mark.parametrize("path", ["labels/train/a.txt", "annotations/a.txt", "annotations/fold1/train/a.csv"])
+    def test_labels_in_a_folder_of_another_name(self, root, path):
+        shutil.rmtree(root / "annotations")
+        write_annotation(root / path, labels_of(20))
+        write_annotation(root / "run/predictions/a.txt", labels_of(20))
+        (root / "run/challenge.txt").write_text("image_location,valence,arousal\n")
+        wrong = [text for text in problems(root, widths=WIDTHS).problems if "look like labels" in text]
+        assert len(wrong) == 1 and f"{(root / path).parent} holds files" in wrong[0]
+        assert "the train or the validate split" in wrong[0] and "expected annotations/{train,validate}" in wrong[0]
+        assert problems(root, widths=WIDTHS).folders[0] == "Labels: none"
+
+    def test_labels_of_one_split_in_a_folder_of_another_name(self, root):
+        (root / "annotations/validate").rename(root / "annotations/held_out")
+        empty, lost = problems(root, widths=WIDTHS).problems
+        assert "validate split" in empty
+        assert "for the validate split" in lost and str(root / "annotations/held_out") in lost and "c.txt" in lost
+
+    def test_labels_among_features(self, root):
+        shutil.rmtree(root / "annotations")
+        assert problems(root, widths=WIDTHS).problems == []  # all for testing
+        np.save(root / "features/a/VA_continuous_label.npy", labels_of(20))
+        (wrong,) = problems(root, widths=WIDTHS).problems
+        assert f"{root / 'features'} holds files that look like labels" in wrong and "a/VA_cont" in wrong
+
+    @mark.parametrize("name", ["a.npy", "a.json", "a", "a.tsv"])
+    def test_annotations_of_a_kind_that_is_not_read(self, root, name):
+        (root / "annotations/train/a.txt").rename(root / "annotations/train" / name)
+        assert f"{root / 'annotations/train' / name} is not read, so that a would count as" in refusal(root)
+
+    def test_a_folder_of_annotations_of_a_video(self, root):
+        (root / "annotations/train/a.txt").unlink()
+        (root / "annotations/train/a").mkdir()
+        assert "got a folder. Write it as text" in refusal(root)
+
+    def test_other_files_beside_annotations_are_noted(self, root):
+        (root / "annotations/train/a.json").touch()
+        (root / "annotations/train/readme").touch()
+        found = problems(root, widths=WIDTHS)
+        assert found.problems == [] and len(found.notes) == 2
+        assert all("is ignored" in note for note in found.notes)
 
     def test_a_fold_of_no_training_videos(self, root):
         shutil.rmtree(root / "annotations/train")

@@ -68,6 +68,28 @@ def test_bad_data(damage: Any, named: str, data: Path, capsys: pytest.CaptureFix
     assert named in problems[0]
 
 
+def test_folders_that_are_named_as_downloaded(data: Path, capsys: pytest.CaptureFixture) -> None:
+    expected = int(backends()["cpu"] is not None)
+    for split, name in (("train", "Train_Set"), ("validate", "Validation_Set")):
+        (data / "annotations" / split).rename(data / "annotations" / name)
+    assert doctor(DoctorConfig(data, **WIDTHS, speed=False)) == expected
+    lines = capsys.readouterr().out.splitlines()
+    rows = {words[0]: words[1:] for line in lines if (words := line.split())}
+    assert [rows[name][0] for name in LENGTHS] == [str(len(videos)) for videos in LENGTHS.values()]
+    assert f"Labels, train: {data / 'annotations' / 'Train_Set'}" in lines
+    assert f"Labels, validate: {data / 'annotations' / 'Validation_Set'}" in lines
+    assert f"Features: {data / 'features'}" in lines
+
+
+def test_labels_that_are_not_read(data: Path, capsys: pytest.CaptureFixture) -> None:
+    (data / "annotations").rename(data / "ground_truth")
+    assert doctor(DoctorConfig(data, **WIDTHS, speed=False)) == 1
+    printed = capsys.readouterr().out
+    assert "Labels: none" in printed and "No problems." not in printed
+    for split in ("train", "validate"):
+        assert f"{data / 'ground_truth' / split} holds files that look like labels" in printed
+
+
 def test_no_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert doctor(DoctorConfig(tmp_path / "nowhere", speed=False)) == 1
     assert "does not exist" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_tells_a_backend_that_is_wrong(
     assert of["video"] == max(apart, key=apart.__getitem__)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "rjca", "dca", "grjca", "hgrjca"])
+@pytest.mark.parametrize("fusion", ["concat", "rjca", "dca", "grjca", "hgrjca", "tagf"])
 def test_draws(fusion: Any, data: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", data, fusion=fusion)
     out = run / "evaluation" / "validate"

@@ -216,7 +216,7 @@ def test_absent_frames_have_no_influence(fusion, backend):
 @mark.parametrize("training", [False, True])
 @mark.parametrize("fusion", FUSIONS)
 def test_a_padded_sample_is_the_truncated_one(fusion, training):
-    config, n = replace(SMALL, dropout=0.0, encoder_dropout=0.0), 4
+    config, n = replace(SMALL, dropout=0.0, gate_dropout=0.0, encoder_dropout=0.0), 4
     net = model(fusion, config).train(training)
     short = AudioVisualModel(config, fusion=fusion, length=n).double().train(training)
     cut = {
@@ -261,7 +261,7 @@ def test_gates_are_named(fusion):
     net = model(fusion).eval()
     values, gates = net(*features(), return_gates=True)
     assert torch.equal(values, net(*features())) and values.shape == (B, L)
-    ways = {"dca": (2,), "grjca": (3,), "hgrjca": (2, 3, 2)}.get(fusion, ())
+    ways = {"dca": (2,), "grjca": (3,), "hgrjca": (2, 3, 2), "tagf": (3,)}.get(fusion, ())
     assert list(gates) == ["visual", "audio"]
     for of_modality in gates.values():
         assert tuple(x.shape[-1] for x in tensors_of([of_modality])) == ways
@@ -295,7 +295,7 @@ def test_copies(fusion, tmp_path):
 @mark.parametrize("fusion", FUSIONS)
 def test_autocast(fusion):
     """Training in mixed precision; as vectors, values are off by no more than plain PyTorch's."""
-    config = replace(SMALL, dropout=0.0, encoder_dropout=0.0)
+    config = replace(SMALL, dropout=0.0, gate_dropout=0.0, encoder_dropout=0.0)
     x = features(dtype=torch.float32)
     results = {}
     for backend in BACKENDS:
@@ -312,11 +312,11 @@ def test_autocast(fusion):
 
 def test_settings_reach_the_block():
     config = replace(SMALL, iterations=3, dropout=0.25, temperature=0.5)
-    for fusion in ("rjca", "dca", "grjca", "hgrjca"):
+    for fusion in ("rjca", "dca", "grjca", "hgrjca", "tagf"):
         block = AudioVisualModel(config, fusion=fusion, length=L, backend="reference").fusion
         assert (block.iterations, block.dropout, block.temperature) == (3, 0.25, 0.5)
         assert (block.dims, block.length, block.gating, block.backend) == ((6, 4), L, GATING[fusion], "reference")
-        assert block.normalize == fusion.endswith("grjca")
+        assert block.normalize == (fusion in ("grjca", "hgrjca", "tagf"))
         for normalize in (True, False):
             block = AudioVisualModel(replace(config, normalize=normalize), fusion=fusion, length=L).fusion
             assert block.normalize is normalize
@@ -339,7 +339,7 @@ def test_the_authors_sizes():
     [
         ("visual_features", 0), ("audio_features", -1), ("visual_channels", ()), ("audio_channels", (4, 0)),
         ("visual_channels", 4), ("kernel", 0), ("kernel", 2.5), ("encoder_dropout", 1.0), ("encoder_dropout", -0.1),
-        ("dropout", 1), ("dropout", NAN), ("iterations", 0), ("iterations", 9), ("temperature", 0), ("hidden", 0),
+        ("dropout", 1), ("dropout", NAN), ("iterations", 0), ("iterations", 17), ("temperature", 0), ("hidden", 0),
         ("temperature", float("inf")), ("normalize", "yes"), ("hidden", True),
     ],
 )  # fmt: skip

@@ -54,7 +54,9 @@ def test_defaults_are_those_of_the_issue():
         "iterations": 2,
         "gating": "flat",
         "form": "released",
+        "joint": "projected",
         "dropout": 0.6,
+        "gate_dropout": 0.1,
         "temperature": 0.1,
         "normalize": False,
         "share_weights": False,
@@ -334,3 +336,110 @@ def test_a_parametrized_projection_is_seen():
         assert torch.equal(ours, expected)
     sum(y.sum() for y in module(*x)).backward()
     assert module.layers[1].query.parametrizations.weight.original.grad is not None
+
+
+@mark.parametrize("backend", BACKENDS)
+@mark.parametrize("gating", [*problems.GATINGS, "temporal", "score"])
+def test_another_default_device(backend, gating):
+    """Nothing is made there: with the device "meta" whatever is would show."""
+    module = GatedRJCAFused(5, 3, 4, gating=gating, normalize=True, dropout=0.3, backend=backend)
+    x, lengths = [torch.randn(2, 4, 5), torch.randn(2, 4, 3)], torch.tensor([4, 2])
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            y = module(*x, lengths)
+            found.append(
+                [*y, *torch.autograd.grad(sum(of.square().sum() for of in y), module.parameters(), allow_unused=True)]
+            )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if b is not None)
+
+
+@mark.parametrize("gating", ["temporal", "score"])
+def test_gates_by_pytorch(gating):
+    """Absent frames have no influence, NaN in them included; gates are shares; extras as for other gatings."""
+    module = GatedRJCAFused(5, 3, 4, gating=gating, normalize=True, dropout=0.0, dtype=torch.float64).eval()
+    lengths = torch.tensor([4, 0, 2])
+    x = [torch.randn(3, 4, d_m, dtype=torch.float64) for d_m in (5, 3)]
+    broken = [of.clone() for of in x]
+    for of in broken:
+        of[1] = torch.nan
+        of[2, 2:] = torch.inf
+    results = []
+    for given in (x, broken):
+        given = [of.requires_grad_() for of in given]
+        *y, extras = module(*given, lengths, return_gates=True, return_iterates=True)
+        gradients = torch.autograd.grad(sum(of.square().sum() for of in y), [*given, *module.parameters()])
+        results.append([*y, *extras["gates"], *extras["iterates"], *gradients])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and b.isfinite().all()
+    assert [of.shape for of in results[0][2:6]] == [(3, 4, 3), (3, 4, 3), (2, 3, 4, 5), (2, 3, 4, 3)]
+    present = torch.arange(4) < lengths[:, None]
+    torch.testing.assert_close(results[0][2].sum(-1), present.double())
+    joined = GatedRJCAFused(
+        5, 3, 4, gating=gating, normalize=True, dropout=0.0, dtype=torch.float64, output="concat"
+    ).eval()
+    joined.load_state_dict(module.state_dict())
+    assert torch.equal(joined(*x, lengths), torch.cat(results[0][:2], dim=-1))
+    assert [of.shape for of in module(*(of[:0] for of in x))] == [(0, 4, 5), (0, 4, 3)]
+
+
+@mark.parametrize("backend", BACKENDS)
+@mark.parametrize("count", [2, 3, 4])
+def test_iterates_as_the_output(backend, count):
+    dims = (5, 3, 2, 4)[:count]
+    module = GatedRJCAFused(
+        dims, length=4, iterations=3, gating="none", joint="raw", output="iterates", backend=backend
+    ).eval()
+    x = [torch.randn(2, 4, d_m) for d_m in dims]
+    lists, extras = module(*x, return_iterates=True)[:-1], module(*x, return_iterates=True)[-1]
+    assert [type(of) for of in lists] == [list] * count and [len(of) for of in lists] == [3] * count
+    assert all(torch.equal(torch.stack(of), iterates) for of, iterates in zip(lists, extras["iterates"], strict=True))
+    module.output = "pair"
+    assert all(torch.equal(of[-1], y) for of, y in zip(lists, module(*x), strict=True))
+
+
+@mark.parametrize("count", [3, 4])
+@mark.parametrize("gating", ["none", "hierarchical", "temporal"])
+def test_more_modalities(count, gating):
+    dims = (5, 3, 2, 4)[:count]
+    module = GatedRJCAFused(dims, length=4, gating=gating, dtype=torch.float64).eval()
+    x, lengths = [torch.randn(2, 4, d_m, dtype=torch.float64) for d_m in dims], torch.tensor([3, 4])
+    y = module(*x, lengths=lengths)
+    assert [of.shape for of in y] == [of.shape for of in x] and repr(module).startswith("GatedRJCAFused(")
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert isinstance(copied, GatedRJCAFused) and all(map(torch.equal, copied(*x, lengths=lengths), y))
+    with pytest.raises(TypeError, match=f"features: expected {count} tensors, one per modality, got 2"):
+        module(*x[:2])
+
+
+SIZES = [
+    ((4, 3), {}, TypeError, "length: expected a positive int, got None"),
+    (([4],), {"length": 3}, ValueError, "dim_visual: expected 2 to 4 widths, got 1"),
+    (([4, 0, 2],), {"length": 3}, ValueError, r"dim_visual\[1\]: expected a positive int, got 0"),
+    (([4, 2], 3), {"length": 3}, TypeError, r"dim_audio: expected None beside the widths \[4, 2\], got 3"),
+    (("43",), {"length": 3}, TypeError, "dim_visual: expected a positive int, got '43'"),
+    ((4, 3, 2), {"output": "iterates"}, ValueError, "output: expected 'pair' or 'concat' with gating='flat'"),
+    ((4, 3, 2), {"joint": "both"}, ValueError, "joint: expected one of 'projected', 'raw', got 'both'"),
+    ((4, 3, 2), {"gate_dropout": 1.0}, ValueError, "gate_dropout: expected a probability"),
+]
+
+
+@mark.parametrize("sizes, options, error, message", SIZES)
+def test_what_cannot_be_made(sizes, options, error, message):
+    with pytest.raises(error, match=message):
+        GatedRJCAFused(*sizes, **options)
+
+
+@mark.parametrize(
+    "shape, advice",
+    [
+        ((2, 5, 4), r"features stand last: pass visual\.transpose\(1, 2\)"),
+        ((2, 4, 6), "dim_visual sets the width when the module is made"),
+        ((2, 3, 5), r"pad shorter sequences to L = 4 and pass their true `lengths`"),
+        ((2, 9, 5), "cut longer sequences into windows of L = 4 frames"),
+    ],
+)
+def test_what_to_do_about_a_wrong_shape(shape, advice):
+    with pytest.raises(ValueError, match=rf"visual: expected shape \[B, 4, 5\], got .*{advice}"):
+        GatedRJCAFused(5, 3, 4)(torch.randn(shape), torch.randn(2, 4, 3))

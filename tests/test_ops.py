@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import BACKENDS, BY_NAME, EVERYTHING, SEED, Case, Inputs, call, cotangents, make
-from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, ops
+from cases import BACKENDS, BY_NAME, EVERYTHING, SEED, Case, Inputs, call, cotangents, eager_module, make
+from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, ops, reference
+from tolerances import check_draws
+from tolerances import length as norm
 
 pytestmark = mark.skipif("cpu" not in BACKENDS, reason=str(cpu.why_not()))
 native = partial(gated_rjca, backend="cpu")
@@ -29,6 +31,7 @@ CASES = [
     BY_NAME["paper-none"],
     BY_NAME["three-modalities"],
     BY_NAME["shared-dropout-lengths"],
+    BY_NAME["raw-hierarchical"],
     BY_NAME["empty"],
 ]
 
@@ -38,7 +41,8 @@ def forward_arguments(case: Case, inputs: Inputs, concat=False, return_gates=Tru
     seed = torch.tensor(SEED) if case.dropout and case.form == "released" else None
     options = (case.iterations, case.gating, case.form, case.dropout if seed is not None else 0.0, case.temperature)
     flags = (case.normalize, case.shared, concat, return_gates, "cpu")
-    return inputs.features, inputs.parameters, inputs.lengths, seed, *options, *flags
+    later = ("raw",) if case.joint == "raw" else ()  # programs that were exported before it name none
+    return inputs.features, inputs.parameters, inputs.lengths, seed, *options, *flags, *later
 
 
 def backward_arguments(case: Case, inputs: Inputs, missing=(), **options) -> tuple:
@@ -355,14 +359,14 @@ def test_torch_func_grad():
 @mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, features):
-    """As if features and parameters had been cast; the gradients come in the dtypes of the parameters."""
+    """As if parameters had the dtype of the features; the gradients come in the dtypes of the parameters."""
     inputs = make(EVERYTHING, torch.float32)
     inputs = replace(inputs, features=[x.to(features) for x in inputs.features])
-    mixed, cast = inputs.leaves(), inputs.to(dtype).leaves()
+    mixed, cast = inputs.leaves(), inputs.to(features).leaves()
     with torch.autocast("cpu", dtype):
         values = call(native, EVERYTHING, mixed)
     expected = call(native, EVERYTHING, cast)
-    assert all(torch.equal(value, expected[name]) and value.dtype == dtype for name, value in values.items())
+    assert all(torch.equal(value, expected[name]) and value.dtype == features for name, value in values.items())
     incoming = cotangents([*expected.values()])
     ours = torch.autograd.grad([*values.values()], mixed.features + mixed.parameters, incoming)
     theirs = torch.autograd.grad([*expected.values()], cast.features + cast.parameters, incoming)
@@ -392,6 +396,22 @@ def test_autocast_leaves_float64_alone(backend):
         values = call(function, EVERYTHING, inputs)
     expected = call(function, EVERYTHING, inputs)
     assert all(torch.equal(value, expected[name]) for name, value in values.items())
+
+
+@mark.parametrize("backend", BACKENDS)
+@mark.parametrize("features", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_the_error_is_no_more_than_that_of_eager_pytorch(features, backend):
+    case = replace(EVERYTHING, dropout=0.0, normalize=False, lengths=None)
+    inputs = make(case, torch.float32)
+    module, _ = eager_module(case, inputs)
+    x = [of.to(features) for of in inputs.features]
+    exact = call(reference.gated_rjca, case, make(case))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = module(*x)
+        ours = gated_rjca(x, inputs.layers, inputs.gates, backend=backend, **case.options)
+    for m, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype == features
+        check_draws(f"Y[{m}]", a, exact[f"Y[{m}]"], [b], norm)
 
 
 def test_autocast_that_is_off_changes_nothing():

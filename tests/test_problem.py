@@ -240,7 +240,7 @@ def test_the_paper_form_has_neither_query_nor_biases():
 
 OPTIONS = [
     ("iterations", 0, ValueError),
-    ("iterations", 9, ValueError),
+    ("iterations", 17, ValueError),
     ("iterations", -1, ValueError),
     ("iterations", True, TypeError),
     ("iterations", 2.0, TypeError),
@@ -389,9 +389,10 @@ def test_a_module_of_another_dtype_says_what_to_do():
 
 @mark.parametrize("gating", problems.GATINGS)
 @mark.parametrize("form", problems.FORMS)
+@mark.parametrize("joint", problems.JOINTS)
 @mark.parametrize("shared", [False, True])
-def test_flatten_and_unflatten_are_inverse(gating, form, shared):
-    case = Case("flat", iterations=3, gating=gating, form=form, shared=shared)
+def test_flatten_and_unflatten_are_inverse(gating, form, joint, shared):
+    case = Case("flat", iterations=3, gating=gating, form=form, joint=joint, shared=shared)
     inputs = make(case)
     problem = describe(case, inputs)
     flat = problems.flatten(inputs.layers, inputs.gates)

@@ -30,6 +30,7 @@ def any_case(draw) -> Case:
         draw(some.integers(1, 4)),
         draw(some.sampled_from(problems.GATINGS)),
         draw(some.sampled_from(problems.FORMS)),
+        joint=draw(some.sampled_from(problems.JOINTS)),
         normalize=draw(some.booleans())
         and min(widths) > 1,  # the norm of one number has no gradient but rounding errors
         dropout=draw(some.sampled_from([0.0, 0.0, 0.1, 0.5])),

@@ -57,7 +57,7 @@ def read_again(case: Case, inputs: Inputs, b: int, n: int) -> dict[str, Tensor]:
         query, *groups = inputs.layers[0 if case.shared else t]
         x = [states[t] for states in history]
         joint = torch.cat(x, -1)  # [n, d]
-        joint = times(joint, *query) if released else joint
+        joint = joint if query is None else times(joint, *query)
         for m in count:
             (w_k, b_k), value, output = (group[m] for group in groups)
             key = times(x[m].T, w_k[:n, :n], None if b_k is None else b_k[:n])  # [d_m, n]
@@ -133,9 +133,9 @@ def test_the_cases_reach_saturation(case):
     inputs = make(case)
     problem = describe(case, inputs)
     present = reference.presence(problem, inputs.lengths, torch.device("cpu"))
-    x = [reference.initial(problem, x, present) for x in inputs.features]
+    x = [reference.initial(problem.normalize, x, present) for x in inputs.features]
     joint = torch.cat(x, -1)
-    joint = times(joint, *inputs.layers[0].query) if case.form == "released" else joint
+    joint = times(joint, *inputs.layers[0].query) if case.projected else joint
     scores = [
         times(x_m.mT, *key) @ joint / math.sqrt(problem.width) for x_m, key in zip(x, inputs.layers[0].key, strict=True)
     ]

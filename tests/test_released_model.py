@@ -1,12 +1,15 @@
 """The authors' full model, written once more as plain functions of their state_dict, against load_model."""
 
+import argparse
 import math
 import os
 import pickle
 import re
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,6 +274,10 @@ def renamed(w, *pairs):
     return w
 
 
+def prefixed(prefix, w):
+    return {f"{prefix}{key}": tensor for key, tensor in w.items()}
+
+
 def without_primaries(w):
     return {key: tensor for key, tensor in w.items() if ".conv" not in key}
 
@@ -287,6 +294,18 @@ SPELLINGS = {
     "state_dict": lambda w: {"epoch": 3, "state_dict": w},
     "model_state_dict": lambda w: {"optimizer": {"state": {}}, "model_state_dict": w},
     "model": lambda w: {"model": {f"module.{key}": tensor for key, tensor in w.items()}},
+    **{
+        f"within {name}": lambda w, name=name: {"epoch": 3, name: w}
+        for name in ("net", "weights", "ema", "module", "x")
+    },
+    "within two": lambda w: {"checkpoint": {"model_ema": prefixed("module.", w)}, "scheduler": {"step": 3}},
+    "torch.compile": lambda w: prefixed("_orig_mod.", w),
+    "Lightning": lambda w: {"state_dict": prefixed("model.", w) | {"loss.weight": torch.ones(2)}, "loops": {}},
+    "AveragedModel": lambda w: {"n_averaged": torch.tensor(5)} | prefixed("module.", w),
+    "all of them": lambda w: {"net": {"n_averaged": torch.tensor(5)} | prefixed("model.module._orig_mod.module.", w)},
+    "compiled in parts": lambda w: renamed(w, ("HGRJCA.", "HGRJCA._orig_mod."), ("l.video.", "l.video.module.")),
+    "optimiser by names": lambda w: {"optimizer": {"state": {key: {"step": 3} for key in w}}, "net": w},
+    "shapes": lambda w: {"module": w, "param_shapes": {key: tensor.shape for key, tensor in w.items()}},
 }
 
 
@@ -306,6 +325,75 @@ def test_files(tmp_path):
     torch.save(w, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for path in sorted(tmp_path.iterdir()):
         assert same(load(path), load(w)), path
+
+
+BESIDE = {
+    "scalars": [
+        np.float64(0.6),
+        np.float32(0.5),
+        np.int64(3),
+        np.bool_(True),
+        np.str_("x"),
+        np.datetime64("2026-01-01"),
+    ],
+    "arrays": [np.zeros(3), np.arange(4).reshape(2, 2).T, np.array(["a", {}], dtype=object)],
+    "dtypes": [np.dtype("f8"), np.dtype([("a", ">i4"), ("b", "O")])],
+    "arguments": [argparse.Namespace(lr=np.float64(0.1), out=Path("run"))],
+}
+
+
+@mark.parametrize("zipped", [True, False])
+@mark.parametrize("kind", BESIDE)
+def test_what_scripts_save_beside_the_weights(kind, zipped, tmp_path):
+    w, mine = checkpoint("GRJCA", **SMALL), [np.dtype, np.ndarray, Trap]
+    torch.save({"best": BESIDE[kind], "net": w}, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+    before = torch.serialization.get_safe_globals()
+    for declared in ([], mine):
+        torch.serialization.add_safe_globals(declared)
+        try:
+            assert same(load(tmp_path / "model.pth"), load(w))
+            after = torch.serialization.get_safe_globals()
+            assert {*after} >= {*before, *declared} and not any(
+                "grjca" in repr(f.__mro__) for f in after if type(f) is type
+            )
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+    with pytest.raises(pickle.UnpicklingError):  # as ever outside
+        torch.load(tmp_path / "model.pth", weights_only=True)
+
+
+@mark.parametrize("core", ["core", "_core"])
+def test_numpy_of_either_age(core, tmp_path):
+    w = checkpoint("GRJCA", **SMALL)
+    name = np.float64(0).__reduce__()[0].__module__.encode()
+    torch.save({"ccc": np.float64(0.6), "net": w}, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "model.pth").read_bytes()
+    assert name in content
+    (tmp_path / "model.pth").write_bytes(content.replace(name, f"numpy.{core}.multiarray".encode()))
+    assert same(load(tmp_path / "model.pth"), load(w))
+
+
+def test_averaged_weights_are_not_taken_for_the_others():
+    w, averaged = checkpoint("GRJCA", **SMALL), checkpoint("GRJCA", **SMALL)
+    averaged["regressor2.bias"] = averaged["regressor2.bias"] + 1
+    for source, places in (
+        ({"model_ema": averaged, "model": w}, ("'model.'", "'model_ema.'")),
+        (
+            {"state_dict": prefixed("ema.module.", averaged) | prefixed("net.", w)},
+            ("'state_dict.net.'", "'state_dict.ema"),
+        ),
+        (prefixed("averaged.", averaged) | w, ("''", "'averaged.'")),
+    ):
+        with pytest.warns(
+            UserWarning, match=rf"under {places[0]}, and not the averaged ones under {places[1]}"
+        ) as caught:
+            assert same(load_model(source), load(w))
+        assert len(caught) == 1 and "ignored" not in str(caught[0].message)
+    with pytest.raises(
+        UserError, match=r"weights of one model, got those of 2, under 'best\.' and 'last\.'; pass a dict"
+    ):
+        load({"best": w, "last": averaged})
 
 
 def test_what_is_ignored_is_named_once():
@@ -361,6 +449,8 @@ def test_encoders_that_do_not_fit_the_block():
         (lambda w: {}, "GRJCA. or HGRJCA., got neither among 0 keys"),
         (lambda w: {"a": 1, "b": 2}, r"got neither among 2 keys \(a, b, \.\.\.\)"),
         (lambda w: w | {"HGRJCA.video_gating_fc_layer.weight": torch.zeros(1)}, "got GRJCA. and HGRJCA."),
+        (lambda w: {key: tensor.numpy() for key, tensor in w.items()}, "GRJCA.*: expected a tensor .* got ndarray"),
+        (lambda w: {"epoch": 1, "net": {"a": 1, "b": 2, "c": 3}}, r"got neither among 3 keys \(a, b, c, \.\.\.\)"),
         (lambda w: w | {"regressor1.weight": 3}, "regressor1.weight: expected a tensor .* got int"),
         (lambda w: w | {"regressor1.bias": torch.zeros(6).int()}, "regressor1.bias: expected a floating dtype, got"),
         (lambda w: w | {"temporal.video.network.9.conv1.bias": torch.zeros(1)}, "video.network.3.conv1.weight_v"),
@@ -412,10 +502,15 @@ def test_truncated_files(name, share, tmp_path):
 def test_other_sources(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("hello world")
+    torch.save({key: w.numpy() for key, w in checkpoint("GRJCA", **SMALL).items()}, tmp_path / "numpy.pth")
+    itself = {}
+    itself["a"] = itself
     for source, error, match in (
         (tmp_path / "none.pth", UserError, "none.pth: expected a checkpoint, got no such file"),
         (tmp_path, UserError, "got no such file"),
         (tmp_path / "list.pth", UserError, "list.pth: expected a state_dict, got list"),
+        (tmp_path / "numpy.pth", UserError, "expected a tensor of the authors' model, got a NumPy value"),
+        (itself, UserError, "got neither among 1 keys"),
         (tmp_path / "text.pth", UserError, "text.pth: expected a whole checkpoint"),
         (3, TypeError, "source: expected a path or a state_dict, got int"),
     ):

@@ -106,6 +106,8 @@ def test_every_gating_and_form(form, gating, dataflow):
     Case("four-modalities-paper", 1, 2, (2, 1, 1, 3), 1, "flat", "paper"),
     Case("lengths", 3, 4, (2, 3), 1, "flat", lengths=(0, 4, 1)),
     Case("lengths-paper", 2, 4, (2, 3), 2, "dynamic", "paper", lengths=(3, 0)),
+    Case("raw", 2, 3, (2, 3), 2, "hierarchical", joint="raw", dropout=0.3, lengths=(3, 2)),
+    Case("raw-shared", 2, 3, (2, 1, 2), 2, "none", joint="raw", shared=True),
     Case("shared", 2, 3, (2, 3), 2, "none", dropout=0.6, shared=True),
     Case("shared-paper", 1, 3, (2, 3), 3, "none", "paper", shared=True),
     ALL,
@@ -116,7 +118,7 @@ def test_options(case, dataflow):
 
 @mark.parametrize("case", [
     Case("released-dynamic-T8", 1, 2, (1, 2), 8, "dynamic"),
-    Case("released-flat-T8", 1, 1, (2, 1), 8, "flat"),
+    Case("released-flat-T16", 1, 1, (2, 1), 16, "flat", joint="raw"),
     Case("paper-none-T5", 1, 2, (1, 2), 5, "none", "paper"),
     Case("released-hierarchical-T4", 1, 2, (1, 2), 4, "hierarchical"),
 ], ids=str)  # fmt: skip
@@ -125,7 +127,7 @@ def test_many_iterations(case):
 
 
 def test_the_most_ways():
-    case = Case("paper-hierarchical-T8", 1, 1, (1, 1), 8, "hierarchical", "paper")
+    case = Case("paper-hierarchical-T16", 1, 1, (1, 1), 16, "hierarchical", "paper")
     check_rule(Result(call(function, case, make(case, torch.float32)), {}), case, torch.float32, gradients=False)
 
 
@@ -178,6 +180,7 @@ def test_chunks(case, set_chunk, dataflow):
 
 @mark.parametrize("case", [
     Case("parts", 3, 17, (3, 2), 1, "dynamic"),
+    Case("parts-raw", 3, 9, (3, 2), 1, "flat", joint="raw"),
     Case("parts-shared-paper", 3, 9, (3, 2), 2, "none", "paper", shared=True),
 ], ids=str)  # fmt: skip
 def test_parts_of_the_rows(case, monkeypatch, set_chunk):
@@ -221,7 +224,7 @@ def test_a_dtype_is_refused_with_its_reason(dtype, reason):
 def test_large_features_of_float16(name, dataflow):
     """Where PyTorch's float16 has a finite value, so have we."""
     form = "paper" if name == "paper" else "released"
-    check_large_float16(function, Case(name, 1, 5, (6, 3), 2, "dynamic", form, name == "normalize"))
+    check_large_float16(function, Case(name, 1, 5, (6, 3), 2, "dynamic", form, normalize=name == "normalize"))
 
 
 # ---- memory

@@ -32,6 +32,7 @@ NAN, INF = float("nan"), float("inf")
 
 CASES = [
     Case("released", 2, 5, (2, 4), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(5, 3)),
+    Case("raw", 2, 3, (2, 3), 2, "flat", joint="raw", dropout=0.3),
     Case("paper", 2, 4, (3, 2), 2, "flat", "paper", lengths=(4, 1)),
 ]
 FRAMES = {"streamed": config.STREAM_FRAMES, "stored": 0}
@@ -183,7 +184,7 @@ def equations(case: Case, inputs: Inputs) -> dict[str, list[Tensor]]:
     seed = torch.tensor(SEED) if problem.released and case.dropout else None
     present = reference.presence(problem, leaves.lengths, torch.device("cpu"))
     shown = torch.ones((), dtype=leaves.features[0].dtype) if present is None else present
-    states, computed = [[reference.initial(problem, x, present) for x in leaves.features]], []
+    states, computed = [[reference.initial(problem.normalize, x, present) for x in leaves.features]], []
     for t in range(case.iterations):
         computed.append(iteration(case, leaves, t, states[t], shown, seed))
         states.append(computed[t].pop("next"))
@@ -250,7 +251,7 @@ def left_by(step: Step, case: Case) -> list[tuple[str, Tensor, int]]:
     if step.phase == "inputs_and_weights":
         return [("d_state", step.slot("d_state", width, step.t % 2), step.t)]
     of_gates = [("d_gated", step.slot("d_state", width, step.t % 2), step.t)] if step.phase == "recompute" else []
-    names = [name for name in LEAVES[step.phase] if name != "joint" or case.form == "released"]
+    names = [name for name in LEAVES[step.phase] if name != "joint" or case.projected]
     wide = ("hidden", "d_attended")
     slots = [(name, step.slot(name, width * len(case.widths) if name in wide else width), step.t) for name in names]
     return of_gates + slots

@@ -46,12 +46,12 @@ def test_right_kernels_pass_whatever_the_numbers(dtype):
                 assert finding.error <= finding.bound / 2 + (finding.bound == 0), finding
 
 
-@mark.parametrize("dtype", verification.DTYPES, ids=str)
-def test_what_is_allowed_is_small(dtype):
+@mark.parametrize("dtype, reduced", [*((dtype, False) for dtype in verification.DTYPES), (torch.float32, True)])
+def test_what_is_allowed_is_small(dtype, reduced):
     """At the sizes of a GPU no gradient of half the scale would pass, and no value off by a tenth of the largest."""
     for case in (
-        verification.Case(12, 20, (72, 40), "hierarchical", True),
-        verification.Case(4, 70, (72, 40), "flat", False),
+        verification.Case(12, 20, (72, 40), "hierarchical", True, reduced=reduced),
+        verification.Case(4, 70, (72, 40), "flat", False, reduced=reduced),
     ):
         inputs = verification.make(case, dtype, seed=0)
         forward = verification.computed_forward(derivation.forward, case, inputs)
@@ -189,10 +189,10 @@ def gpu(monkeypatch, tmp_path):
     state.properties = SimpleNamespace(name="Test GPU", major=9, minor=0, multi_processor_count=4)
     real = verification.check
 
-    def check(row, device, dtype):
+    def check(row, device, dtype, *options):
         assert device == torch.device("cuda", 0)
         state.checks += 1
-        return real(row, CPU, dtype)
+        return real(row, CPU, dtype, *options)
 
     monkeypatch.setattr(verification, "check", check)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -217,8 +217,8 @@ def no_key_stays():
     verification.key_of.cache_clear()
 
 
-def passed(row=ROW, dtype=torch.float32, index=None) -> bool:
-    return verification.passed(row, "cuda", index, dtype)
+def passed(row=ROW, dtype=torch.float32, index=None, reduced=False) -> bool:
+    return verification.passed(row, "cuda", index, dtype, reduced)
 
 
 WRONG = forward_with(lambda outputs, iterates, gates: outputs[0].neg_())
@@ -232,6 +232,8 @@ def test_one_check_for_a_device_and_dtype(gpu, row):
         gpu.restart()
     passed(row, torch.bfloat16)
     assert gpu.checks == 2
+    for _ in range(2):
+        assert passed(row, reduced=True) == (row is ROW) and gpu.checks == 3
 
 
 @mark.parametrize("change", ["torch", "device", "sources", "precision"])
@@ -245,7 +247,7 @@ def test_another_version_is_checked_again(gpu, change, monkeypatch):
     elif change == "sources":
         monkeypatch.setattr(verification, "sources", lambda: "0")
     else:
-        monkeypatch.setattr(verification, "precision", lambda dtype: "float32 with TF32")
+        monkeypatch.setattr(verification, "precision", lambda *of: "float32 with TF32")
     passed()
     assert gpu.checks == 2
 
@@ -258,6 +260,7 @@ def test_tf32_is_another_precision():
         assert verification.precision(torch.float16) == "float16"
         torch.set_float32_matmul_precision("highest")
         assert verification.precision(torch.float32) == "float32"
+        assert verification.precision(torch.float32, reduced=True) == "float32 with TF32"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -395,7 +398,7 @@ def test_a_check_on_demand_counts(unproven, gpu, monkeypatch, capsys):
     monkeypatch.undo()
     assert [json.loads(file.read_text())["reason"] for file in (gpu.folder / "grjca_kernels").iterdir()] == [
         "it is wrong."
-    ] * 3
+    ] * 4
 
 
 def test_auto_never_takes_the_interpreter(gpu):

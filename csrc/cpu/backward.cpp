@@ -266,7 +266,7 @@ struct Backward {
   void joint_backward(int t) const {
     const int64_t d = p.width(), rows = samples.rows(), ld = a.ld, step = panels<R>(d) * rows * kPanel<R>;
     R* const d_x = kept.d_state[t];
-    R* const d_joint = p.released ? kept.d_joint : d_x;
+    R* const d_joint = p.projected ? kept.d_joint : d_x;
     parallel_for(threads, panels<R>(d) * blocks(rows, kRowBlock), [&](int64_t task, int) {
       const int64_t q = task % panels<R>(d), first = task / panels<R>(d) * kRowBlock;
       for (int64_t r = first; r < smaller(first + kRowBlock, rows); ++r)
@@ -274,12 +274,12 @@ struct Backward {
           const R* const part = passing.d_joint_parts + (q * rows + r) * kPanel<R> + c;
           R* const at = d_joint + r * ld + q * kPanel<R> + c;
           const int64_t lanes = d - q * kPanel<R> - c;
-          Vector<R> total = p.released ? Vector<R>{} : load_some<R>(at, lanes);
+          Vector<R> total = p.projected ? Vector<R>{} : load_some<R>(at, lanes);
           for (int64_t i = 0; i < Passing<R>::correlation_blocks(p); ++i) total += load(part + i * step);
           store_some<R>(at, total, lanes);
         }
     });
-    if (!p.released) return;
+    if (!p.projected) return;
     project<E>(threads, rows, d, {d_joint, ld, 1}, layer(t).query_back, d,
                [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d - c); });
   }
@@ -339,7 +339,7 @@ void add_sums(const Problem& p, const BackwardMemory<R>& w, const Samples& chunk
              scale);
   }
   const int query = index.query(t);
-  if (p.released && t < p.iterations) sums.linear(to(query), bias(query), d, d, kept.d_joint, a.ld, false, a.x, a.ld);
+  if (p.projected && t < p.iterations) sums.linear(to(query), bias(query), d, d, kept.d_joint, a.ld, false, a.x, a.ld);
   sums.run(threads, w.scratch, w.scratch_step);
 }
 

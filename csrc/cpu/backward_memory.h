@@ -164,7 +164,7 @@ struct BackwardMemory {
       if (p.released) f(i + 1, out);
     };
     for (int t = 0; t < p.layers(); ++t) {
-      if (p.released) linear(index.query(t), d, d);
+      if (p.projected) linear(index.query(t), d, d);
       for (int m = 0; m < p.modalities; ++m) {
         linear(index.key(t, m), p.length, p.length);
         linear(index.value(t, m), p.widths[m], p.widths[m]);

@@ -81,11 +81,11 @@ struct Iteration {
     return a.joint + (q * samples.rows() + samples.row(b)) * kPanel<R>;
   }
 
-  // J = [X_v, X_a] W_q^T + b_q; the paper form has J = [X_v, X_a].
+  // J = [X_v, X_a] W_q^T + b_q, or J = [X_v, X_a].
   void project_joint() const {
     const int64_t d = p.width(), rows = samples.rows();
     R* const joint = a.joint;
-    if (!p.released) {
+    if (!p.projected) {
       parallel_for(threads, panels<R>(d), [&](int64_t q, int) {
         copy_rows(joint + q * rows * kPanel<R>, a.x + q * kPanel<R>, a.ld, rows, d - q * kPanel<R>);
       });

@@ -23,9 +23,9 @@ struct LayerWeights {
       return arena.take<R>(panels<R>(columns) * terms * kPanel<R>);
     };
     const auto bias = [&](int64_t n) { return p.released ? packed(1, n) : nullptr; };
-    if (p.released) w.query = packed(d, d);
-    if (p.released && backward) w.query_back = packed(d, d);
-    w.query_bias = bias(d);
+    if (p.projected) w.query = packed(d, d);
+    if (p.projected && backward) w.query_back = packed(d, d);
+    if (p.projected) w.query_bias = bias(d);
     for (int m = 0; m < p.modalities; ++m) {
       const int64_t d_m = p.widths[m];
       w.key[m] = arena.take<R>(p.length * p.length);
@@ -51,7 +51,7 @@ struct LayerWeights {
       if (backward) pieces.add({Piece<S>::kPlain, backward, weight, out, in}, panels<R>(in));
       if (bias) pieces.add({Piece<S>::kBias, bias, static_cast<const S*>(parameters[i + 1]), out, 1}, panels<R>(out));
     };
-    if (p.released) add(query, query_back, query_bias, index.query(t), d, d);
+    if (p.projected) add(query, query_back, query_bias, index.query(t), d, d);
     for (int m = 0; m < p.modalities; ++m) {
       const int64_t d_m = p.widths[m];
       const void* const* of_key = parameters + index.key(t, m);

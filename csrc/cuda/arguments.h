@@ -65,6 +65,9 @@ struct BackwardArguments : Common {
   bool weights;                                            // whether any is
 };
 
+static_assert(sizeof(ForwardArguments) <= 32764 && sizeof(BackwardArguments) <= 32764,
+              "what CUDA takes as arguments of a kernel, from 12.1 and Volta on");
+
 // What a block works on in a step: iteration t of `count` samples from `first` on, with `size` blocks of which it is
 // `rank`.
 struct Team {

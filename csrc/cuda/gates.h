@@ -7,9 +7,9 @@
 
 namespace grjca::cuda {
 
-constexpr int kMaxWays = kMaxIterations + 1;
+constexpr int kMaxWays = kMaxIterations + 1;  // of a gate
 
-GRJCA_BOTH int first_way(int g) { return g * (g + 3) / 2; }
+GRJCA_BOTH constexpr int first_way(int g) { return g * (g + 3) / 2; }
 GRJCA_BOTH int state_of_gate(const Problem& p, int g) {  // t of the X^t that gate g is computed from
   return p.gating == Gating::hierarchical ? least(g + 1, p.iterations) : p.iterations;
 }
@@ -17,12 +17,27 @@ GRJCA_BOTH int state_of_gate(const Problem& p, int g) {  // t of the X^t that ga
 // ---- values of all ways of a frame, shared out over the lanes of its warp
 
 struct Ways {
-  Thread me;
-  float low = 0, high = 0;
+  static constexpr int kMost = first_way(kMaxIterations) + kMaxIterations;  // of "hierarchical", all gates
+  static constexpr int kOfLane = (kMost + kWarp - 1) / kWarp;
 
-  GRJCA_DEVICE float get(int way) const { return float_of(shuffle(bits_of(way < kWarp ? low : high), way % kWarp)); }
-  GRJCA_DEVICE void set(int way, float x) {
-    if (me.lane() == way % kWarp) (way < kWarp ? low : high) = x;
+  Thread me;
+  float x[kOfLane] = {};  // way i of all in lane i % kWarp
+
+  // f(x, its way) for every one that this lane has.
+  template <class F>
+  GRJCA_DEVICE void each(F f) {
+    GRJCA_UNROLL
+    for (int i = 0; i < kOfLane; ++i) f(x[i], i * kWarp + me.lane());
+  }
+
+  GRJCA_DEVICE float get(int way) const {
+    float found = x[0];
+    GRJCA_UNROLL
+    for (int i = 1; i < kOfLane; ++i) found = way < i * kWarp ? found : x[i];
+    return float_of(shuffle(bits_of(found), way % kWarp));
+  }
+  GRJCA_DEVICE void set(int way, float to) {
+    each([&](float& y, int of_y) { y = of_y == way ? to : y; });
   }
 };
 
@@ -146,7 +161,7 @@ GRJCA_DEVICE void gate(const Common& a, const Team& team, const ForwardOutputs& 
     const Frame<T> frame(a, team, me, s, l, m);
     const int sample = team.first + s;
     const bool present = l < frames_of(a, sample), gated = a.p.gates() > 0;
-    const Ways values = present ? frame.values() : Ways{me};
+    Ways values = present ? frame.values() : Ways{me};
     const View& y = to.outputs[m];
     frame.each_columns([&](int c) {
       Columns<T> sum;
@@ -155,8 +170,9 @@ GRJCA_DEVICE void gate(const Common& a, const Team& team, const ForwardOutputs& 
       store_columns(y, sample, l, c, frame.width, sum);
     });
     if (to.gates[m].data)
-      for (int w = me.lane(); w < a.p.all_ways(); w += kWarp)
-        *element<T>(to.gates[m], sample, l, w) = narrow_to<T>(w < kWarp ? values.low : values.high);
+      values.each([&](float& x, int w) {
+        if (w < a.p.all_ways()) *element<T>(to.gates[m], sample, l, w) = narrow_to<T>(x);
+      });
   });
 }
 

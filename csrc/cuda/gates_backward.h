@@ -119,8 +119,9 @@ struct FrameBackward : Frame<T> {
 // Values that the lanes of a warp share out, read from where one of them, or another warp earlier, has put them.
 template <class S>
 GRJCA_DEVICE Ways load_ways(const Thread& me, const S* from, int n) {
-  const int lane = me.lane();
-  return {me, lane < n ? widen(from[lane]) : 0, lane + kWarp < n ? widen(from[lane + kWarp]) : 0};
+  Ways all{me};
+  all.each([&](float& x, int way) { x = way < n ? widen(from[way]) : 0; });
+  return all;
 }
 
 // The gate values anew, and the gradients of their logits.
@@ -131,10 +132,11 @@ GRJCA_DEVICE void gates_backward(const BackwardArguments& a, const Team& team) {
     const FrameBackward<T> frame(a, team, me, s, l, m);
     const bool present = l < frames_of(a, team.first + s);
     const int ways = a.p.all_ways(), lane = me.lane();
-    const Ways values = present ? frame.values() : Ways{me};
+    Ways values = present ? frame.values() : Ways{me};
     float* const to = values_of(a, team, frame.row(), m);
-    if (lane < ways) to[lane] = values.low;
-    if (lane + kWarp < ways) to[lane + kWarp] = values.high;
+    values.each([&](float& x, int way) {
+      if (way < ways) to[way] = x;
+    });
     T* const d_logits = d_logits_of<T>(a, team, frame.row(), m);
     if (present) {
       GRJCA_LOOP

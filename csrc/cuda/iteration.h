@@ -41,10 +41,10 @@ GRJCA_DEVICE Matrix<T> sample_of(const Matrix<T>& matrix, int s) {
   return {matrix.data + s * matrix.sample, matrix.row};
 }
 
-// J; in the paper form it is X^t.
+// J; where it is raw, it is X^t.
 template <class T>
 GRJCA_DEVICE Matrix<T> joint(const Common& a, const Team& team, int t) {
-  return a.p.released ? activation<T>(a, team, a.plan.slots.joint) : state<T>(a, team, t);
+  return a.p.projected ? activation<T>(a, team, a.plan.slots.joint) : state<T>(a, team, t);
 }
 
 // The stored C of a sample, [d, d]: all modalities' rows one after another.
@@ -171,12 +171,12 @@ GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_til
       });
 }
 
-// All that needs only X^t: J = X W_q^T + b_q, V_m = X_m W_v^T + b_v, and K_m.
+// All that needs only X^t: J = X W_q^T + b_q where it is projected, V_m = X_m W_v^T + b_v, and K_m.
 GRJCA_DEVICE int row_tiles_of(const Common& a, const Team& team) {
   return tiles(team.count * a.plan.frames, a.plan.tile_rows);
 }
 GRJCA_DEVICE int joint_tasks(const Common& a, const Team& team) {
-  return a.p.released ? row_tiles_of(a, team) * tiles(a.plan.width, a.plan.tile_columns) : 0;
+  return a.p.projected ? row_tiles_of(a, team) * tiles(a.plan.width, a.plan.tile_columns) : 0;
 }
 GRJCA_DEVICE int linear_tasks(const Common& a, const Team& team) {
   return joint_tasks(a, team) + row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);

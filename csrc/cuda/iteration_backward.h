@@ -250,7 +250,7 @@ GRJCA_DEVICE void input_products(SumsOf<M>& sums, const Common& a, const Team& t
   const InputTile at = input_tile(a, team, i);
   const ModalityTile& tile = at.tile;
   GRJCA_LOOP
-  for (int k = 0; k < (a.p.released ? 2 : 1); ++k) {
+  for (int k = 0; k < (a.p.projected ? 2 : 1); ++k) {
     const int terms = k == 0 ? plan.widths[tile.m] : plan.width;
     const Matrix<T> d = activation<T>(a, team, k == 0 ? plan.slots.d_value : plan.slots.d_joint);
     const Matrix<T> w{parameter<T>(a, k == 0 ? index.value(team.t, tile.m) : index.query(team.t)), terms};
@@ -265,7 +265,7 @@ GRJCA_DEVICE void input_products(SumsOf<M>& sums, const Common& a, const Team& t
                                             frames_of(a, team.first + at.s));
 }
 
-// d X^t += d X^(t+1), and these products; in the paper form d J is itself one of them.
+// d X^t += d X^(t+1), and these products; where J is raw, d J is itself one of them.
 template <class T, class S>
 GRJCA_DEVICE void input_sums(const S& sums, const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
@@ -274,7 +274,7 @@ GRJCA_DEVICE void input_sums(const S& sums, const Common& a, const Team& team, i
   T* const to = writable(d_state<T>(a, team, team.t), at.row) + at.column;
   const T* const next = writable(d_state<T>(a, team, team.t + 1), at.row) + at.column;
   const T* const d_joint =
-      a.p.released ? nullptr : writable(activation<T>(a, team, plan.slots.d_joint), at.row) + at.column;
+      a.p.projected ? nullptr : writable(activation<T>(a, team, plan.slots.d_joint), at.row) + at.column;
   struct Rows {
     int frame, present;
   };

@@ -186,7 +186,7 @@ void each_parameter(const Problem& p, F f) {
     if (p.released) f(i + 1, outputs);
   };
   for (int t = 0; t < p.layers(); ++t) {
-    if (p.released) linear(index.query(t), p.width(), p.width());
+    if (p.projected) linear(index.query(t), p.width(), p.width());
     for (int m = 0; m < p.modalities; ++m) linear(index.key(t, m), p.length, p.length);
     for (int m = 0; m < p.modalities; ++m) linear(index.value(t, m), p.widths[m], p.widths[m]);
     for (int m = 0; m < p.modalities; ++m) linear(index.output(t, m), p.widths[m], p.width());

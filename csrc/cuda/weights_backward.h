@@ -207,7 +207,7 @@ GRJCA_DEVICE void output_weights_task(const BackwardArguments& a, const Team& te
 
 // W_q, W_v, and with the last iteration the gates.
 GRJCA_DEVICE int query_tiles(const BackwardArguments& a) {
-  return a.p.released ? weight_tiles(a.plan, a.plan.width, a.plan.width, true) : 0;
+  return a.p.projected ? weight_tiles(a.plan, a.plan.width, a.plan.width, true) : 0;
 }
 GRJCA_DEVICE int value_tiles(const BackwardArguments& a, int m) {
   return weight_tiles(a.plan, a.plan.widths[m], a.plan.widths[m], a.p.released);

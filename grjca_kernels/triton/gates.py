@@ -25,8 +25,6 @@ from grjca_kernels.triton.primitives import (
     zeros,
 )
 
-WAYS: tl.constexpr = tl.constexpr(16)
-"""A power of two that holds the ways of any gate, T + 1 at most, and the fewest columns of a product."""
 UNROLLED: tl.constexpr = tl.constexpr(5)
 """Ways of "flat" up to which all are loaded at once; there are not registers for more."""
 
@@ -94,12 +92,12 @@ def value(a, row, m, way, rows, C: tl.constexpr):
 def gate_values(a, first, row, m, rows, C: tl.constexpr):
     """G = softmax((x W_g^T + b_g) / tau) of every gate, into the workspace."""
     width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
-    o_w = tl.arange(0, WAYS)
+    o_w = tl.arange(0, C.block_ways)
     for g in tl.range(C.gates, disable_licm=True):
         ways = ways_of(g, C)
         p_x = state(a, state_of_gate(g, C), first, C) + row * width + offset
         p_w = gate_parameter(a.parameters, m, g, 0, C)
-        logits = zeros(C.block_frames, WAYS)
+        logits = zeros(C.block_frames, C.block_ways)
         logits = product(logits, p_x, width, 1, p_w, 1, d_m, rows, ways, d_m, C.block_k, C)
         if C.released:
             p_bias = gate_parameter(a.parameters, m, g, 1, C)
@@ -149,7 +147,7 @@ def mixture(a, first, row, m, c, rows, C: tl.constexpr):
 def gate(a, to, t, first, count, C: tl.constexpr):
     """Y_m, and the gate values if asked for."""
     length = length_of(a, C)
-    o_r, o_c, o_w = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns), tl.arange(0, WAYS)
+    o_r, o_c, o_w = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns), tl.arange(0, C.block_ways)
     for i in tl.range(tl.program_id(0), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
         row, rows, d_m = tl.cast(sample, tl.int64) * length + r, length - r, entry(a.shape.widths, m)
@@ -167,7 +165,7 @@ def gate(a, to, t, first, count, C: tl.constexpr):
             tl.store(p_y[:, None] + (c + o_c).to(tl.int64)[None, :] * s_column, b_y, mask=mask)
         if C.return_gates:
             p_g, s_way = rows_of(to.gates, first + sample, r, m, C)
-            for w in range(0, C.ways, WAYS):
+            for w in range(0, C.ways, C.block_ways):
                 mask = (o_r < rows)[:, None] & (w + o_w < C.ways)[None, :]
                 b_g = tl.load(values_of(a, row, m, w, C) + o_r[:, None] * C.ways + o_w[None, :], mask=mask, other=0)
                 b_g = tl.where(present, b_g, 0.0).to(a.work.dtype.element_ty)

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from grjca_kernels.triton.gates import (
     UNROLLED,
-    WAYS,
     choice,
     first_way,
     frame_block,
@@ -105,7 +104,7 @@ def d_stage(a, first, row, m, t, c, rows, d, C: tl.constexpr):
 @triton.jit
 def add_way(d_values, way, d, choices):
     """d_values with the row sums of d * choices added to one way."""
-    o_w = tl.arange(0, WAYS)
+    o_w = tl.arange(0, d_values.shape[1])
     return d_values + tl.where((o_w == way)[None, :], tl.sum(d * choices, axis=1)[:, None], 0.0)
 
 
@@ -114,7 +113,7 @@ def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.con
     """Through the softmax of gate g."""
     d_m, ways = entry(a.shape.widths, m), ways_of(g, C)
     d_values = incoming(
-        to.gates, 0, first + sample, r, m, first_way(g), present, first_way(g) + ways, C.block_frames, WAYS
+        to.gates, 0, first + sample, r, m, first_way(g), present, first_way(g) + ways, C.block_frames, C.block_ways
     )
     for c in tl.range(0, d_m, C.block_columns, disable_licm=True):
         d = d_mixture(a, to, first, sample, r, row, m, c, rows, present, C)
@@ -134,7 +133,7 @@ def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.con
             for s in tl.static_range(LAST):  # all loads at once
                 d_values = add_way(d_values, s, d, choice(a, first, row, m, s, c, rows, C))
     p_values = values_of(a, row, m, first_way(g), C)
-    b_g = load_tile(p_values, C.ways, 1, rows, ways, C.block_frames, WAYS)
+    b_g = load_tile(p_values, C.ways, 1, rows, ways, C.block_frames, C.block_ways)
     d_logits = b_g * (d_values - tl.sum(b_g * d_values, axis=1)[:, None]) / a.scalars.temperature
     store_tile(d_logits_of(a, row, m, first_way(g), C), C.ways, tl.where(present, d_logits, 0.0), rows, ways)
 
@@ -171,7 +170,7 @@ def state_tile(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.const
             if state_of_gate(g, C) == t:
                 p_d = d_logits_of(a, row, m, first_way(g), C)
                 p_w = gate_parameter(a.parameters, m, g, 0, C) + c
-                d = product(d, p_d, C.ways, 1, p_w, d_m, 1, rows, d_m - c, ways_of(g, C), WAYS, C)
+                d = product(d, p_d, C.ways, 1, p_w, d_m, 1, rows, d_m - c, ways_of(g, C), C.block_ways, C)
     if C.d_iterates:
         if t > 0:
             step = tl.cast(t - 1, tl.int64) * entry(to.iterates_steps, m)

@@ -55,7 +55,7 @@ OUTPUT: tl.constexpr = tl.constexpr(2)
 def linear_parameter(a, layer, m, KIND: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr):
     """Pointer to W_k, W_v or W_h of modality m, or to its bias."""
     STEP: tl.constexpr = 2 if C.released else 1
-    FIRST: tl.constexpr = (2 if C.released else 0) + KIND * C.modalities * STEP + BIAS
+    FIRST: tl.constexpr = (2 if C.projected else 0) + KIND * C.modalities * STEP + BIAS
     return parameter(a.parameters, layer, m, FIRST, STEP, C)
 
 
@@ -130,7 +130,7 @@ def project(a, to, t, first, count, C: tl.constexpr):
 def joint_tasks(a, count, C: tl.constexpr):
     """The first tasks of project_linear, which make J."""
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
-    return n_rows * tl.cdiv(a.shape.width, C.block_n) if C.released else n_rows * 0
+    return n_rows * tl.cdiv(a.shape.width, C.block_n) if C.projected else n_rows * 0
 
 
 @triton.jit
@@ -148,9 +148,9 @@ def project_linear(a, to, t, first, count, i, C: tl.constexpr):
     m, offset, c, i_row = modality_task(a.shape.widths, i - of_joint, tl.cdiv(all_rows, C.block_m), C.block_n)
     outputs = entry(a.shape.widths, m)
     p_weight = linear_parameter(a, layer, m, VALUE, 0, C)
-    i_slot, p_bias = C.slot_value, p_weight
-    if C.released:
-        p_bias = linear_parameter(a, layer, m, VALUE, 1, C)
+    i_slot = C.slot_value
+    p_bias = linear_parameter(a, layer, m, VALUE, 1, C) if C.released else p_weight
+    if C.projected:
         joint, n_joint = i < of_joint, tl.cdiv(width, C.block_n)
         i_row = tl.where(joint, i // n_joint, i_row)
         c = tl.where(joint, i % n_joint * C.block_n, c)
@@ -199,8 +199,8 @@ def mix_time(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def joint_of(a, t, first, C: tl.constexpr):
-    """Pointer to J of the chunk; in the paper form it is X^t."""
-    return slot(a, C.slot_joint) if C.released else state(a, t, first, C)
+    """Pointer to J of the chunk; where it is raw, it is X^t."""
+    return slot(a, C.slot_joint) if C.projected else state(a, t, first, C)
 
 
 # ---- C and H, streamed

@@ -315,7 +315,7 @@ def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
     p_d = slot(a, C.slot_d_value) + place + offset
     acc = product(acc, p_d, width, 1, p_w, d_m, 1, rows, columns, d_m, C.block_k, C)
     p_d = slot(a, C.slot_d_joint) + place
-    if C.released:
+    if C.projected:
         p_w = parameter(a.parameters, layer, 0, 0, 0, C) + offset + c
         acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, width, C.block_k, C)
     else:

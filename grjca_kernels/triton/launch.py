@@ -86,7 +86,8 @@ class Prepared(NamedTuple):
 def prepare(call: Call, **options: bool) -> Prepared:
     """What stays the same for calls like this one; ``options`` are those of config.launch."""
     device, lengths = device_of(call.iterates), call.lengths is not None
-    return _prepare(call.problem, call.iterates.dtype, device, tf32=allows_tf32(), lengths=lengths, **options)
+    tf32 = call.problem.reduced or allows_tf32()
+    return _prepare(call.problem, call.iterates.dtype, device, tf32=tf32, lengths=lengths, **options)
 
 
 @functools.lru_cache(maxsize=512)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates import WAYS, first_way, state_of_gate, ways_of
+from grjca_kernels.triton.gates import first_way, state_of_gate, ways_of
 from grjca_kernels.triton.gates_backward import d_logits_of
 from grjca_kernels.triton.iteration import KEY, OUTPUT, VALUE, linear_parameter
 from grjca_kernels.triton.iteration_backward import d_update_of
@@ -56,7 +56,7 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
     width, length = a.shape.width, length_of(a, C)
     LAYERS: tl.constexpr = C.layers
     MODALITIES: tl.constexpr = C.modalities
-    query = linear_size(width, width, C) if C.released else tl.zeros((), tl.int64)
+    query = linear_size(width, width, C) if C.projected else tl.zeros((), tl.int64)
     values, outputs, values_before, outputs_before = query * 0, query * 0, query * 0, query * 0
     gates_before = query * 0
     for n in tl.static_range(MODALITIES):
@@ -66,7 +66,7 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
         outputs += linear_size(d_m, width, C)
         values_before += before * linear_size(d_m, d_m, C)
         outputs_before += before * linear_size(d_m, width, C)
-        gates_before += before * C.gates * linear_size(WAYS, d_m, C)
+        gates_before += before * C.gates * linear_size(C.block_ways, d_m, C)
     keys = MODALITIES * linear_size(length, length, C)
     of_layer = query + keys + values + outputs
     if KIND == KEY:
@@ -181,7 +181,7 @@ def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 @triton.jit
 def linear_weights_tasks(a, C: tl.constexpr):
     """How many linear_weights_task has."""
-    tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.released else a.shape.width * 0
+    tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.projected else a.shape.width * 0
     for n in tl.static_range(len(a.shape.widths)):
         tiles += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
     return parts_of(a) * tiles
@@ -192,7 +192,7 @@ def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_q = d J^T X, or of d W_v,m = d V_m^T X_m."""
     width, layer, parts = a.shape.width, layer_of(t, C), parts_of(a)
     MODALITIES: tl.constexpr = C.modalities
-    of_query = linear_tiles(width, width, C) if C.released else 0
+    of_query = linear_tiles(width, width, C) if C.projected else 0
     tile, m = i // parts - of_query, i * 0
     for n in tl.static_range(MODALITIES - 1):
         beyond = (m == n) & (tile >= linear_tiles(a.shape.widths[n], a.shape.widths[n], C))
@@ -200,15 +200,14 @@ def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
         m += tl.where(beyond, 1, 0)
     size, offset, place = entry(a.shape.widths, m), offset_of(a.shape.widths, m), place_of(a, layer, m, VALUE, C)
     p_weight, i_slot = linear_parameter(to, layer, m, VALUE, 0, C), C.slot_d_value
-    p_bias = p_weight
-    if C.released:
+    p_bias = linear_parameter(to, layer, m, VALUE, 1, C) if C.released else p_weight
+    if C.projected:
         query = i < parts * of_query
         tile = tl.where(query, i // parts, tile)
         size, offset = tl.where(query, width, size), tl.where(query, 0, offset)
         place = tl.where(query, place_of(a, layer, 0, QUERY, C), place)
         i_slot = tl.where(query, C.slot_d_joint, C.slot_d_value)
         p_weight = tl.where(query, parameter(to.parameters, layer, 0, 0, 0, C), p_weight)
-        p_bias = linear_parameter(to, layer, m, VALUE, 1, C)
         p_bias = tl.where(query, parameter(to.parameters, layer, 0, 1, 0, C), p_bias)
     p_x = state(a, t, first, C) + offset
     linear_tile(
@@ -288,14 +287,14 @@ def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     begin, rows = rows_of_part(part, parts, count * length_of(a, C), C.block_k)
     p_d = d_logits_of(a, tl.cast(begin, tl.int64), m, first_way(g), C)
     p_x = state(a, state_of_gate(g, C), first, C) + tl.cast(begin, tl.int64) * width + offset + c
-    acc = zeros(WAYS, C.block_w)
+    acc = zeros(C.block_ways, C.block_w)
     acc = product(acc, p_d, 1, C.ways, p_x, width, 1, ways, d_m - c, rows, C.block_k, C)
-    place = place_of(a, 0, m, GATES, C) + g * linear_size(WAYS, d_m, C)
+    place = place_of(a, 0, m, GATES, C) + g * linear_size(C.block_ways, d_m, C)
     keep(a, gate_parameter(to.parameters, m, g, 0, C), place, part, c, acc, d_m, ways, d_m - c, first == 0)
     if C.released:
         if c == 0:
             total, p_bias = (
-                sum_rows(p_d, C.ways, rows, ways, C.block_k, WAYS),
+                sum_rows(p_d, C.ways, rows, ways, C.block_k, C.block_ways),
                 gate_parameter(to.parameters, m, g, 1, C),
             )
             keep_vector(a, p_bias, place + tl.cast(ways, tl.int64) * d_m, part, 0, total, ways, first == 0)
@@ -309,7 +308,7 @@ def reduce(a, to, t, first, count, C: tl.constexpr):
     """Adds the parts, rounds, and stores the gradients where the caller wants them."""
     length, width = length_of(a, C), a.shape.width
     for n in tl.range(C.layers, disable_licm=True):
-        if C.released:
+        if C.projected:
             p_weight, p_bias = (parameter(to.parameters, n, 0, 0, 0, C), parameter(to.parameters, n, 0, 1, 0, C))
             reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, QUERY, C), width, width, 0, C)
         for m in tl.range(C.modalities, disable_licm=True):
@@ -329,7 +328,7 @@ def reduce_gate(a, to, m, g, C: tl.constexpr):
     d_m = entry(a.shape.widths, m)
     p_weight = gate_parameter(to.parameters, m, g, 0, C)
     p_bias = gate_parameter(to.parameters, m, g, 1, C) if C.released else p_weight
-    place = place_of(a, 0, m, GATES, C) + g * linear_size(WAYS, d_m, C)
+    place = place_of(a, 0, m, GATES, C) + g * linear_size(C.block_ways, d_m, C)
     reduce_linear(a, p_weight, p_bias, place, ways_of(g, C), d_m, m + g, C)
 
 

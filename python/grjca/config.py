@@ -10,14 +10,15 @@ from typing import Any, Literal, get_args
 from grjca.errors import UserError
 
 Target = Literal["valence", "arousal"]
-Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca"]
+Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca", "tagf"]
 Precision = Literal["no", "bf16", "fp16"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
-FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca")
-GATING = {"rjca": "none", "dca": "dynamic", "grjca": "flat", "hgrjca": "hierarchical"}
+FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
+GATING = {"rjca": "none", "dca": "dynamic", "grjca": "flat", "hgrjca": "hierarchical", "tagf": "temporal"}
+NORMALISED = ("grjca", "hgrjca", "tagf")
 """What the fused block calls them."""
 
 
@@ -89,10 +90,12 @@ class ModelConfig:
     """T of the fusion block."""
     dropout: float = 0.6
     """Dropout inside the fusion block."""
+    gate_dropout: float = 0.1
+    """Dropout inside the gates of tagf."""
     temperature: float = 0.1
     """Of the gates' softmax."""
     normalize: bool | None = None
-    """Divide every frame by its L2 norm before the fusion; null does as the authors: for grjca and hgrjca."""
+    """Divide every frame by its L2 norm before the fusion; null does as the authors: for grjca, hgrjca and tagf."""
     hidden: int = 256
     """Width inside the head."""
 

@@ -200,8 +200,8 @@ def times(names: list[str], device: str) -> dict[str, float]:
 
 def _block(shape: Shape, name: str, *, dropout: float) -> GatedRJCAFused:
     if name == "eager":
-        return shape.block(GatedRJCAEager, dropout=dropout)
-    return shape.block(GatedRJCAFused, dropout=dropout, backend=name)
+        return shape.block(GatedRJCAEager, dropout=dropout, gate_dropout=0.0)
+    return shape.block(GatedRJCAFused, dropout=dropout, gate_dropout=0.0, backend=name)
 
 
 # ---- data
@@ -212,6 +212,8 @@ def _check_data(config: DoctorConfig) -> list[str]:
     assert config.data is not None
     found = data.problems(config.data, widths=(config.visual_features, config.audio_features), progress=True)
     print(f"\nData in {config.data}")
+    for folder in found.folders:
+        print(folder)
     print(f"{'split':<10}{'videos':>8}{'frames':>10}{'invalid':>10}")
     for name, split in found.splits.items():
         print(f"{name:<10}{split.videos:>8}{split.frames:>10}{split.invalid_share:>10.1%}")

@@ -26,34 +26,33 @@ class GatedRJCAEager(GatedRJCAFused):
     Otherwise dropout is PyTorch's own, which is faster and the baseline for measurements.
     """
 
-    def forward(
-        self,
-        visual: Tensor,
-        audio: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        return_gates: bool = False,
-        **unsupported: Any,
+    def forward(  # type: ignore[override]
+        self, *features: Tensor, lengths: Tensor | None = None, return_gates: bool = False, **unsupported: Any
     ) -> Any:
-        """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a] as the authors' code does.
+        """Fuse ``features``, per modality [B, L, d_m], as the authors' code does.
 
         ``lengths``, ``return_gates`` and what is returned are those of :meth:`GatedRJCAFused.forward`.
 
         Raises:
             ValueError: for the paper form and for ``return_iterates``.
         """
-        if self.form != "released" or any(unsupported.values()):
+        if self.form != "released" or self.output == "iterates" or any(unsupported.values()):
             raise ValueError("GatedRJCAEager: expected the released form, and no extras but the gates.")
-        present = None if lengths is None else _presence(lengths, visual.shape[1])
-        seed = self._draw_seed(visual.device)
-        states = [self._initial(x, present) for x in (visual, audio)]
+        if len(features) > len(self.dims):
+            *features, lengths = features  # type: ignore[assignment]
+        present = None if lengths is None else _presence(lengths, features[0].shape[1])
+        seed = self._draw_seed(features[0].device)
+        states = [self._initial(x, present) for x in features]
         history = [[x] for x in states]
         layers, gates = self.parameters_by_role()
         for t in range(self.iterations):
             states = self._iterate(states, layers[0 if self.share_weights else t], t, present, seed)
             for of_modality, x in zip(history, states, strict=True):
                 of_modality.append(x)
-        outputs, values = zip(*(self._gate(states, gates[m], present) for m, states in enumerate(history)), strict=True)
+        if self._by_pytorch:
+            return self._mixed(features, lengths, [torch.stack(of[1:]) for of in history], return_gates, False)
+        mixed = [self._gate(states, gates[m], present) for m, states in enumerate(history)]
+        outputs, values = zip(*mixed, strict=True)
         result = (torch.cat(outputs, dim=-1),) if self.output == "concat" else outputs
         if return_gates:
             return (*result, {"gates": values})
@@ -76,8 +75,9 @@ class GatedRJCAEager(GatedRJCAFused):
     def _iterate(
         self, states: list[Tensor], layer: Layer, t: int, present: Tensor | None, seed: Tensor | None
     ) -> list[Tensor]:
-        assert layer.query is not None
-        joint = F.linear(torch.cat(states, dim=-1), *layer.query)
+        joint = torch.cat(states, dim=-1)
+        if layer.query is not None:
+            joint = F.linear(joint, *layer.query)
         result = []
         for m, x in enumerate(states):
             key = _clear(F.linear(x.transpose(1, 2), *layer.key[m]), None if present is None else present.mT)

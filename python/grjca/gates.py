@@ -12,7 +12,7 @@ def iterate_weights(fusion: str, gates: tuple[np.ndarray, ...], iterations: int)
     between the two is passed over.
 
     Args:
-        fusion: dca, grjca or hgrjca.
+        fusion: dca, grjca, hgrjca or tagf.
         gates: of one modality, as AudioVisualModel returns them: one [..., 2] or [..., T + 1], or for hgrjca stages
             t = 1..T [..., t + 1] and a last one [..., T].
         iterations: T.
@@ -23,12 +23,13 @@ def iterate_weights(fusion: str, gates: tuple[np.ndarray, ...], iterations: int)
     shapes = {
         "dca": [2],
         "grjca": [iterations + 1],
+        "tagf": [iterations + 1],
         "hgrjca": [*range(2, iterations + 2), iterations],
     }
     ways = [np.shape(gate)[-1] for gate in gates]
     if fusion not in shapes or ways != shapes[fusion]:
         raise ValueError(f"gates of {fusion}, T = {iterations}: expected {shapes.get(fusion)} ways, got {ways}.")
-    if fusion == "grjca":
+    if fusion in ("grjca", "tagf"):
         return np.asarray(gates[0])
     weights = np.zeros((*np.shape(gates[0])[:-1], iterations + 1))
     if fusion == "dca":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from grjca.config import FUSIONS, GATING, MODALITIES, Backend, Fusion, ModelConfig
+from grjca.config import FUSIONS, GATING, MODALITIES, NORMALISED, Backend, Fusion, ModelConfig
 from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError
 from grjca_kernels import GatedRJCAFused
@@ -95,7 +95,7 @@ class AudioVisualModel(nn.Module):
 
     Args:
         config: sizes, dropout and settings of the fusion block.
-        fusion: "concat" (no attention), "rjca", "dca", "grjca" or "hgrjca".
+        fusion: "concat" (no attention), "rjca", "dca", "grjca", "hgrjca" or "tagf".
         length: L, the frames of a window. Pad shorter ones and pass ``lengths``.
         backend: what computes the fusion, see :class:`grjca_kernels.GatedRJCAFused`; "eager" is plain PyTorch. Dropout
             masks are the same in all of them.
@@ -185,8 +185,9 @@ def _fusion(config: ModelConfig, fusion: Fusion, length: int, backend: Backend) 
         iterations=config.iterations,
         gating=GATING[fusion],
         dropout=config.dropout,
+        gate_dropout=config.gate_dropout,
         temperature=config.temperature,
-        normalize=fusion in ("grjca", "hgrjca") if config.normalize is None else config.normalize,
+        normalize=fusion in NORMALISED if config.normalize is None else config.normalize,
         output="concat",
         backend="auto" if backend == "eager" else backend,
     )
@@ -204,8 +205,8 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
     for names, holds, expected in (
         ("visual_features audio_features kernel hidden", _is_count, "a whole number above 0"),
         ("visual_channels audio_channels", _are_counts, "one whole number above 0 for each block, at least one"),
-        ("iterations", lambda value: _is_count(value) and value <= 8, "a whole number from 1 to 8"),
-        ("encoder_dropout dropout", lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1"),
+        ("iterations", lambda value: _is_count(value) and value <= 16, "a whole number from 1 to 16"),
+        ("encoder_dropout dropout gate_dropout", _is_probability, "at least 0 and below 1"),
         ("temperature", lambda value: _is_number(value) and 0 < value < math.inf, "a finite number above 0"),
         ("normalize", lambda value: value is None or isinstance(value, bool), "true, false or null"),
     ):
@@ -216,6 +217,10 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _is_count(value: object) -> bool:

@@ -184,7 +184,11 @@ def _row(line: str) -> Row | None:
     match = IMAGE.fullmatch(image)
     if match is None or int(match["frame"]) < 1 or len(placeholders) > len(TARGETS):
         return None
-    return Row(image, match["video"], int(match["frame"])) if all(map(_is_placeholder, placeholders)) else None
+    return (
+        Row(image, data.composed(match["video"]), int(match["frame"]))
+        if all(map(_is_placeholder, placeholders))
+        else None
+    )
 
 
 def _is_placeholder(cell: str) -> bool:

@@ -11,13 +11,15 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, serialization
 
 from grjca.config import FUSIONS, GATING, Backend, ModelConfig
 from grjca.errors import UserError
@@ -37,9 +39,19 @@ RENAMED = (
 )
 """Parts of our names, and what stands there in the authors'. The fusion block has its own converter."""
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Where training scripts put the weights, beside optimiser and epoch."""
+NOT_READ = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "_codecs.encode",  # bytes, as PyTorch 2.4 sees them
+    "argparse.Namespace",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+)
+"""What training scripts save beside the weights, and torch.load refuses."""
 
+_MODEL = re.compile(r"((?:.*\.)?)H?GRJCA\.(?:.*\.)?(?:weight|bias)")
+_AVERAGED = re.compile("ema|averag|swa", re.IGNORECASE)
+_WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ALIASES = ((".net.0.", ".conv1."), (".net.4.", ".conv2."))
 _BLOCK = re.compile(r"(H?GRJCA\.)(?:coattn\.dcn_layers\.|(?:video|audio)_gating_fc_layer)")
 _WITHOUT_EFFECT = re.compile(
@@ -52,7 +64,9 @@ def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = 
 
     Args:
         source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
-            weights may be wrapped in a dict ("state_dict", "model_state_dict", "model") and in DataParallel.
+            weights may lie in a dict in it ("state_dict", "net", ...), under a prefix ("model.", ...), and be those of
+            torch.compile, DataParallel or AveragedModel. Where there are averaged ones too ("ema", ...), the others
+            are loaded, and a warning says so.
         backend: what computes the fusion, as in :class:`grjca.model.AudioVisualModel`.
 
     Sizes, L, T and the gating are read from the shapes. Dtype and device are those of the weights, which are copied.
@@ -60,7 +74,7 @@ def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = 
 
     Raises:
         UserError: for a file that is not there, broken, or would run code; for a key that is missing or whose tensor
-            does not fit, naming it.
+            does not fit, naming it; for several models in one source.
     """
     checkpoint = _Checkpoint(source)
     block = checkpoint.block()
@@ -85,10 +99,16 @@ class _Checkpoint:
 
     def __init__(self, source: str | Path | Mapping[str, Tensor]) -> None:
         self.label, content = _open(source)
-        wrapped = (content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping))
-        content = {str(key): value for key, value in next(wrapped, content).items()}
-        if all(key.startswith("module.") for key in content):
-            content = {key.removeprefix("module."): value for key, value in content.items()}
+        models = _models(content)
+        places = [place for place in models if not _AVERAGED.search(place)] or list(models)
+        if len(places) > 1:
+            raise UserError(
+                f"{self.label}: expected the weights of one model, got those of {len(places)}, under "
+                f"{' and '.join(map(repr, places))}; pass a dict of the weights of one alone."
+            )
+        self.others = models.keys() - places
+        self.place = places[0]
+        content = {_WRAPPED.sub("", key): value for key, value in models[self.place].items()}
         primary_last = sorted(content, key=lambda key: _replaced(key, _ALIASES) == key)
         self.tensors = {_primary(key): content[key] for key in primary_last}
         self.unused = set(self.tensors)
@@ -153,7 +173,13 @@ class _Checkpoint:
             parts.append(f"without effect on the output: {listed}")
         if unknown:
             parts.append(f"unknown: {', '.join(unknown)}")
-        return f"{self.label}: ignored keys {'; '.join(parts)}." if parts else ""
+        notes = [f"ignored keys {'; '.join(parts)}."] if parts else []
+        if self.others:
+            notes.append(
+                f"Loaded the weights under {self.place!r}, and not the averaged ones under "
+                f"{' and '.join(map(repr, sorted(self.others)))}; for those, pass a dict of them alone."
+            )
+        return f"{self.label}: {' '.join(notes)}" if notes else ""
 
     def _encoder(self, name: str) -> tuple[int, tuple[int, ...], int]:
         """Features, channels and kernel."""
@@ -173,7 +199,8 @@ class _Checkpoint:
     def _find(self, name: str) -> Tensor:
         tensor = self.tensors.get(name)
         if not isinstance(tensor, Tensor):
-            got = "no such key" if name not in self.tensors else type(tensor).__name__
+            kind = "a NumPy value" if isinstance(tensor, _StandIn) else type(tensor).__name__
+            got = kind if name in self.tensors else "no such key"
             raise UserError(f"{self.label}: {name}: expected a tensor of the authors' model, got {got}.")
         return tensor
 
@@ -193,11 +220,70 @@ def _open(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[Any, 
     return str(path), content
 
 
+def _models(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """The weights of each model in ``content``, by what stands before their names; or all keys that may be meant."""
+    models: dict[str, dict[str, Any]] = {}
+    mappings = list(_mappings(content))
+    for place, values in mappings:
+        weights = (_MODEL.fullmatch(name) for name, value in values.items() if not isinstance(value, Mapping | tuple))
+        prefixes = sorted({match[1] for match in weights if match}, key=len)
+        for name, value in values.items():
+            for prefix in [prefix for prefix in prefixes if name.startswith(prefix)][-1:]:
+                models.setdefault(place + prefix, {})[name.removeprefix(prefix)] = value
+    return models or {"": max((values for _, values in mappings), key=len)}
+
+
+def _mappings(content: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """It and those in it, with where they stand; no deeper, because a checkpoint may hold itself."""
+    yield place, {str(key): value for key, value in content.items()}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _mappings(value, f"{place}{key}.", depth - 1)
+
+
+class _StandIn:
+    """Takes the place of a value that is not read: none of its code runs, and nothing of it is kept."""
+
+    def __new__(cls, *_: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _stand_in(path: str) -> type[_StandIn]:
+    """One that torch.load, from its version 2.4 on, takes for what is at ``path``."""
+    module, _, name = path.rpartition(".")
+    return type(name, (_StandIn,), {"__module__": module})
+
+
+_STAND_INS = [_stand_in(path) for path in NOT_READ]
+_LOCK = Lock()  # what torch.load accepts is a list for the whole process
+
+
+@contextmanager
+def _standing_in() -> Iterator[None]:
+    """Have torch.load accept what is :data:`NOT_READ`, beside what the user has declared safe."""
+    with _LOCK:
+        before = serialization.get_safe_globals()
+        paths = [f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__name__}" for f in before]
+        others = [f for f, path in zip(before, paths, strict=True) if path not in NOT_READ]
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals([*others, *_STAND_INS])
+        try:
+            yield
+        finally:
+            meanwhile = [f for f in serialization.get_safe_globals() if f not in [*before, *_STAND_INS]]
+            serialization.clear_safe_globals()
+            serialization.add_safe_globals([*before, *meanwhile])
+
+
 def _read(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with _standing_in():
+            return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a broken file can make torch.load raise anything
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:

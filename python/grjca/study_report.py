@@ -14,8 +14,9 @@ from grjca import files
 from grjca.config import FUSIONS, GATING, MODALITIES, Fusion
 
 KINDS = ("noisy", "contradicting", "misaligned", "absent")
-COLOURS = dict(zip(FUSIONS, ("#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73"), strict=True))  # Okabe and Ito
-MARKERS = dict(zip(FUSIONS, "so^Dv", strict=True))
+OKABE_ITO = "#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"
+COLOURS = dict(zip(FUSIONS, OKABE_ITO, strict=True))
+MARKERS = dict(zip(FUSIONS, "so^Dvp", strict=True))
 
 
 class Estimate(NamedTuple):

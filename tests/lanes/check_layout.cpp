@@ -82,7 +82,7 @@ Problem problem_of(int batch, int length, std::vector<int> widths, int iteration
   for (int m = 0; m < p.modalities; ++m) p.widths[m] = widths[m];
   p.iterations = iterations;
   p.gating = gating;
-  p.released = true;
+  p.released = p.projected = true;
   p.temperature = 0.1;
   return p;
 }

@@ -76,6 +76,7 @@ Problem problem_of(Request& r) {
   p.iterations = static_cast<int>(r.number());
   p.gating = static_cast<Gating>(r.number());
   p.released = r.number();
+  p.projected = r.number();
   p.normalize = r.number();
   p.shared = r.number();
   p.dropout = r.real();

@@ -54,7 +54,7 @@ def test_mixed(activations, parameters, autocast, device):
     with torch.autocast(device, autocast):
         y = block(*x)
     sum(t.float().sum() for t in y).backward()
-    assert all(t.dtype == autocast and t.isfinite().all() for t in y)
+    assert all(t.dtype == activations and t.isfinite().all() for t in y)
     assert all(t.grad.dtype == activations for t in x)
     assert all(p.grad.dtype == parameters and p.grad.isfinite().all() for p in block.parameters())
 

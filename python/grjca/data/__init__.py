@@ -1,6 +1,6 @@
 """Data on disk and in windows: annotations and features of videos, read strictly and streamed."""
 
-from grjca.data.layout import folds
+from grjca.data.layout import composed, folds
 from grjca.data.videos import Inspection, SplitSummary, Video, load, problems
 from grjca.data.windows import WindowDataset, stitch, windows
 
@@ -9,6 +9,7 @@ __all__ = [
     "SplitSummary",
     "Video",
     "WindowDataset",
+    "composed",
     "folds",
     "load",
     "problems",

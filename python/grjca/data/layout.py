@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,16 @@ SPLITS = (*OFFICIAL, "test", "all")
 FOLDS = 5
 LABELS = "VA_continuous_label.npy"
 EXPECTED = "annotations/{train,validate}/<video>.txt and features/<video>/{visual,audio}.npy, or npy_data/"
+TEXTS = (".txt", ".csv")
+"""How the names of annotations end."""
+
+_HOLDERS = ("annotations", "vaestimationchallenge", "va")
+"""Folders that hold those of the splits, within each other or alone, as :func:`_plain` spells them."""
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validate", "validation", "valid", "val"), "validate"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +50,11 @@ class Layout:
     sources: list[Source]
     """by name"""
     problems: list[str]
-    """names that are there twice"""
+    """names that are there twice, and annotations of a kind that is not read"""
     strays: list[Path]
     """entries that are neither an annotation nor a folder of features"""
+    annotated: dict[Path, str]
+    """folders of annotations, and their splits"""
 
 
 @dataclass(frozen=True)
@@ -55,22 +69,34 @@ class _Folder:
 
 def find(root: Path) -> Layout:
     """Everything in ``root``; UserError if that is no data folder."""
-    _check_root(root)
+    splits = _check_root(root)
+    annotations, others = _annotations(splits)
     strays: list[Path] = []
-    annotations = list(_annotations(root, strays))
     folders = list(_folders(root, strays))
-    features = {folder.path.name: folder for folder in folders}
-    if (root / "annotations").is_dir():
-        annotated = {path.stem: path for path in annotations}
+    features = {composed(folder.path.name): folder for folder in folders}
+    annotated = {composed(path.stem): path for path in annotations}
+    if annotated:
         sources = [
-            _source(name, path.parent.name, path, features.get(name) or _missing(root, name))
+            _source(name, splits[path.parent], path, features.get(name) or _missing(root, name))
             for name, path in annotated.items()
         ]
         sources += [_source(name, "test", None, features[name]) for name in features.keys() - annotated.keys()]
     else:
         sources = [_unannotated(name, folder) for name, folder in features.items()]
-    clashes = list(_clashes(annotations, [folder.path for folder in folders]))
-    return Layout(root, sorted(sources, key=lambda source: source.name), clashes, strays)
+    lost = [path for path in others if composed(path.stem) in features.keys() - annotated.keys()]
+    problems = [*_clashes(annotations, [folder.path for folder in folders]), *map(_not_read, lost)]
+    strays = [path for path in others if path not in lost] + strays
+    return Layout(root, sorted(sources, key=lambda source: source.name), problems, strays, splits)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's form NFC: systems differ in whether an accented letter is one character or two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def split_of(name: str) -> str | None:
+    """The split that the name of a folder stands for, as in validate, Validation_Set or val; or None."""
+    return _SPLIT_NAMES.get(_plain(name))
 
 
 def select(layout: Layout, split: str, fold: int = 0) -> list[Source]:
@@ -109,18 +135,6 @@ def folds(train: Sequence[str], validate: Sequence[str], fold: int) -> tuple[lis
     return sorted(train[:start] + train[stop:] + validate), train[start:stop]
 
 
-def _check_root(root: Path) -> None:
-    if not root.exists():
-        raise UserError(f"The data folder {root} does not exist; expected {EXPECTED}.")
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; give the folder that holds {EXPECTED}.")
-    there = [name for name in ("annotations", "features", "npy_data") if (root / name).is_dir()]
-    if not there:
-        raise UserError(f"{root} holds none of the folders annotations, features and npy_data; expected {EXPECTED}.")
-    if there == ["annotations"]:
-        raise UserError(f"{root} has annotations but no features: create features/<video>/{{visual,audio}}.npy beside.")
-
-
 def _entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden files; nothing if there is no such folder."""
     if not folder.is_dir():
@@ -131,20 +145,51 @@ def _entries(folder: Path) -> list[Path]:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
 
 
-def _annotations(root: Path, strays: list[Path]) -> Iterator[Path]:
-    for split in OFFICIAL:
-        for path in _entries(root / "annotations" / split):
-            if path.suffix.lower() == ".txt":
-                yield path
-            else:
-                strays.append(path)
+def _check_root(root: Path) -> dict[Path, str]:
+    """Folders of annotations, and their splits."""
+    if not root.exists():
+        raise UserError(f"The data folder {root} does not exist; expected {EXPECTED}.")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; give the folder that holds {EXPECTED}.")
+    splits = dict(_splits(root))
+    if not any((root / name).is_dir() for name in ("features", "npy_data")):
+        if splits or (root / "annotations").is_dir():
+            raise UserError(
+                f"{root} has annotations but no features: create features/<video>/{{visual,audio}}.npy beside."
+            )
+        raise UserError(f"{root} holds none of the folders annotations, features and npy_data; expected {EXPECTED}.")
+    return splits
+
+
+def _splits(folder: Path, depth: int = 0) -> Iterator[tuple[Path, str]]:
+    """Folders of annotations below ``folder``; in a data folder itself, "train" may also hold other things."""
+    for path in _entries(folder):
+        split = split_of(path.name)
+        if split in OFFICIAL and path.is_dir() and (depth or any(map(_is_text, _entries(path)))):
+            yield path, split
+        elif depth < len(_HOLDERS) and _plain(path.name) in _HOLDERS:
+            yield from _splits(path, depth + 1)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.casefold()).removesuffix("set")
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in TEXTS
+
+
+def _annotations(splits: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Annotations, and what else is in their folders."""
+    paths = [path for folder in splits for path in _entries(folder)]
+    return [path for path in paths if _is_text(path)], [path for path in paths if not _is_text(path)]
 
 
 def _folders(root: Path, strays: list[Path]) -> Iterator[_Folder]:
-    parts = {root / "npy_data" / part: part for part in (*OFFICIAL, "test")}
     found = [_Folder(path) for path in _entries(root / "features")]
-    found += [_Folder(path, plain=False) for path in _entries(root / "npy_data") if path not in parts]
-    found += [_Folder(path, part, plain=False) for base, part in parts.items() for path in _entries(base)]
+    for path in _entries(root / "npy_data"):
+        part = split_of(path.name) if path.is_dir() else None
+        found += [_Folder(inner, part, plain=False) for inner in (_entries(path) if part else [path])]
     for folder in found:
         if folder.path.is_dir():
             yield folder
@@ -181,18 +226,28 @@ def _clashes(annotations: list[Path], folders: list[Path]) -> Iterator[str]:
     """Names that are there twice, also if they differ only in case: not every system tells those apart."""
     places: defaultdict[str, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
     for path in annotations:
-        places[path.stem.casefold()][0].append(path)
+        places[composed(path.stem).casefold()][0].append(path)
     for path in folders:
-        places[path.name.casefold()][1].append(path)
+        places[composed(path.name).casefold()][1].append(path)
     for _, (texts, features) in sorted(places.items()):
         for kind, paths in (("annotation", texts), ("features", features)):
             if len(paths) > 1:
                 yield (
-                    f"The same video is there twice, as {kind} {paths[0]} and {paths[1]}; "
-                    "remove or rename one (upper and lower case count as equal)."
+                    f"The same video is there twice, as {kind} {paths[0]} and {paths[1]}; remove or rename one (upper "
+                    "and lower case count as equal, and so do the ways in which Unicode writes an accented letter)."
                 )
-        if texts and features and texts[0].stem != features[0].name:
+        if texts and features and composed(texts[0].stem) != composed(features[0].name):
             yield f"The names of {texts[0]} and {features[0]} differ in case; spell them alike."
+
+
+def _not_read(path: Path) -> str:
+    """What to do with a file that seems to annotate a video."""
+    got = "a folder" if path.is_dir() else f"a file that ends in {path.suffix or 'nothing'}"
+    return (
+        f"{path} is not read, so that {path.stem} would count as a video without labels: expected an annotation that "
+        f"ends in {' or '.join(TEXTS)}, got {got}. Write it as text, with the header valence,arousal and a row per "
+        "frame, or move it away."
+    )
 
 
 def _nothing(layout: Layout, split: str) -> str:

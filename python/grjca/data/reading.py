@@ -45,6 +45,16 @@ def annotation(path: Path) -> np.ndarray:
     return np.array(rows)
 
 
+def looks_annotated(path: Path) -> bool:
+    """Whether a text begins as an annotation does, and not as a file for the challenge."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            columns = {cell.strip() for cell in file.readline(100).lower().split(",")}
+    except (OSError, UnicodeDecodeError):
+        return False
+    return {*HEADER.split(",")} <= columns and "image_location" not in columns
+
+
 def features(path: Path, width: int, kind: str) -> np.memmap:
     """[N, width] of a float dtype, N > 0, mapped from the file; ``kind`` (visual, audio, labels) is for the message."""
     expected = f"expected {kind} [N, {width}] of float16, float32 or float64"
@@ -60,7 +70,8 @@ def features(path: Path, width: int, kind: str) -> np.memmap:
     if kind == "visual" and array.ndim == 4:
         raise UserError(f"{path} holds images, {shape}; {expected}: the features of a face network.")
     if array.ndim != 2 or array.shape[1] != width:
-        raise UserError(f"{path} holds {shape}; {expected}.")
+        advice = " Transpose the array, so that frames come first." if shape[:1] == [width] and array.ndim == 2 else ""
+        raise UserError(f"{path} holds {shape}; {expected}.{advice}")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise UserError(f"{path} holds {array.dtype} numbers; {expected}.")
     if not len(array):

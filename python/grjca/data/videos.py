@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -16,6 +18,9 @@ from grjca.errors import UserError
 
 MEND = 5
 """Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
+
+DEPTH = 3
+"""Folders within folders in which labels are searched for that stand in the wrong place."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,6 +77,8 @@ class Inspection:
     """what was mended or ignored"""
     splits: dict[str, SplitSummary]
     """of the videos without a problem"""
+    folders: list[str]
+    """where labels and features were found"""
 
 
 def load(
@@ -107,8 +114,8 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
     try:
         found = layout.find(Path(root))
     except UserError as error:
-        return Inspection([str(error)], [], {})
-    wrong, notes = [*found.problems, *_missing_parts(found)], _remarks(found)
+        return Inspection([str(error)], [], {}, [])
+    wrong, notes = [*found.problems, *_missing_parts(found), *_unused_labels(found)], _remarks(found)
     videos: dict[str, list[Video]] = {split: [] for split in (*OFFICIAL, "test")}
     for source in tqdm(found.sources, "checking", leave=False, disable=None if progress else True):
         video, errors = _read(source, widths)
@@ -118,7 +125,7 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
             if source.split:
                 videos[source.split].append(video)
     wrong += _unlabelled(videos)
-    return Inspection(wrong, notes, {split: _summary(part) for split, part in videos.items()})
+    return Inspection(wrong, notes, {split: _summary(part) for split, part in videos.items()}, _folders(found))
 
 
 def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[UserError]]:
@@ -197,6 +204,55 @@ def _missing_parts(found: layout.Layout) -> list[str]:
         except UserError as error:
             wrong.append(str(error))
     return wrong
+
+
+def _unused_labels(found: layout.Layout) -> list[str]:
+    """What looks like labels and is not read, if a split has none; a folder each."""
+    missing = [split for split in OFFICIAL if all(source.split != split for source in found.sources)]
+    if not missing:
+        return []
+    folders: defaultdict[Path, list[Path]] = defaultdict(list)
+    for path in _annotations_elsewhere(found):
+        folders[path.parent].append(path)
+    for source in found.sources:
+        path = source.folder / layout.LABELS
+        if source.labels is None and layout.split_of(source.folder.parent.name) != "test" and path.exists():
+            folders[source.folder.parent].append(path)
+    return [
+        f"No video of {found.root} has labels for the {' or the '.join(missing)} split, but {folder} holds files that "
+        f"look like labels and are not read ({len(paths)}, the first is {paths[0].relative_to(folder)}); expected "
+        f"{layout.EXPECTED}. Move or rename the folder."
+        for folder, paths in folders.items()
+    ]
+
+
+def _annotations_elsewhere(found: layout.Layout) -> Iterator[Path]:
+    """What begins as an annotation and is none of those found, nor a prediction; not deep, there may be many images."""
+    known = {source.name for source in found.sources} | {"predictions"}
+    for name, inner, files in os.walk(found.root, followlinks=True):
+        folder = Path(name)
+        if len(folder.relative_to(found.root).parts) == DEPTH:
+            inner.clear()
+        inner[:] = sorted(n for n in inner if layout.composed(n) not in known and layout.split_of(n) != "test")
+        if folder not in found.annotated:
+            texts = (folder / file for file in sorted(files) if file.lower().endswith(layout.TEXTS))
+            yield from filter(reading.looks_annotated, texts)
+
+
+def _folders(found: layout.Layout) -> list[str]:
+    """Where labels and features are."""
+    labels = [(split, folder) for folder, split in found.annotated.items()]
+    labels += [
+        (source.split or "of no split", source.folder.parent)
+        for source in found.sources
+        if source.labels is not None and source.labels.parent == source.folder
+    ]
+    features = [source.folder.parent for source in found.sources if source.folder.is_dir()]
+    return [
+        *(f"Labels, {split}: {folder}" for split, folder in dict.fromkeys(labels)),
+        *([] if labels else ["Labels: none"]),
+        *(f"Features: {folder}" for folder in dict.fromkeys(features)),
+    ]
 
 
 def _remarks(found: layout.Layout) -> list[str]:
