@@ -266,8 +266,8 @@ class GatedRJCAFused(nn.Module):
                 whole model.
             prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
             ignore: beginnings of the names of parameters that have no effect on the output.
-            check: run a module, and this one, on a small random batch, take the options with which both compute the
-                same, and refuse a module for which there are none.
+            check: run a copy of a module, and this one, in float64 on a small random batch with random weights; take the
+                options with which both compute the same, and refuse a module for which there are none.
             keep_parameters: take over the very Parameters of ``source``, a module, instead of copies of them, so that
                 an optimiser that holds them trains on, with its state.
             **overrides: any other argument of the constructor: output, normalize, joint, dropout, backend, device, ...
@@ -288,36 +288,30 @@ class GatedRJCAFused(nn.Module):
         found = released.read(source, prefix, ignore)
         config, block = found.config, found.block
 
-        def build(options: Mapping[str, Any], weights: Mapping[str, Tensor] = found.weights) -> GatedRJCAFused:
+        def build(options: Mapping[str, Any], weights: Mapping[str, Tensor], assign: bool = False) -> GatedRJCAFused:
             device = torch.device(options["device"])
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn first is overwritten
                 module = cls(**options)
-            released.load(module, weights, found.theirs, assign=weights is not found.weights)
+            released.load(module, weights, found.theirs, assign)
             return module
 
-        if block is not None:
-            if "dropout" not in overrides:
-                config["dropout"] = recognition.dropout_of(block)  # None if no module says
-            if config["gating"] == "temporal" and "gate_dropout" not in overrides:
-                config["gate_dropout"] = recognition.gate_dropout_of(block)
         if block is not None and check:
-            config |= recognition.recognise(block, config, overrides, build)
+            names = {ours: theirs.removeprefix(found.prefix) for ours, theirs in found.theirs.items()}
+            config |= recognition.recognise(block, config, overrides, names, build)
+        elif block is not None:
+            config["dropout"] = recognition.declared(block, "dcn_layers")
+            config["gate_dropout"] = recognition.declared(block, "temporal_encoder")
         elif not found.certain and "normalize" not in overrides:
             raise ValueError(
                 "normalize: expected True (GRJCA) or False (DCA), for at T = 1 their weights look alike, got None."
             )
         config.update(overrides)
-        if config.get("dropout", 0.0) is None:
-            config["dropout"] = 0.0
         if config["iterations"] == 1 and config["gating"] in ("flat", "dynamic") and "gating" not in overrides:
             config["gating"] = "flat" if config["normalize"] else "dynamic"
-        kept = (released.parameters(source, found.theirs, overrides),) if keep_parameters else ()
-        module = build(config, *kept)
+        kept = released.parameters(source, found.theirs, overrides) if keep_parameters else found.weights
+        module = build(config, kept, keep_parameters)
         if block is not None:
-            frozen = dict(cast(nn.Module, source).named_parameters(remove_duplicate=False))
-            for ours, parameter in module.named_parameters():
-                if (theirs := found.theirs.get(ours)) in frozen:
-                    parameter.requires_grad_(frozen[theirs].requires_grad)
+            released.take_over(module, cast(nn.Module, source), found.theirs)
             module.train(block.training)
         return module
 

@@ -1,39 +1,51 @@
-"""What a block of the authors computes, where names and shapes do not tell: found by running it.
+"""What a block of the authors computes, where names and shapes do not tell: found by running a copy of it.
 
-It runs once, on a small random batch in evaluation mode, and what it returns and sends back is compared with what
-GatedRJCAFused makes of its weights. Nothing of it is changed: not its modes, buffers, gradients, nor any generator.
+The copy is in float64 on the CPU, and has other weights than the block: random ones, large enough that tanh and softmax
+are neither linear nor constant, so that what is told apart does not depend on how far the block is trained. What it
+returns and sends back, to its inputs and to all of its weights, is compared with what GatedRJCAFused makes of the same
+weights. The block itself is never run.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from grjca_kernels.modes import allows_tf32
+from grjca_kernels import reference
+from grjca_kernels.call import describe
+from grjca_kernels.problem import SETTINGS, Linear
 
 if TYPE_CHECKING:
     from grjca_kernels.module import GatedRJCAFused
 
 BATCH = 2
+SPREAD = 1.5
+"""Root mean square of the arguments of tanh and softmax."""
+BOUND = 1e-6
+"""Of differences, as a part of the largest value: rounding makes 1e-12 of it, another formula 1e-2."""
 CHOICES: dict[str, tuple[Any, ...]] = {"joint": ("projected", "raw"), "normalize": (False, True)}
 """Options that leave names and shapes as they are."""
 NO_CHECK = "pass check=False to leave this comparison out"
 
 
 class Found(NamedTuple):
-    """What a block returns: which ``output`` of GatedRJCAFused that is, all of it, and the gradients by its inputs."""
+    """What a block returns: which ``output`` of GatedRJCAFused that is, all of it, and the gradients by its inputs and
+    by its parameters, if it has any."""
 
     output: str
     values: list[Tensor]
-    gradients: list[Tensor] | None
-    projects: bool | None  # whether the values depend on a W_q, where there is one to ask
+    of_inputs: list[Tensor] | None
+    of_parameters: dict[str, Tensor]
 
 
 @torch.inference_mode(False)
@@ -41,147 +53,162 @@ def recognise(
     block: nn.Module,
     config: Mapping[str, Any],
     fixed: Mapping[str, Any],
-    build: Callable[[Mapping[str, Any]], GatedRJCAFused],
+    names: Mapping[str, str],
+    build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], GatedRJCAFused],
 ) -> dict[str, Any]:
     """The options beside ``config`` with which GatedRJCAFused computes what ``block`` does; those in ``fixed`` are not
     chosen any more.
 
-    ``build`` makes the module of an option, in float64 and with the weights of the block.
+    ``names`` says for our names of parameters what they are called within the block; ``build`` makes the module of
+    options and weights.
 
     Raises:
-        ValueError: if the block cannot be run, if no choice reproduces it, or if several do.
+        ValueError: if the block cannot be copied or run, if no choice reproduces it, or if it drops otherwise.
     """
-    dtype, device = config["dtype"], torch.device(config["device"])
-    if dtype.itemsize < 4:  # rounding would hide what is to be told apart
-        block, dtype = copy.deepcopy(block).float(), torch.float32
-    x = _features(config, dtype, device)
-    with _untouched(block, device):
-        found = _run(block, x)
-    chosen: dict[str, Any] = {}
-    if config.get("dropout", 0.0) is None:
-        with _untouched(block, device, training=True):
-            in_training = _run(block, x)
-        if not all(map(torch.equal, found.values, in_training.values)):
-            raise ValueError(
-                "dropout: expected p, which no module of source says, though it drops in training, got None."
-            )
-        chosen = {"dropout": 0.0}
     choices = {name: (fixed[name],) if name in fixed else values for name, values in CHOICES.items()}
-    errors: list[tuple[float, dict[str, Any]]] = []
-    for values in product(*choices.values()):
-        options = {**dict(zip(choices, values, strict=True)), "output": found.output}
-        probe = {"backend": "reference", "dtype": torch.float64, "device": device}
-        ours = build({**config, **fixed, **chosen, **options, **probe}).eval()
-        errors.append((_error(found, _run(ours, [of.detach().double() for of in x])), options))
-    errors.sort(key=lambda pair: pair[0])
-    bound = _bound(dtype, device)
-    (error, options), others = errors[0], errors[1:]
-    if not error <= bound:
+    with _generators_kept():
+        probe, x = _copy_of(block, names.values()), _features(config)
+        output = _run(probe, x).output
+        error, options = math.inf, {**config}
+        for values in product(*choices.values()):
+            tried = {**dict(zip(choices, values, strict=True)), "output": output}
+            found = _error_of(probe, x, {**config, **fixed, **tried}, names, build)
+            if found <= error:
+                error, options = found, tried
+            if error <= BOUND:
+                break
+        if not error <= BOUND:
+            said = ", ".join(f"{name}={options[name]!r}" for name in CHOICES)
+            raise ValueError(
+                f"source: expected a {type(block).__name__} that computes what its weights say, but on a random batch, "
+                f"with random weights, it differs from GatedRJCAFused by {error:.2g} of the largest value, at best "
+                f"({said}), where {BOUND} is allowed. It is another operator, or is set up otherwise: pass what "
+                f"differs (temperature, ...), or {NO_CHECK}."
+            )
+        dropout = {} if "dropout" in fixed else _dropout(probe, x, len(x) * config["iterations"])
+    return {**dropout, **options}
+
+
+def _error_of(
+    probe: nn.Module,
+    x: Sequence[Tensor],
+    options: Mapping[str, Any],
+    names: Mapping[str, str],
+    build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], GatedRJCAFused],
+) -> float:
+    """How far the block is from GatedRJCAFused with these options, both with weights that spread under them."""
+    like = {"backend": "reference", "dtype": torch.float64, "device": "cpu"}
+    held = _held(probe)
+    ours = build({**options, **like}, {of: held[name] for of, name in names.items()}).eval()
+    _spread(ours, x)
+    with torch.no_grad():
+        for of, parameter in ours.named_parameters():
+            held[names[of]].copy_(parameter)
+        for of, parameter in ours.named_parameters():  # of those that are tied in the block, the last counts
+            parameter.copy_(held[names[of]])
+    ids = [id(held[name]) for name in names.values()]
+    alone = {of: name for of, name in names.items() if ids.count(id(held[name])) == 1}
+    error = _error(_run(probe, x), _run(ours, x), alone)
+    if error <= BOUND:  # and for large frames, and some that are 0
+        far = [10 * of.index_fill(1, torch.tensor([0], device="cpu"), 0) for of in x]
+        error = max(error, _error(_run(probe, far), _run(ours, far), None))
+    return error
+
+
+# ---- the copy
+
+
+def _copy_of(block: nn.Module, names: Iterable[str]) -> nn.Module:
+    """To evaluate, with random weights of the usual size; tied ones stay tied."""
+    try:
+        probe = copy.deepcopy(block).to("cpu", torch.float64).eval()
+    except Exception as error:
         raise ValueError(
-            f"source: expected a {type(block).__name__} that computes what its weights say, but on a random batch it "
-            f"differs from GatedRJCAFused by {error:.2g} of the largest value, at best ({_said(options)}), where "
-            f"rounding explains {bound:.2g}. It is another operator, or is set up otherwise: pass what differs "
-            f"(temperature, ...), or {NO_CHECK}."
-        )
-    eps = torch.finfo(dtype).eps
-    for other, alike in others:
-        if other > max(4 * error, 4 * eps):
-            continue
-        names = [name for name in choices if alike[name] != options[name]]
-        if (
-            names == ["joint"] and error <= 100 * eps and found.projects is not None
-        ):  # W_q changes nothing, or is unused
-            options["joint"] = "projected" if found.projects else "raw"
-            continue
-        raise ValueError(
-            f"source: expected a {type(block).__name__} that running tells apart, but on a random batch it differs "
-            f"from GatedRJCAFused with {_said(options)} by {error:.2g} of the largest value, and with "
-            f"{_said(alike)} by {other:.2g}. Pass {' and '.join(names)}, or {NO_CHECK}."
-        )
-    return {**chosen, **options}
+            f"source: expected a block that can be copied to the CPU and run there, but that raised "
+            f"{type(error).__name__}: {error} To load the weights as they are, {NO_CHECK}."
+        ) from error
+    generator = torch.Generator().manual_seed(1)
+    buffers = dict(probe.named_buffers())
+    for tensor in (*probe.parameters(), *(buffers[name] for name in names if name in buffers)):
+        if tensor.is_floating_point():
+            size = math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 3
+            tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu") / size
+    return probe.requires_grad_(True)
 
 
-def dropout_of(block: nn.Module) -> float | None:
-    """p, as modules and attributes of the block's recursion say; None if none does.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    recursion = {name: of for name, of in block.named_modules() if "dcn_layers" in name}
-    found = {of.p: name for name, of in recursion.items() if isinstance(of, nn.Dropout)}
-    for name, of in recursion.items():
-        for attribute in ("dropout", "dropout_p", "p"):
-            p = vars(of).get(attribute)
-            if isinstance(p, float) and not isinstance(of, nn.Dropout):
-                found[p] = f"{name}.{attribute}"
-    if len(found) > 1:
-        listed = ", ".join(f"{p} in {name}" for p, name in found.items())
-        raise ValueError(f"source: expected one dropout for C and U, got {listed}; pass dropout.")
-    return next(iter(found), None)
+def _held(probe: nn.Module) -> dict[str, Tensor]:
+    return {**dict(probe.named_buffers()), **dict(probe.named_parameters(remove_duplicate=False))}
 
 
-def gate_dropout_of(block: nn.Module) -> float:
-    """The same, of the gates of TAGF."""
-    encoders = [of for name, of in block.named_modules() if "temporal_encoder" in name]
-    return next((of.p for of in encoders if isinstance(of, nn.Dropout)), 0.0)
-
-
-def _features(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _features(config: Mapping[str, Any]) -> list[Tensor]:
     widths = config["dim_visual"]
     widths = [*widths] if isinstance(widths, Sequence) else [widths, config["dim_audio"]]
-    generator = torch.Generator().manual_seed(0)
+    generator, size = torch.Generator().manual_seed(0), (BATCH, config["length"])
+    return [torch.randn(*size, d_m, generator=generator, dtype=torch.float64, device="cpu") for d_m in widths]
 
-    def normal(width: int) -> Tensor:
-        x = torch.randn(BATCH, config["length"], width, generator=generator, dtype=torch.float64, device="cpu")
-        return x.to(device, dtype).requires_grad_()
 
-    return [normal(width) for width in widths]
+@torch.no_grad()
+def _spread(module: GatedRJCAFused, x: Sequence[Tensor]) -> None:
+    """Scale weights until tanh and softmax are given values of about 1."""
+    layers, gates = module.parameters_by_role()
+    settings = {name: getattr(module, name) for name in SETTINGS}
+    settings.update(gating=module.gating if gates else "none", dropout=0.0)
+    problem = describe(x, layers, gates, **settings).problem
+
+    def scale(linear: Linear, found: Tensor) -> None:
+        for tensor in linear:
+            if tensor is not None:
+                tensor.mul_(SPREAD / found.square().mean().sqrt().clamp_min(1e-30))
+
+    states = [reference.initial(problem.normalize, x_m, None) for x_m in x]
+    for t in range(problem.iterations):
+        layer = layers[0 if problem.shared else t]
+        joint = torch.cat(states, dim=-1)
+        joint = joint if layer.query is None else reference.linear(joint, layer.query)
+        for m, x_m in enumerate(states):
+            key = reference.linear(x_m.mT, layer.key[m])
+            scale(layer.key[m], key @ joint / math.sqrt(problem.width))
+            _, value, correlation, *_ = reference.attend(problem, x_m, joint, m, layer, t, None, None)
+            scale(layer.value[m], value @ correlation)
+        states = reference.iterate(problem, states, layer, t, None, None)
+    for x_m, of_modality in zip(states, gates, strict=False):
+        for gate in of_modality:
+            scale(gate, reference.linear(x_m, gate) / problem.temperature)
+
+
+# ---- running
 
 
 @contextmanager
-def _untouched(block: nn.Module, device: torch.device, training: bool = False) -> Iterator[None]:
-    """In evaluation mode, or training; modes, buffers and generators are put back."""
-    modes = [(of, of.training) for of in block.modules()]
-    frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers()]
-    devices = [device] if device.type == "cuda" else []
+def _generators_kept() -> Iterator[None]:
+    pythons, numpys = random.getstate(), np.random.get_state()
     try:
-        for of, _ in modes:
-            of.training = training
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
             yield
     finally:
-        for of, before in modes:
-            of.training = before
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
+        random.setstate(pythons)
+        np.random.set_state(numpys)
 
 
 def _run(block: nn.Module, x: Sequence[Tensor]) -> Found:
     x = [of.detach().clone().requires_grad_() for of in x]
-    device = x[0].device.type
-    with torch.enable_grad(), torch.autocast(device, enabled=False):
-        try:
-            returned = block(*x)
-        except Exception as error:
-            raise ValueError(
-                f"source: expected a block that takes {' and '.join(str(list(of.shape)) for of in x)}, but its forward "
-                f"raised {type(error).__name__}: {error} To load the weights as they are, {NO_CHECK}."
-            ) from error
-        output, values = _taken_apart(returned, x)
-        weighted = [(value * _weights(value)).sum() for value in values if value.requires_grad]
-        if not weighted:
-            return Found(output, values, None, None)
-        queries = [weight for name, weight in block.named_parameters() if name.endswith("query_linear.weight")]
-        gradients = torch.autograd.grad(sum(weighted), [*x, *queries], allow_unused=True)  # type: ignore[arg-type]
-    of_x = [torch.zeros_like(of) if g is None else g for of, g in zip(x, gradients, strict=False)]
-    projects = any(g is not None for g in gradients[len(x) :]) if queries else None
-    return Found(output, values, of_x, projects)
+    try:
+        returned = block(*x)
+    except Exception as error:
+        raise ValueError(
+            f"source: expected a block that takes {' and '.join(str(list(of.shape)) for of in x)}, but its forward "
+            f"raised {type(error).__name__}: {error} To load the weights as they are, {NO_CHECK}."
+        ) from error
+    output, values = _taken_apart(returned, x)
+    weighted = [(value * _weights(value)).sum() for value in values if value.requires_grad]
+    parameters = {name: of for name, of in block.named_parameters() if of.requires_grad}
+    if not weighted:
+        return Found(output, values, None, {})
+    gradients = torch.autograd.grad(sum(weighted), [*x, *parameters.values()], allow_unused=True)  # type: ignore[arg-type]
+    found = [
+        torch.zeros_like(of) if g is None else g for of, g in zip([*x, *parameters.values()], gradients, strict=True)
+    ]
+    return Found(output, values, found[: len(x)], dict(zip(parameters, found[len(x) :], strict=True)))
 
 
 def _taken_apart(returned: Any, x: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
@@ -212,35 +239,100 @@ def _kind(returned: Any) -> str:
 
 
 def _weights(value: Tensor) -> Tensor:
-    """Numbers that are the same for every dtype."""
+    """What the values of one loss are multiplied by."""
     generator = torch.Generator().manual_seed(value.numel())
-    return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
+    return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _error(found: Found, ours: Found) -> float:
-    """The largest difference, as a part of the largest value; infinite where even the shapes differ.
-
-    Of gradients it is the median difference: where a relu is near 0, rounding decides whether one passes.
-    """
-    if len(found.values) != len(ours.values):
+def _error(theirs: Found, ours: Found, names: Mapping[str, str] | None) -> float:
+    """The largest difference, as a part of the largest value of its kind; of gradients only with ``names``."""
+    if len(theirs.values) != len(ours.values) or theirs.of_inputs is None or ours.of_inputs is None:
         return math.inf
-
-    def difference(a: Tensor, b: Tensor) -> Tensor:
-        return (a.detach().double() - b.detach()).abs() / b.detach().abs().max().clamp_min(1e-30)
-
-    errors = [difference(*pair).max() for pair in zip(found.values, ours.values, strict=True)]
-    if found.gradients is not None and ours.gradients is not None:
-        errors += [difference(*pair).median() for pair in zip(found.gradients, ours.gradients, strict=True)]
-    worst = float(torch.stack(errors).max())
-    return math.inf if math.isnan(worst) else worst
-
-
-def _bound(dtype: torch.dtype, device: torch.device) -> float:
-    """Half of the digits, or of float64 all but four."""
-    tf32 = device.type == "cuda" and dtype == torch.float32 and allows_tf32()
-    eps = 2**-10 if tf32 else torch.finfo(dtype).eps
-    return min(math.sqrt(eps), 1e4 * eps)
+    errors = [_difference(*pair) for pair in zip(theirs.values, ours.values, strict=True)]
+    if names is not None:
+        errors += [_difference(*pair) for pair in zip(theirs.of_inputs, ours.of_inputs, strict=True)]
+        size = max(float(g.abs().max()) for g in ours.of_parameters.values())
+        for name, gradient in ours.of_parameters.items():
+            if names.get(name) in theirs.of_parameters:  # the others are tied, or buffers
+                errors.append(_difference(theirs.of_parameters[names[name]], gradient, size * 1e-3))
+    worst = max(errors)
+    return math.inf if any(map(math.isnan, errors)) else worst
 
 
-def _said(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={options[name]!r}" for name in CHOICES)
+def _difference(a: Tensor, b: Tensor, least: float = 1e-30) -> float:
+    if a.numel() == 0:
+        return 0.0
+    return float((a.detach() - b.detach()).abs().max() / max(float(b.detach().abs().max()), least))
+
+
+# ---- dropout
+
+_SAYING = ("dropout", "dropout_p", "dropout_rate", "drop", "p")
+"""Attributes that may be a p."""
+
+
+def _dropout(probe: nn.Module, x: Sequence[Tensor], attentions: int) -> dict[str, float]:
+    """p of C and U, and that of the gates: of the modules that drop when the block runs, or of attributes without which
+    nothing is dropped. Whatever else happens in training alone is refused, for it would be lost."""
+    modules = {name: of for name, of in probe.named_modules() if isinstance(of, _DropoutNd) and of.p > 0}
+    calls = dict.fromkeys(modules, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def called(*_: Any) -> None:
+            calls[name] += 1
+
+        return called
+
+    hooks = [of.register_forward_hook(count(name)) for name, of in modules.items()]
+    still = _run(probe, x).values
+    for hook in hooks:
+        hook.remove()
+    acting = {name: of for name, of in modules.items() if calls[name]}
+    recursion = {name: float(of.p) for name, of in acting.items() if "dcn_layers" in name}
+    gates = {name: float(of.p) for name, of in acting.items() if "temporal_encoder" in name}
+    others = [name for name in acting if name not in recursion and name not in gates]
+    others += [name for name in (*recursion, *gates) if type(acting[name]) is not nn.Dropout]
+    for of in modules.values():
+        of.p = 0.0
+    if not _same_in_training(probe, x, still):
+        said = {
+            f"{name}.{attribute}".lstrip("."): (of, attribute, value)
+            for name, of in probe.named_modules()
+            for attribute in _SAYING
+            if isinstance(value := vars(of).get(attribute), float) and 0 < value < 1 and not isinstance(of, _DropoutNd)
+        }
+        for of, attribute, _ in said.values():
+            setattr(of, attribute, 0.0)
+        if not said or not _same_in_training(probe, x, still):
+            raise ValueError(
+                "dropout: expected p, which no module of source says, though in training source does not compute "
+                "what it does in evaluation, got None."
+            )
+        recursion |= {name: value for name, (*_, value) in said.items() if "temporal_encoder" not in name}
+        gates |= {name: value for name, (*_, value) in said.items() if "temporal_encoder" in name}
+    elif recursion and sum(calls[name] for name in recursion) != 2 * attentions:
+        others += [f"{', '.join(recursion)}, {sum(calls[name] for name in recursion)} times in a call"]
+    if others:
+        raise ValueError(
+            f"dropout: expected a source that drops elements of C and U ({2 * attentions} times in a call) and in its "
+            f"temporal gates, got {'; '.join(others)}. Pass dropout to have that of GatedRJCAFused."
+        )
+    return {"dropout": _one("C and U", recursion), "gate_dropout": _one("the gates", gates)}
+
+
+def _same_in_training(probe: nn.Module, x: Sequence[Tensor], still: Sequence[Tensor]) -> bool:
+    found = _run(probe.train(), x).values
+    probe.eval()
+    return len(found) == len(still) and all(_difference(*pair) < 1e-12 for pair in zip(found, still, strict=True))
+
+
+def _one(what: str, said: Mapping[str, float]) -> float:
+    if len({*said.values()}) > 1:
+        listed = ", ".join(f"{p} in {name}" for name, p in said.items())
+        raise ValueError(f"source: expected one dropout for {what}, got {listed}; pass dropout.")
+    return next(iter(said.values()), 0.0)
+
+
+def declared(block: nn.Module, part: str) -> float:
+    """p of the Dropout modules below ``part`` of a block that is not to be run; 0 if there are none."""
+    return _one(part, {name: of.p for name, of in block.named_modules() if part in name and isinstance(of, nn.Dropout)})

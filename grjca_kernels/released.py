@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 THEIRS = {"visual": "video", "audio": "audio", "third": "text", "fourth": "fourth"}
 _FIRST_KEY = "dcn_layers.0.dense_coattn.query_linear.weight"
-_FIRST = re.compile(rf"(.*?)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
+_FIRST = re.compile(rf"((?:.+?\.)??)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
+_GATE = re.compile(r"(video|audio|text)_\w*(gating_fc_layer|gate_mlp|temporal_encoder)")
 _DEAD = re.compile(r"vregressor\.|aregressor\.|Joint\.")
 _METADATA = "grjca_gating"  # key in the state_dict's metadata: at T = 1 the shapes do not tell "flat" from "dynamic"
 _LSTM = [
@@ -38,6 +39,7 @@ class Source(NamedTuple):
     config: dict[str, Any]  # arguments of GatedRJCAFused that are fixed by them
     weights: dict[str, Tensor]  # under our names
     theirs: dict[str, str]  # our name -> theirs, with the prefix
+    prefix: str
     block: nn.Module | None  # where the source is a module
     certain: bool  # whether ``normalize`` is known, and not guessed
 
@@ -79,7 +81,15 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
         state = source
     else:
         raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}.")
-    prefix, inner = _find(state, prefix)
+    asked, (prefix, inner) = prefix, _find(state, prefix)
+    beside = prefix.removesuffix(".").rpartition(".")
+    above = f"{beside[0]}." if beside[0] else ""
+    gates = [key for key in state if key.startswith(above) and _GATE.match(key, len(above))]
+    if asked is None and prefix and not inner and gates:
+        raise ValueError(
+            f"source: expected gates beside 'coattn', got {gates[0]!r} beside {prefix!r}, and they would be lost. "
+            f"Rename the keys, or load the recursion alone by prefix={prefix!r}."
+        )
     block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     module = source.get_submodule(prefix.rstrip(".")) if isinstance(source, nn.Module) else None
     numbered = re.compile(rf"{re.escape(inner)}dcn_layers\.(\d+)\.")
@@ -111,6 +121,12 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
             f"{list(of_keys[1])}, the widths of the features. This is the DCNLayer of MultiFPE, another operator."
         )
     first = weights["layers.0.query.weight"]
+    for ours, weight in weights.items():
+        if (weight.dtype, weight.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"source[{theirs[ours]!r}]: expected {first.dtype} on {first.device}, as the first weight has, got "
+                f"{weight.dtype} on {weight.device}; convert one of them."
+            )
     config = {
         "dim_visual": widths if len(widths) > 2 else widths[0],
         "dim_audio": None if len(widths) > 2 else widths[1],
@@ -123,7 +139,7 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
         "dtype": first.dtype,
         "device": first.device,
     }
-    return Source(config, weights, theirs, module, certain)
+    return Source(config, weights, theirs, prefix, module, certain)
 
 
 def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -138,6 +154,24 @@ def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str
     if missing:
         raise TypeError(f"keep_parameters: expected source.{missing[0]} to be a Parameter, got another tensor.")
     return {ours: held[name] for ours, name in theirs.items()}
+
+
+def take_over(module: GatedRJCAFused, source: nn.Module, theirs: Mapping[str, str]) -> None:
+    """Which Parameters of ``source`` are frozen, and which are one and the same."""
+    held = dict(source.named_parameters(remove_duplicate=False))
+    first: dict[int, nn.Parameter] = {}
+    for ours, parameter in [*module.named_parameters(remove_duplicate=False)]:
+        original = held.get(theirs.get(ours, ""))
+        if original is None:
+            continue
+        parameter.requires_grad_(original.requires_grad)
+        if (tied := first.setdefault(id(original), parameter)) is not parameter:
+            _assign(module, ours, tied)
+
+
+def _assign(module: nn.Module, name: str, parameter: Tensor) -> None:
+    path, _, kind = name.rpartition(".")
+    setattr(module.get_submodule(path), kind, parameter)
 
 
 def load(
@@ -163,8 +197,7 @@ def load(
         module.load_state_dict(weights)
         return
     for ours, parameter in weights.items():  # load_state_dict(assign=True) would make frozen ones trainable
-        path, _, kind = ours.rpartition(".")
-        setattr(module.get_submodule(path), kind, parameter)
+        _assign(module, ours, parameter)
 
 
 def rename(module: GatedRJCAFused, state: dict[str, Any], prefix: str) -> None:
@@ -279,7 +312,7 @@ def _refuse_unknown(
     block: Mapping[str, Any], known: Iterable[str], modalities: int, prefix: str, ignore: Iterable[str]
 ) -> None:
     """Refuse what may act and is not known; name what is dead in one warning."""
-    dead, starts = _dead(modalities), tuple(ignore)
+    dead, starts = _dead(modalities), (ignore,) if isinstance(ignore, str) else tuple(ignore)
     unused = [key for key in block if key not in {*known}]
     unknown = [key for key in unused if not dead.match(key) and not (prefix + key).startswith(starts)]
     if unknown:

@@ -102,7 +102,7 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
     ("option", "match"),
     [
         (["--model.dropout", "1"], "model.dropout: .*got 1"),
-        (["--model.iterations", "9"], "model.iterations: .*got 9"),
+        (["--model.iterations", "17"], "model.iterations: .*got 17"),
         (["--model.visual_features", "7"], r"visual\.npy.*7"),
         pytest.param(["--precision", "fp16"], "precision: .* got none", marks=without_gpu),
         (["--backend", "cuda"], "cuda"),
