@@ -266,8 +266,8 @@ class GatedRJCAFused(nn.Module):
                 whole model.
             prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
             ignore: beginnings of the names of parameters that have no effect on the output.
-            check: run a copy of a module, and this one, in float64 on a small random batch with random weights; take the
-                options with which both compute the same, and refuse a module for which there are none.
+            check: run a copy of a module, and this one, in float64 on a small random batch with random weights; take
+                the options with which both compute the same, and refuse a module for which there are none.
             keep_parameters: take over the very Parameters of ``source``, a module, instead of copies of them, so that
                 an optimiser that holds them trains on, with its state.
             **overrides: any other argument of the constructor: output, normalize, joint, dropout, backend, device, ...
