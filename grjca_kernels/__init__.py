@@ -3,7 +3,7 @@
 import torch as _torch
 
 from grjca_kernels import reference
-from grjca_kernels import verification as _verification
+from grjca_kernels import verdicts as _verdicts
 from grjca_kernels.backends import TABLE as _TABLE
 from grjca_kernels.backends import backends
 from grjca_kernels.dropout import scaled_mask as dropout_mask
@@ -37,10 +37,10 @@ def self_check(backend: str | None = None, device: _torch.device | str | int | N
     """
     if backend is not None:
         _check_choice("backend", backend, [name for name, row in _TABLE.items() if name != "reference"])
-        return _verification.report(_TABLE[backend], device)
+        return _verdicts.report(_TABLE[backend], device)
     of_gpus = [row for row in _TABLE.values() if row.unproven]
     running = [row for row in of_gpus if row.why_not() is None]
     if not running:
         reasons = " ".join(f"{row.name}: {row.why_not()}" for row in of_gpus)
         raise RuntimeError(f"self_check: no backend for GPUs can run here. {reasons}")
-    return all([_verification.report(row, device) for row in running])
+    return all([_verdicts.report(row, device) for row in running])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grjca_kernels import cpu, cuda, triton, verification
+from grjca_kernels import cpu, cuda, triton, verdicts
 from grjca_kernels.call import Call, Gradients
 from grjca_kernels.modes import constant_when_compiled
 from grjca_kernels.problem import check_choice
@@ -24,7 +24,7 @@ class Backend:
     ``why_not()`` is the reason it cannot run on this machine, or None; ``refuses(device type, dtype)`` the reason it
     does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill what they are given, for at
     least one sample; the reference has none, because it is PyTorch code that autograd differentiates. What is
-    ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verification` passes;
+    ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verdicts` passes;
     ``checking`` says how long that takes for a dtype.
     """
 
@@ -75,7 +75,7 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str | None:
     """Why "auto" does not take it, or None. Nothing is asked of a GPU where the tensors are on none."""
     reason = row.refuses(device, dtype) or row.why_not()
-    if reason is None and row.unproven and not verification.passed(row, device, index, dtype, reduced):
+    if reason is None and row.unproven and not verdicts.passed(row, device, index, dtype, reduced):
         if device == "cpu":
             return "its interpreter is for tests, and slow; it is used where it is named."
         return f"the self-check did not pass it on this device; grjca_kernels.self_check({row.name!r}) prints why."

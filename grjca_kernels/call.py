@@ -140,8 +140,10 @@ def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequen
 
     So residuals and outputs keep the dtype of the features, as with torch's operators. float64 is left alone.
     """
+    if autocast_dtype(features[0].device.type) is None:
+        return features, parameters, False
     tensors = [x for x in (*features, *parameters) if isinstance(x, Tensor)]
-    if autocast_dtype(features[0].device.type) is None or any(x.dtype == torch.float64 for x in tensors):
+    if any(x.dtype == torch.float64 for x in tensors):
         return features, parameters, False
     dtype = reduce(torch.promote_types, [x.dtype for x in features if isinstance(x, Tensor)])
 

@@ -38,7 +38,7 @@ def backward(call: Call, gradients: Gradients) -> None:
     """Fill the gradients of the features, and of the parameters."""
     problem, features = call.problem, call.features
     layers, gates = unflatten(problem, call.parameters)
-    present = reference.presence(problem, call.lengths, features[0].device)
+    present = reference.presence(problem.length, call.lengths)
     d_parameters = [torch.zeros_like(parameter) for parameter in call.parameters]
     d_layers, d_gates = unflatten(problem, d_parameters)
     iterates = call.iterates.split(problem.widths, dim=-1)

@@ -178,7 +178,7 @@ class GatedRJCAFused(nn.Module):
         if of_iterates:
             iterates = tuple([*x.unbind()] for x in found[-1]["iterates"])
             extras = {name: value for name, value in found[-1].items() if name != "iterates" or return_iterates}
-            return (*iterates, extras) if extras else iterates
+            return reference.with_extras(iterates, extras, concat=False)
         return found
 
     @property
@@ -207,9 +207,7 @@ class GatedRJCAFused(nn.Module):
         return_iterates: bool,
     ) -> Any:
         """The result where PyTorch's layers are the gates."""
-        present = None
-        if lengths is not None:
-            present = (torch.arange(self.length, device=lengths.device) < lengths[:, None])[..., None]
+        present = reference.presence(self.length, lengths)
         outputs, values = [], []
         for name, x, after in zip(self.gates, features, iterates, strict=True):
             x = reference.initial(self.normalize, x, present).to(after.dtype)
@@ -220,10 +218,8 @@ class GatedRJCAFused(nn.Module):
         extras: dict[str, Any] = {"gates": tuple(values)} if return_gates else {}
         if return_iterates:
             extras["iterates"] = tuple(iterates)
-        results = (torch.cat(outputs, dim=-1),) if self.output == "concat" else tuple(outputs)
-        if extras:
-            return (*results, extras)
-        return results[0] if self.output == "concat" else results
+        concat = self.output == "concat"
+        return reference.with_extras([torch.cat(outputs, dim=-1)] if concat else outputs, extras, concat)
 
     def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
@@ -299,14 +295,14 @@ class GatedRJCAFused(nn.Module):
             names = {ours: theirs.removeprefix(found.prefix) for ours, theirs in found.theirs.items()}
             config |= recognition.recognise(block, config, overrides, names, build)
         elif block is not None:
-            config["dropout"] = recognition.declared(block, "dcn_layers")
-            config["gate_dropout"] = recognition.declared(block, "temporal_encoder")
+            config |= recognition.declared(block, overrides)
         elif not found.certain and "normalize" not in overrides:
             raise ValueError(
                 "normalize: expected True (GRJCA) or False (DCA), for at T = 1 their weights look alike, got None."
             )
         config.update(overrides)
-        if config["iterations"] == 1 and config["gating"] in ("flat", "dynamic") and "gating" not in overrides:
+        alike = config["iterations"] == 1 and config["gating"] in ("flat", "dynamic")
+        if alike and (block is not None or not found.certain) and "gating" not in overrides:
             config["gating"] = "flat" if config["normalize"] else "dynamic"
         kept = released.parameters(source, found.theirs, overrides) if keep_parameters else found.weights
         module = build(config, kept, keep_parameters)

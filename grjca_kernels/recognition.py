@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,7 +85,7 @@ def recognise(
                 f"({said}), where {BOUND} is allowed. It is another operator, or is set up otherwise: pass what "
                 f"differs (temperature, ...), or {NO_CHECK}."
             )
-        dropout = {} if "dropout" in fixed else _dropout(probe, x, len(x) * config["iterations"])
+        dropout = declared(probe, fixed) if "dropout" in fixed else _dropout(probe, x, len(x) * config["iterations"])
     return {**dropout, **options}
 
 
@@ -200,7 +200,7 @@ def _run(block: nn.Module, x: Sequence[Tensor]) -> Found:
             f"raised {type(error).__name__}: {error} To load the weights as they are, {NO_CHECK}."
         ) from error
     output, values = _taken_apart(returned, x)
-    weighted = [(value * _weights(value)).sum() for value in values if value.requires_grad]
+    weighted = [(value * _cotangent(value)).sum() for value in values if value.requires_grad]
     parameters = {name: of for name, of in block.named_parameters() if of.requires_grad}
     if not weighted:
         return Found(output, values, None, {})
@@ -238,7 +238,7 @@ def _kind(returned: Any) -> str:
     return f"a {type(returned).__name__}"
 
 
-def _weights(value: Tensor) -> Tensor:
+def _cotangent(value: Tensor) -> Tensor:
     """What the values of one loss are multiplied by."""
     generator = torch.Generator().manual_seed(value.numel())
     return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -255,8 +255,7 @@ def _error(theirs: Found, ours: Found, names: Mapping[str, str] | None) -> float
         for name, gradient in ours.of_parameters.items():
             if names.get(name) in theirs.of_parameters:  # the others are tied, or buffers
                 errors.append(_difference(theirs.of_parameters[names[name]], gradient, size * 1e-3))
-    worst = max(errors)
-    return math.inf if any(map(math.isnan, errors)) else worst
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _difference(a: Tensor, b: Tensor, least: float = 1e-30) -> float:
@@ -333,6 +332,12 @@ def _one(what: str, said: Mapping[str, float]) -> float:
     return next(iter(said.values()), 0.0)
 
 
-def declared(block: nn.Module, part: str) -> float:
-    """p of the Dropout modules below ``part`` of a block that is not to be run; 0 if there are none."""
-    return _one(part, {name: of.p for name, of in block.named_modules() if part in name and isinstance(of, nn.Dropout)})
+def declared(block: nn.Module, fixed: Container[str]) -> dict[str, float]:
+    """What the Dropout modules of a block say, without a run; 0 where there are none. Nothing of what is ``fixed``."""
+    said = {name: of.p for name, of in block.named_modules() if isinstance(of, nn.Dropout)}
+    parts = {"dropout": ("C and U", "dcn_layers"), "gate_dropout": ("the gates", "temporal_encoder")}
+    return {
+        option: _one(what, {name: p for name, p in said.items() if part in name})
+        for option, (what, part) in parts.items()
+        if option not in fixed
+    }

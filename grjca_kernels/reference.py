@@ -19,15 +19,20 @@ from grjca_kernels.problem import Layer, Linear, Problem, check_lengths_values, 
 
 
 def assemble(call: Call, outputs: Sequence[Tensor], iterates: Sequence[Tensor], gates: Sequence[Any]) -> Any:
-    """The public result: the outputs (a tuple, or their concatenation), then a dict of extras if any were asked for."""
+    """The public result of a call."""
     extras: dict[str, Any] = {}
     if call.return_gates:
         extras["gates"] = tuple(gates)
     if call.return_iterates:
         extras["iterates"] = tuple(iterates)
+    return with_extras(outputs, extras, call.concat)
+
+
+def with_extras(outputs: Sequence[Any], extras: dict[str, Any], concat: bool) -> Any:
+    """The outputs (a tuple, or their concatenation alone), and then the extras if there are any."""
     if extras:
         return (*outputs, extras)
-    return outputs[0] if call.concat else tuple(outputs)
+    return outputs[0] if concat else tuple(outputs)
 
 
 def answer(call: Call) -> Any:
@@ -46,7 +51,9 @@ def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Y_m [B, L, d_m], the iterates [T, B, L, d_m] and the gate values, each per modality. Fills nothing."""
     problem, seed = call.problem, call.seed
     layers, gates = unflatten(problem, call.parameters)
-    present = presence(problem, call.lengths, call.features[0].device)
+    if call.lengths is not None and not torch.compiler.is_compiling():
+        check_lengths_values(call.lengths, problem.length)
+    present = presence(problem.length, call.lengths)
     x = [initial(problem.normalize, x_m, present) for x_m in call.features]
     history = [[x_m] for x_m in x]
     for t in range(problem.iterations):
@@ -61,13 +68,11 @@ def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     return outputs, [torch.stack(states[1:]) for states in history], values
 
 
-def presence(problem: Problem, lengths: Tensor | None, device: torch.device) -> Tensor | None:
+def presence(length: int, lengths: Tensor | None) -> Tensor | None:
     """[B, L, 1], true for the frames that exist; None when all do."""
     if lengths is None:
         return None
-    if not torch.compiler.is_compiling():
-        check_lengths_values(lengths, problem.length)
-    return (torch.arange(problem.length, device=device) < lengths[:, None])[..., None]
+    return (torch.arange(length, device=lengths.device) < lengths[:, None])[..., None]
 
 
 def initial(normalize: bool, x: Tensor, present: Tensor | None) -> Tensor:

@@ -25,6 +25,8 @@ _FIRST = re.compile(rf"((?:.+?\.)??)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
 _GATE = re.compile(r"(video|audio|text)_\w*(gating_fc_layer|gate_mlp|temporal_encoder)")
 _DEAD = re.compile(r"vregressor\.|aregressor\.|Joint\.")
 _METADATA = "grjca_gating"  # key in the state_dict's metadata: at T = 1 the shapes do not tell "flat" from "dynamic"
+_SETTINGS = "grjca_settings"  # another: what no shape tells
+_TOLD = ("joint", "temperature", "normalize")
 _LSTM = [
     f"rnn.{kind}_{part}_l0{way}" for way in ("", "_reverse") for kind in ("weight", "bias") for part in ("ih", "hh")
 ]
@@ -44,24 +46,24 @@ class Source(NamedTuple):
     certain: bool  # whether ``normalize`` is known, and not guessed
 
 
-def names(module_names: Iterable[str], iterations: int, gating: str, inner: str) -> Iterator[tuple[str, str]]:
+def names(modalities: Iterable[str], iterations: int, gating: str, inner: str) -> Iterator[tuple[str, str]]:
     """(our name, the authors') of every parameter; ``inner`` is "coattn." or "" and stands before their iterations."""
-    kinds, module_names = ("weight", "bias"), tuple(module_names)
+    modalities = tuple(modalities)
 
     def linear(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        yield from ((f"{ours}.{kind}", f"{theirs}.{kind}") for kind in kinds)
+        yield from ((f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias"))
 
     for t in range(iterations):
         ours, theirs = f"layers.{t}", f"{inner}dcn_layers.{t}"
         yield from linear(f"{ours}.query", f"{theirs}.dense_coattn.query_linear")
-        for m, name in enumerate(module_names):
+        for m, name in enumerate(modalities):
             yield from linear(f"{ours}.key.{name}", f"{theirs}.dense_coattn.key{m + 1}_linear")
             yield from linear(f"{ours}.value.{name}", f"{theirs}.dense_coattn.value{m + 1}_linear")
             yield from linear(f"{ours}.output.{name}", f"{theirs}.linears.{m}.0")
     suffixes: tuple[str, ...] = {"dynamic": ("",), "flat": ("",)}.get(gating, ())
     if gating == "hierarchical":
         suffixes = (*(f"_stage{t + 1}" for t in range(iterations)), "_stage")
-    for name in module_names:
+    for name in modalities:
         ours, theirs = f"gates.{name}", THEIRS[name]
         for g, suffix in enumerate(suffixes):
             yield from linear(f"{ours}.{g}", f"{theirs}_gating_fc_layer{suffix}")
@@ -95,10 +97,14 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
     numbered = re.compile(rf"{re.escape(inner)}dcn_layers\.(\d+)\.")
     iterations = 1 + max(int(match.group(1)) for key in block if (match := numbered.match(key)))
     attention = f"{inner}dcn_layers.0.dense_coattn"
-    modalities = tuple(THEIRS)[
-        : 4 if f"{attention}.key4_linear.weight" in block else 3 if f"{attention}.key3_linear.weight" in block else 2
-    ]
-    gating, certain = _gating(block, prefix, iterations, state, named_grjca="GRJCA" in type(module).__name__ + prefix)
+    count = next(n for n in (4, 3, 2) if n == 2 or f"{attention}.key{n}_linear.weight" in block)
+    modalities = tuple(THEIRS)[:count]
+    metadata = getattr(state, "_metadata", None) or {}
+    told = {name: value for name, value in metadata.get(_SETTINGS, {}).items() if name in _TOLD}
+    recorded = metadata.get(_METADATA)
+    gating, certain = _gating(
+        block, prefix, iterations, recorded, named_grjca="GRJCA" in type(module).__name__ + prefix
+    )
     known = dict(names(modalities, iterations, gating, inner))
     _refuse_unknown(block, known.values(), len(modalities), prefix, ignore)
     missing = [prefix + theirs for theirs in known.values() if theirs not in block]
@@ -138,8 +144,8 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
         "normalize": gating in ("flat", "hierarchical", "temporal", "score"),
         "dtype": first.dtype,
         "device": first.device,
-    }
-    return Source(config, weights, theirs, prefix, module, certain)
+    } | told
+    return Source(config, weights, theirs, prefix, module, certain or "normalize" in told)
 
 
 def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -157,7 +163,7 @@ def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str
 
 
 def take_over(module: GatedRJCAFused, source: nn.Module, theirs: Mapping[str, str]) -> None:
-    """Which Parameters of ``source`` are frozen, and which are one and the same."""
+    """Freeze what is frozen in ``source``, and tie what is tied there."""
     held = dict(source.named_parameters(remove_duplicate=False))
     first: dict[int, nn.Parameter] = {}
     for ours, parameter in [*module.named_parameters(remove_duplicate=False)]:
@@ -230,7 +236,8 @@ def write(module: GatedRJCAFused) -> dict[str, Tensor]:
         if module.share_weights:
             ours = re.sub(r"^layers\.\d+", "layers.0", ours)
         result[theirs] = _value(module, ours).detach()
-    result._metadata = {_METADATA: module.gating}  # type: ignore[attr-defined]
+    settings = {name: getattr(module, name) for name in _TOLD}
+    result._metadata = {_METADATA: module.gating, _SETTINGS: settings}  # type: ignore[attr-defined]
     return result
 
 
@@ -276,7 +283,9 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
     raise ValueError(f"prefix: expected where a block stands ({listed}), got {prefix!r}.")
 
 
-def _gating(block: Mapping[str, Any], prefix: str, iterations: int, state: Any, named_grjca: bool) -> tuple[str, bool]:
+def _gating(
+    block: Mapping[str, Any], prefix: str, iterations: int, recorded: str | None, named_grjca: bool
+) -> tuple[str, bool]:
     """And whether that is certain: at T = 1 GRJCA and DCA have the same shapes, and differ in what they normalise."""
     starts = {"temporal": "video_temporal_encoder.", "score": "video_gate_mlp."}
     for gating, start in starts.items():
@@ -292,7 +301,6 @@ def _gating(block: Mapping[str, Any], prefix: str, iterations: int, state: Any, 
         return "flat", True  # and its keys are missing, as read() will say
     ways = block[key].shape[0]
     if ways == 2 and iterations == 1:
-        recorded = (getattr(state, "_metadata", None) or {}).get(_METADATA)
         return recorded or ("flat" if named_grjca else "dynamic"), named_grjca or recorded is not None
     if ways == iterations + 1:
         return "flat", True

@@ -1,4 +1,4 @@
-"""Whether kernels compute what the reference does, on the very machine: what "auto" asks before it uses unproven ones.
+"""Whether kernels compute what the reference does, on the very machine: the check behind verdicts.py.
 
 A check runs forward and backward of two problems that reach both dataflows of the kernels (C streamed, C stored), with
 every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the error which
@@ -9,29 +9,17 @@ same bits.
 A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
 In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
 :func:`make` chooses numbers that leave next to none near 0.
-
-Verdicts are kept in this process and in a small file of the user's cache folder, for the device, the versions and the
-very sources that they were found with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import json
-import logging
 import math
-import os
 import re
-import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,27 +30,20 @@ from grjca_kernels.call import Call, Gradients
 from grjca_kernels.modes import allows_tf32
 from grjca_kernels.problem import Layer, Linear, Problem, expected_tensors, flatten
 
-RECORDS: dict[str, str] = {}
-"""GPUs that need no check: the name that torch.cuda.get_device_name gives -> the file in benchmarks/results/ with its
-full test record. There is none yet."""
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FACTOR, FEW, DRAWS = 2, 4, 3
 SPREAD = 1.0  # of the arguments of tanh and softmax: neither constant nor linear
 SEED = 0x1234_5678_9ABC_DEF0 - 2**63  # of the dropout masks
-
-_log = logging.getLogger("grjca_kernels")
-
 
 Row = Any  # of the table in backends.py, a layer above this one
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too;
+    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too.
     ``reduced`` is Problem's.
 
-    Without them, outputs are views of one tensor, as they are when the caller asks for the concatenation.
+    Without extras, outputs are views of one tensor, as they are when the caller asks for the concatenation.
     """
 
     batch: int
@@ -253,10 +234,17 @@ def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Te
 # ---- the check
 
 
+def precision(dtype: torch.dtype, reduced: bool = False) -> str:
+    """The dtype, and whether products of float32 use TF32, by PyTorch's settings or as autocast is on: such kernels are
+    other kernels."""
+    tf32 = dtype == torch.float32 and (reduced or allows_tf32())
+    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 else "")
+
+
 def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
     """Every tensor of one case: values, gradients, and whether a second run gives the same.
 
-    Where products may be reduced, what they are held against is PyTorch in float16.
+    PyTorch in float16 sets the bound where products may be reduced.
     """
     exact, eagers = make(case, dtype, seed), torch.float16 if case.reduced else dtype
     inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
@@ -311,171 +299,3 @@ def check(
         tell(traceback.format_exc())
         first, *_ = str(error).splitlines() or [""]
         return Verdict(f"it raised {type(error).__name__}: {first[:200]}", lasting=False)
-
-
-# ---- what is remembered
-
-_verdicts: dict[str, Verdict] = {}
-_lock = threading.RLock()
-
-
-def precision(dtype: torch.dtype, reduced: bool = False) -> str:
-    """The dtype, and whether products of float32 use TF32, by PyTorch's settings or as autocast is on: such kernels are
-    other kernels."""
-    tf32 = dtype == torch.float32 and (reduced or allows_tf32())
-    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 else "")
-
-
-@functools.cache
-def key_of(backend: str, index: int, precision: str) -> str:
-    """All that a verdict depends on, as JSON."""
-    properties = torch.cuda.get_device_properties(index)
-    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
-    key = {
-        "backend": backend,
-        "precision": precision,
-        "device": properties.name,
-        "capability": getattr(properties, "gcnArchName", None) or f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "driver": None if driver is None else driver(),
-        "runtime": torch.version.hip or torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": next((found.version for found in metadata.distributions(name="triton")), None),
-        "grjca_kernels": sources(),
-    }
-    return json.dumps(key, indent=1)
-
-
-@functools.cache
-def sources() -> str:
-    """A digest of this package: its version, its kernels, and this check."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".so", ".pyd"):
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def file_of(key: str) -> Path:
-    """One file for every key, so that processes never write the same one with different content."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return folder / "grjca_kernels" / f"self-check-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def recall(key: str) -> Verdict | None:
-    """What this or an earlier process found; a file that cannot be read, or says something else, says nothing."""
-    if key not in _verdicts and json.loads(key)["device"] in RECORDS:
-        _verdicts[key] = Verdict(None)
-    elif key not in _verdicts:
-        with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):  # RuntimeError: no home
-            content = json.loads(file_of(key).read_text())
-            if content["key"] == json.loads(key) and isinstance(content["reason"], (str, type(None))):
-                _verdicts[key] = Verdict(content["reason"])
-    return _verdicts.get(key)
-
-
-def remember(key: str, verdict: Verdict) -> None:
-    """In this process, and for the next ones unless they may do better. Without a place to write, in this one only."""
-    _verdicts[key] = verdict
-    if not verdict.lasting:
-        return
-    with contextlib.suppress(OSError, RuntimeError):
-        path, content = file_of(key), {"key": json.loads(key), "reason": verdict.reason}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            part.write_text(json.dumps(content, indent=1))
-            os.replace(part, path)  # whole, or not there
-
-
-# ---- what is asked
-
-
-def passed(row: Row, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> bool:
-    """Whether "auto" may use ``row`` for tensors of this device and dtype, ``reduced`` as in Problem. Checks it if
-    nobody has.
-
-    On the CPU, which is where Triton's interpreter computes, it is not asked for: no. What is said is said once in a
-    process, by the logger "grjca_kernels".
-    """
-    if device == "cpu":
-        return False
-    index = torch.cuda.current_device() if index is None else index
-    key = key_of(row.name, index, precision(dtype, reduced))
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        with _lock:
-            verdict = recall(key) or first_verdict(row, device, index, dtype, reduced, key)
-    if verdict is None:
-        return False
-    if verdict.reason is not None:
-        say(
-            f"backend='auto' does not use the {row.name} kernels for {precision(dtype, reduced)} on {name_of(key)}, "
-            f"because they failed their self-check: {verdict.reason} It takes the next backend; "
-            f"grjca_kernels.self_check({row.name!r}) prints all errors, and please report them."
-        )
-    return verdict.reason is None
-
-
-def first_verdict(row: Row, device: str, index: int, dtype: torch.dtype, reduced: bool, key: str) -> Verdict | None:
-    """Check, unless a CUDA graph is being captured, in which nothing else may run."""
-    what = f"the {row.name} kernels have no test record for {precision(dtype, reduced)} on {name_of(key)}"
-    if torch.cuda.is_current_stream_capturing():
-        say(
-            f"{what}, and a CUDA graph is being captured, so backend='auto' takes the next backend; call "
-            f"grjca_kernels.self_check({row.name!r}), or the model, before the capture."
-        )
-        return None
-    say(f"{what}; backend='auto' now checks them, once and for {row.checking}, and uses them only if they pass.")
-    verdict = check(row, torch.device(device, index), dtype, reduced)
-    remember(key, verdict)
-    return verdict
-
-
-@functools.cache  # so that it is said once
-def say(sentence: str) -> None:
-    _log.warning(sentence)
-
-
-def name_of(key: str) -> str:
-    return str(json.loads(key)["device"])
-
-
-def report(row: Row, device: torch.device | str | int | None) -> bool:
-    """Check ``row`` now, in every dtype that it computes, print what was found, and remember it for "auto"."""
-    device = find_device(row, device)
-    failures = []
-
-    def tell(line: Finding | str) -> None:
-        if isinstance(line, Finding):
-            verdict = "" if line.passes else "  FAILED"
-            line = f"{line.where:18} {line.tensor:22} error {line.error:8.2e}  allowed {line.bound:8.2e}{verdict}"
-        print(line, flush=True)
-
-    under_autocast = [(torch.float32, True)] if device.type == "cuda" and not allows_tf32() else []
-    for dtype, reduced in [*((dtype, False) for dtype in DTYPES), *under_autocast]:
-        refusal = row.refusal(device.type, dtype)
-        if refusal is not None:
-            print(f"{str(dtype).removeprefix('torch.')}: not checked, {refusal}")
-            continue
-        verdict = check(row, device, dtype, reduced, tell)
-        if device.type == "cuda":
-            with _lock:
-                remember(key_of(row.name, device.index, precision(dtype, reduced)), verdict)
-        if verdict.reason is not None:
-            failures.append(verdict.reason)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    print(f"The {row.name} kernels {'failed' if failures else 'passed'} on {name}.", *failures)
-    return not failures
-
-
-def find_device(row: Row, given: torch.device | str | int | None) -> torch.device:
-    """The device to check on: by default a GPU, or the CPU if that is where ``row`` computes."""
-    candidates = [torch.device(kind) for kind in ("cuda", "cpu")] if given is None else [torch.device(given)]
-    for device in candidates:
-        if row.refusal(device.type, torch.float32) is None:
-            unnumbered = device.type == "cuda" and device.index is None
-            return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
-    raise RuntimeError(f"backend {row.name!r} cannot be checked: {row.refusal(candidates[0].type, torch.float32)}")

@@ -198,7 +198,7 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Input
 def _scale_scores(case: Case, inputs: Inputs) -> None:
     """Scale W_k, b_k and the gates, in place, as the module docstring promises."""
     described = describe(case, inputs)
-    present = reference.presence(described, inputs.lengths, torch.device("cpu"))
+    present = reference.presence(described.length, inputs.lengths)
     x = [reference.initial(described.normalize, x, present) for x in inputs.features]
     for t in range(case.iterations):
         layer = inputs.layers[0 if case.shared else t]

@@ -152,7 +152,7 @@ def test_every_step_of_sixteen_bits(case, dtype, instruction_set):
     inputs, seed = make(case, dtype), torch.tensor(SEED) if case.dropout and case.form == "released" else None
     ours = run(native, case, inputs)
     wide, problem = inputs.to(torch.float64), describe(case, inputs)
-    present = reference.presence(problem, wide.lengths, torch.device("cpu"))
+    present = reference.presence(problem.length, wide.lengths)
     modalities = range(len(case.widths))
     initial = [reference.initial(problem.normalize, x, present) for x in wide.features]
     iterates = [ours.values[f"X[{m}]"].double() for m in modalities]

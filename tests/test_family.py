@@ -6,7 +6,6 @@ something else.
 
 import copy
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import family
 from cases import BACKENDS, FULL_SIZE, golden, golden_weights
-from family import DCA, GRJCA, HGRJCA, TAGF, DCNLayer
+from family import DCA, GRJCA, HGRJCA, TAGF, DCNLayer, load
 from grjca_kernels import GatedRJCAFused
 from tolerances import check_close, check_draws
 from tolerances import length as norm
@@ -52,13 +51,6 @@ FAMILY = {
 }
 """What their module is, and what is to be found out of it."""
 every = mark.parametrize("name", FAMILY)
-
-
-def load(source, **options) -> GatedRJCAFused:
-    """from_released where nothing is to be said."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return GatedRJCAFused.from_released(source, **options)
 
 
 def read(module: GatedRJCAFused) -> dict:
@@ -595,3 +587,35 @@ def test_running_leaves_everything_as_it_was():
     assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in source.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert load(source).joint == ours.joint
+
+
+# ---- what our own files say
+
+
+@mark.parametrize(
+    "options",
+    [
+        {"gating": "flat", "temperature": 0.5},
+        {"gating": "temporal", "temperature": 0.5, "normalize": True},
+        {"gating": "none", "normalize": True, "joint": "raw"},
+        {"gating": "dynamic", "iterations": 1},
+    ],
+    ids=str,
+)
+def test_there_and_back(options, tmp_path):
+    """What no shape tells stands beside the weights, also in a file."""
+    ours = GatedRJCAFused(5, 3, L, **options)
+    torch.save(ours.to_released(), tmp_path / "theirs.pt")
+    again = load(torch.load(tmp_path / "theirs.pt", weights_only=True), output="pair").eval()
+    x = features(WIDTHS, torch.float32)
+    assert all(map(torch.equal, again(*x), ours.eval()(*x)))
+
+
+def test_three_projected_modalities_there_and_back():
+    ours = load(DCNLayer(THREE))
+    assert load(ours.to_released()).joint == "projected"
+
+
+def test_the_gate_s_dropout_beside_a_given_one():
+    assert load(TAGF(gate_p=0.3), dropout=0.0).gates["visual"][0].dropout.p == 0.3
+    assert load(TAGF(gate_p=0.3), gate_dropout=0.2).gates["visual"][0].dropout.p == 0.2

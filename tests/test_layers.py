@@ -14,7 +14,7 @@ KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
 pytestmark = mark.skipif(not KERNELS.exists(), reason="needs the sources")
 ORDER = [
     "problem", "native", "modes", "call", "dropout", "reference", "derivation", "config", "triton", "cuda", "cpu",
-    "verification", "backends", "flops", "ops", "functional", "projections", "gates", "recognition",
+    "verification", "verdicts", "backends", "flops", "ops", "functional", "projections", "gates", "recognition",
     "released", "module", "__init__",
 ]  # fmt: skip
 

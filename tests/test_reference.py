@@ -132,7 +132,7 @@ def test_the_cases_reach_saturation(case):
     """Near zero tanh is linear and hides mistakes."""
     inputs = make(case)
     problem = describe(case, inputs)
-    present = reference.presence(problem, inputs.lengths, torch.device("cpu"))
+    present = reference.presence(problem.length, inputs.lengths)
     x = [reference.initial(problem.normalize, x, present) for x in inputs.features]
     joint = torch.cat(x, -1)
     joint = times(joint, *inputs.layers[0].query) if case.projected else joint

@@ -182,7 +182,7 @@ def equations(case: Case, inputs: Inputs) -> dict[str, list[Tensor]]:
     """Name -> per iteration [rows, columns] as the workspace holds it; d_<name> is the gradient by it."""
     problem, leaves = describe(case, inputs), inputs.leaves()
     seed = torch.tensor(SEED) if problem.released and case.dropout else None
-    present = reference.presence(problem, leaves.lengths, torch.device("cpu"))
+    present = reference.presence(problem.length, leaves.lengths)
     shown = torch.ones((), dtype=leaves.features[0].dtype) if present is None else present
     states, computed = [[reference.initial(problem.normalize, x, present) for x in leaves.features]], []
     for t in range(case.iterations):

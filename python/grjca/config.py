@@ -18,8 +18,9 @@ TARGETS: tuple[Target, ...] = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
 GATING = {"rjca": "none", "dca": "dynamic", "grjca": "flat", "hgrjca": "hierarchical", "tagf": "temporal"}
-NORMALISED = ("grjca", "hgrjca", "tagf")
 """What the fused block calls them."""
+NORMALISED = ("grjca", "hgrjca", "tagf")
+"""Those whose authors divide every frame by its norm first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,8 +219,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_probability(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+def _is_probability(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
 
 
 def _is_count(value: object) -> bool:
