@@ -101,10 +101,8 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
     modalities = tuple(THEIRS)[:count]
     metadata = getattr(state, "_metadata", None) or {}
     told = {name: value for name, value in metadata.get(_SETTINGS, {}).items() if name in _TOLD}
-    recorded = metadata.get(_METADATA)
-    gating, certain = _gating(
-        block, prefix, iterations, recorded, named_grjca="GRJCA" in type(module).__name__ + prefix
-    )
+    named_grjca = "GRJCA" in type(module).__name__ + prefix
+    gating, certain = _gating(block, prefix, iterations, metadata.get(_METADATA), named_grjca)
     known = dict(names(modalities, iterations, gating, inner))
     _refuse_unknown(block, known.values(), len(modalities), prefix, ignore)
     missing = [prefix + theirs for theirs in known.values() if theirs not in block]

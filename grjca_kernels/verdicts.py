@@ -123,8 +123,8 @@ def passed(row: Row, device: str, index: int | None, dtype: torch.dtype, reduced
     if verdict.reason is not None:
         precision = verification.precision(dtype, reduced)
         say(
-            f"backend='auto' does not use the {row.name} kernels for {precision} on {name_of(key)}, because they failed "
-            f"their self-check: {verdict.reason} It takes the next backend; "
+            f"backend='auto' does not use the {row.name} kernels for {precision} on {name_of(key)}, because they "
+            f"failed their self-check: {verdict.reason} It takes the next backend; "
             f"grjca_kernels.self_check({row.name!r}) prints all errors, and please report them."
         )
     return verdict.reason is None

@@ -18,7 +18,7 @@ import grjca_kernels
 from cases import EVERYTHING, call, make
 from grjca_kernels import gated_rjca, triton, verdicts, verification
 from grjca_kernels.backends import TABLE, _first_that_can
-from test_verification import CPU, ROW, failing, forward_with
+from test_verification import CPU, ROW, checked, failing, forward_with
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 pytestmark = mark.skipif(ROW.why_not() is not None, reason=str(ROW.why_not()))
