@@ -10,7 +10,7 @@ import torch
 
 import small
 from grjca import demo
-from grjca.__main__ import COMMANDS, main
+from grjca.cli import COMMANDS, main
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can compute it")
 

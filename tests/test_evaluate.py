@@ -123,12 +123,15 @@ def test_draws(fusion: Any, data: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", data, fusion=fusion)
     out = run / "evaluation" / "validate"
     out.mkdir(parents=True)
-    for name in ("metrics.json", "video_old.png", "gates.png", "mine.txt"):
+    (out / "metrics.json").write_text('{"videos": {"old": {}}}')
+    for name in ("video_old.png", "gates.png", "mine.txt", "video_mine.png"):
         (out / name).write_text("old")
     evaluate(EvaluateConfig(run, plotted_videos=2))
     gates = [] if fusion in ("concat", "rjca") else ["gates.png"]
     drawn = sorted(path.name for path in out.glob("*.png") if not path.name.startswith("video_"))
     assert drawn == sorted([*gates, "scatter.png"])
+    assert (out / "video_mine.png").read_text() == "old"
+    (out / "video_mine.png").unlink()
     assert len(list(out.glob("video_*.png"))) == 2
     assert not (out / "video_old.png").exists()
     assert (out / "mine.txt").read_text() == "old"

@@ -9,7 +9,7 @@ from scipy import stats
 
 import small
 from grjca import study, study_report
-from grjca.__main__ import main
+from grjca.cli import main
 from grjca.config import FUSIONS, StudyConfig
 from grjca.data import load
 from grjca.errors import UserError
@@ -93,7 +93,7 @@ def test_other_folders_are_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="is no study"):
         study.study(StudyConfig(tmp_path))
     with pytest.raises(UserError, match="other settings"):
-        study._claim(tiny, replace(study.preset(tiny), seeds=3))
+        study._check(tiny, replace(study.preset(tiny), seeds=3))
 
 
 def test_table_and_plots(tiny):

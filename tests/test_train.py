@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import small
 from grjca import files, metrics, runs, settings
-from grjca.__main__ import main
+from grjca.cli import main
 from grjca.config import TARGETS, ModelConfig, SynthConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.synth import synth
@@ -86,7 +86,7 @@ def assert_same_end(run, whole):
 def assert_nothing_half_written(run):
     """Whatever has its final name can be read from beginning to end."""
     for path in run.rglob("*"):
-        if path.name.endswith(files.PARTIAL) or path.is_dir():
+        if files.is_partial(path) or path.is_dir():
             continue
         if path.suffix == ".safetensors":
             load_file(path)
@@ -416,7 +416,7 @@ def test_killed_at_every_write(config, whole, monkeypatch):
             name: t.tolist() for name, t in weights(whole).items()
         }
         assert_nothing_half_written(here.out)
-        assert not list(here.out.rglob(f"*{files.PARTIAL}"))
+        assert not any(map(files.is_partial, here.out.rglob("*")))
     assert moment // 2 >= 1 + 3 * EPOCHS + len(small.LENGTHS["validate"])
 
 
@@ -551,9 +551,9 @@ def test_windows_read_by_other_processes_are_the_same(config, whole):
 
 
 def test_one_process_a_folder(config):
-    with runs.lock(config.out.parent), pytest.raises(UserError, match="another process trains there"):
+    with files.lock(config.out.parent), pytest.raises(UserError, match="another process trains there"):
         train(replace(config, out=config.out.parent), resume=True, progress=False)
-    assert [path.name for path in config.out.parent.iterdir()] == [runs.LOCK]
+    assert [path.name for path in config.out.parent.iterdir()] == [files.LOCK]
 
 
 @pytest.fixture(scope="module")

@@ -1,127 +1,63 @@
-"""The command line: ``grjca <command>``, or ``python -m grjca <command>``."""
+"""The process of a command: ``grjca``, or ``python -m grjca``. What the commands are is in :mod:`grjca.cli`.
+
+A signal to stop is raised as an exception, by which everything cleans up behind itself, and the process ends with 130
+after Ctrl-C, or 143 after SIGTERM. A second one ends it at once, and so does a cleaning-up that takes long.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import os
+import signal
 import sys
-from typing import NamedTuple, NoReturn
+from types import FrameType
+from typing import Any
 
-from grjca import config
-from grjca.errors import UserError
+from grjca.errors import Stopped
 
-
-class Command(NamedTuple):
-    """What runs, and its settings."""
-
-    settings: type
-    module: str
-    """Holds a function of the command's name, which takes the settings and returns the exit code."""
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+PATIENCE = 10.0  # seconds to clean up in, as docker stop gives
 
 
-COMMANDS = {
-    "synth": Command(config.SynthConfig, "grjca.synth"),
-    "train": Command(config.TrainConfig, "grjca.train"),
-    "evaluate": Command(config.EvaluateConfig, "grjca.evaluate"),
-    "predict": Command(config.PredictConfig, "grjca.predict"),
-    "doctor": Command(config.DoctorConfig, "grjca.doctor"),
-    "study": Command(config.StudyConfig, "grjca.study"),
-    "demo": Command(config.DemoConfig, "grjca.demo"),
-}
+def program() -> int:
+    """Run the command of ``sys.argv``; the exit code."""
+    code = 0  # once there is a signal, its own
 
+    def stop(number: int, _: FrameType | None) -> None:
+        from threading import Timer
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
+        nonlocal code
+        if code:
+            os._exit(code)
+        code = CODES[signal.Signals(number)]
+        last = Timer(PATIENCE, os._exit, [code])
+        last.daemon = True
+        last.start()
+        raise Stopped
 
-    Returns:
-        The exit code: 0, or 1 if something is wrong (one sentence says what), or 130 if interrupted.
+    def lost(unraisable: Any) -> None:  # of a finaliser or a callback, where nothing can be raised
+        if isinstance(unraisable.exc_value, Stopped):
+            os._exit(code)
+        sys.__unraisablehook__(unraisable)
 
-    Raises:
-        SystemExit: with 2 if the command line itself is wrong; with 0 after ``--help``.
-    """
-    words = sys.argv[1:] if arguments is None else arguments
-    name = _top().parse_args(words[:1]).command
+    sys.unraisablehook = lost
+    for number in CODES:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is after nohup, and where a shell does not wait
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name need not be Unicode
     try:
-        return _run(name, words[1:])
-    except KeyboardInterrupt:
-        print(f"grjca {name}: interrupted.", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("grjca", "grjca_kernels"):
-            raise
-        print(
-            f"grjca {name}: expected the module {error.name}, which is not installed; "
-            "pip install 'grjca-kernels[train]' brings what training needs.",
-            file=sys.stderr,
-        )
-    except (UserError, OSError) as error:
-        print(f"grjca {name}: {error}", file=sys.stderr)
-    return 1
+        from grjca.cli import main
 
-
-class _Top(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """In one sentence."""
-        self.exit(2, f"grjca: {message}. See grjca --help.\n")
-
-
-def _top() -> argparse.ArgumentParser:
-    parser = _Top(
-        prog="grjca",
-        description="Train, evaluate and predict valence or arousal with gated recursive joint cross-attention.",
-        epilog="\n".join(["commands:", *(f"  {name:<10}{_summary(c.settings)}" for name, c in COMMANDS.items())])
-        + "\n\ngrjca COMMAND --help lists the options of a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    return parser
-
-
-def _summary(settings: type) -> str:
-    return (settings.__doc__ or "").strip().partition("\n")[0]
-
-
-def _run(name: str, words: list[str]) -> int:
-    from grjca import settings
-
-    command = COMMANDS[name]
-    parser = settings.parser(command.settings, prog=f"grjca {name}")
-    extra = {}
-    if name == "train":
-        parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-        words = _with_settings_of_the_run(words)
-    namespace = parser.parse_args(words)
-    if name == "train":
-        extra["resume"] = namespace.pop("resume")
-    run = getattr(importlib.import_module(command.module), name)
-    try:
-        result = run(settings.build(command.settings, parser, namespace), **extra)
+        done = main()
+        return code or done
+    except BaseException:
+        if code:  # whatever became of it, on its way through the libraries
+            return code
+        raise
     finally:
-        _leave_other_processes()
-    return result if isinstance(result, int) else 0
-
-
-def _leave_other_processes() -> None:
-    """A process that ends in a group of several without leaving it may abort the others."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _with_settings_of_the_run(words: list[str]) -> list[str]:
-    """``--resume --out RUN`` needs no more: the settings of the run come first, and options given here after them."""
-    from pathlib import Path
-
-    from grjca.runs import CONFIG
-
-    some = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    some.add_argument("--resume", action="store_true")
-    some.add_argument("--out", type=Path)
-    given, _ = some.parse_known_args(words)
-    if given.resume and given.out and (given.out / CONFIG).is_file():
-        return ["--config", str(given.out / CONFIG), *words]
-    return words
+        for number in CODES:  # the interpreter is about to end, and would show a traceback
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

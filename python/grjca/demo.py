@@ -39,7 +39,7 @@ def commands(out: Path, seed: int) -> list[list[str]]:
 
 def demo(config: DemoConfig) -> int:
     """Run the commands; the exit code of the first that fails, else 0."""
-    from grjca.__main__ import main
+    from grjca.cli import main
     from grjca.measure import threads
 
     out = config.out or Path(tempfile.mkdtemp(prefix="grjca-demo-"))

@@ -8,6 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 
 from grjca.errors import UserError
@@ -53,6 +54,20 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuse to make ``what``, of ``needed`` bytes, where the machine has fewer: the system would kill the process.
+
+    Raises:
+        UserError: then.
+    """
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise UserError(
+            f"expected sizes that fit into the {total / 2**30:.1f} GiB of this machine's memory, got {what}, "
+            f"{needed / 2**30:.4g} GiB alone; choose smaller ones."
+        )
 
 
 def refusal(backend: str, device: str) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from grjca.inference import Prediction
 from grjca.measure import EAGER_FACTOR, FEW_ULP
 from grjca.metrics import Scores, SplitScores, split_scores
 from grjca.model import AudioVisualModel
-from grjca.predict import Trained, infer, make_folder
+from grjca.predict import Trained, infer
 
-METRICS, SCATTER, GATES, VIDEO = "metrics.json", "scatter.png", "gates.png", "video_{}.png"
+EVALUATION, METRICS, SCATTER, GATES, VIDEO = "evaluation", "metrics.json", "scatter.png", "gates.png", "video_{}.png"
 TABLE_ROWS = 20  # of videos: more are read in metrics.json
 
 
@@ -54,27 +55,29 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     trained = Trained.load(config.run, config.backend)
     settings = trained.settings
-    root, out = config.data or settings.data, config.out or config.run / "evaluation" / config.split
+    root, out = config.data or settings.data, config.out or config.run / EVALUATION / config.split
     on = inference.accelerator(settings.precision, config.batch_size)
-    _check(config, settings, root, out, on.device.type)
+    _check(config, settings, root, on.device.type)
+    about = _about(config, trained, root, on.device.type)
     videos = data.load(root, config.split, fold=settings.fold, widths=trained.widths, progress=on.is_main_process)
-    make_folder(out)
-    predictions = infer(on, trained, videos, config.batch_size, gates=config.plots)
-    scores = split_scores([p.values for p in predictions], videos, settings.target)
-    comparison = _compare(on, trained, config, videos, predictions) if config.compare else None
-    if on.is_main_process:
-        about = _about(config, trained, root, on.device.type)
-        print(report(about, scores, videos, comparison))
-        files.write_json(out / METRICS, _as_json(about, scores, comparison))  # first: it marks the plots as ours
-        for old in _plots(out):
-            old.unlink()
-        if config.plots:
-            draw(out, trained, videos, predictions, scores, config.plotted_videos)
-        print(f"\n{out}: {METRICS}" + (" and plots" if config.plots else ""))
+    files.make_folder(out)
+    old = _old_plots(out, videos)
+    with files.alone(out, "evaluates") if on.is_main_process else nullcontext():
+        predictions = infer(on, trained, videos, config.batch_size, gates=config.plots)
+        scores = split_scores([p.values for p in predictions], videos, settings.target)
+        comparison = _compare(on, trained, config, videos, predictions) if config.compare else None
+        if on.is_main_process:
+            print(report(about, scores, videos, comparison))
+            files.write_json(out / METRICS, _as_json(about, scores, comparison))  # first: it marks the plots as ours
+            for path in old:
+                path.unlink(missing_ok=True)
+            if config.plots:
+                draw(out, trained, videos, predictions, scores, config.plotted_videos)
+            print(f"\n{out}: {METRICS}" + (" and plots" if config.plots else ""))
     return 0
 
 
-def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, out: Path, device: str) -> None:
+def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, device: str) -> None:
     """Refuse what would fail after everything has been predicted."""
     if config.compare and settings.fusion == "concat":
         raise UserError("--compare: expected a run with attention, but concat has nothing for a backend to compute.")
@@ -82,10 +85,11 @@ def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, out: Path,
         environment.backend_used(config.compare, device)
     if config.data is None and not root.is_dir():
         raise UserError(f"{root}: the data of the training is not there any more; say by --data where it is.")
-    if _plots(out) and not (out / METRICS).is_file():
-        raise UserError(
-            f"--out: {_plots(out)[0]} is not of an evaluation, and would be replaced; choose another folder."
-        )
+    evaluation = config.run / EVALUATION
+    if config.out is None and (evaluation.is_symlink() or (evaluation / config.split).is_symlink()):
+        raise UserError(f"{evaluation}: expected no link, got one; remove it, or say by --out where to write.")
+    if config.plots:
+        import matplotlib.font_manager  # noqa: F401 - it may find no folder for its cache
 
 
 def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) -> dict[str, Any]:
@@ -248,6 +252,20 @@ def _label(video: data.Video, target: str) -> np.ndarray:
     return np.where(video.valid, video.labels[:, TARGETS.index(target)], np.nan)
 
 
-def _plots(out: Path) -> list[Path]:
-    """What an evaluation draws, as far as it is there."""
-    return [path for path in (out / SCATTER, out / GATES, *out.glob(VIDEO.format("*"))) if path.exists()]
+def _old_plots(out: Path, videos: Sequence[data.Video]) -> list[Path]:
+    """What an earlier evaluation has drawn, by its metrics.json; UserError if something else would be replaced."""
+    there = {path.name for path in out.iterdir()}
+    drawn, foreign = set(), _plots(video.name for video in videos) & there
+    if METRICS in there:
+        before = files.read_json(out / METRICS)
+        known = isinstance(before, dict) and isinstance(before.get("videos"), dict)
+        drawn = _plots(before["videos"]) & there if known else set()
+        foreign = foreign - drawn if known else {METRICS}
+    for name in sorted(foreign):
+        raise UserError(f"--out: {out / name} is not of an evaluation, and would be replaced; choose another folder.")
+    return [out / name for name in sorted(drawn)]
+
+
+def _plots(videos: Iterable[str]) -> set[str]:
+    """Names of all that an evaluation of these videos may draw."""
+    return {SCATTER, GATES, *map(VIDEO.format, videos)}

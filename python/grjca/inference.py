@@ -15,6 +15,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from grjca import environment
 from grjca.config import Precision
 from grjca.data import Video, WindowDataset, stitch
 from grjca.errors import UserError
@@ -68,6 +69,8 @@ def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampl
 
     Those are spawned: a fork of a process in which threads run (of gloo, say) can hang.
     """
+    count = min(batch_size, len(dataset))
+    environment.check_memory(count * dataset.item_bytes, f"a batch of {count} windows of {dataset.size} frames")
     how: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **how)
 

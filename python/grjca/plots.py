@@ -97,7 +97,7 @@ def scatter(title: str, target: str, prediction: np.ndarray, label: np.ndarray) 
 
 def save(figure: Figure, path: Path) -> None:
     """As PNG."""
-    files.write(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
+    files.write(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def iterate_name(t: int) -> str:

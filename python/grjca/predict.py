@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from grjca.errors import UserError
 from grjca.model import AudioVisualModel
 
 CHALLENGE, HEADER = "challenge.txt", "image_location,valence,arousal"
-IMAGE = re.compile(r"(?P<video>[^/\\,]+)/(?P<frame>[0-9]+)\.jpg", re.ASCII)
+IMAGE = re.compile(r"(?P<video>[^/\\,]+)/(?P<frame>[0-9]{1,9})\.jpg", re.ASCII)
 
 Values = Mapping[Target, Mapping[str, np.ndarray]]
 """target -> video -> [N]"""
@@ -121,8 +121,8 @@ def write_predictions(folder: Path, values: Values) -> None:
     for name in values[targets[0]]:
         columns = np.column_stack([values[target][name] for target in targets])
 
-        def fill(partial: Path, columns: np.ndarray = columns) -> None:
-            np.savetxt(partial, columns, "%.8f", ",", header=",".join(targets), comments="")
+        def fill(file: IO[bytes], columns: np.ndarray = columns) -> None:
+            np.savetxt(file, columns, "%.8f", ",", header=",".join(targets), comments="")
 
         files.write(folder / f"{name}.txt", fill)
 
@@ -201,7 +201,7 @@ def _is_placeholder(cell: str) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return files.read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: expected the template of the challenge file, but {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -238,15 +238,7 @@ def _load(config: PredictConfig) -> list[Trained]:
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists already; choose another, or delete it.")
-    make_folder(out.absolute().parent)
-
-
-def make_folder(folder: Path) -> None:
-    """Make ``folder``, and those it is in; UserError if that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder.") from error
+    files.make_folder(out.absolute().parent)
 
 
 def _report(

@@ -9,26 +9,30 @@
     .lock               held by the process that trains there
 
 ``state.json`` is what counts: an epoch is done once it says so. It is replaced last, in one step; before that, a killed
-process has changed nothing that the next one would not write again.
+process has changed nothing that the next one would not write again. It carries a digest of itself.
+
+Nothing is written to, or deleted from, what is reached through a link in the folder, nor is anything deleted there
+under a name that a run does not give.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from grjca import files, settings
+from grjca import environment, files, settings
 from grjca.config import Backend, TrainConfig
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
@@ -41,7 +45,7 @@ CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
     "tensorboard",
 )
 CHECKPOINT, STATE = "checkpoint", "state.json"
-LOCK = ".lock"
+_TENSORS, _CURVES = re.compile(r"epoch-(\d{4,9})\.safetensors"), "events.out.tfevents.*"
 MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
 """Settings that a resumed run may change: where, how far and how fast, but not what is computed.
 
@@ -71,7 +75,8 @@ def check(config: TrainConfig, resume: bool) -> None:
     """Whether the training may use its folder.
 
     Raises:
-        UserError: if it holds something and ``resume`` is false, or it is a run with other settings, or none at all.
+        UserError: if it holds something and ``resume`` is false, or it is a run with other settings, or none at all, or
+            its folders lead elsewhere.
     """
     folder = config.out
     if not folder.exists():
@@ -84,15 +89,21 @@ def check(config: TrainConfig, resume: bool) -> None:
         raise UserError(f"{folder}: exists already; go on with it by --resume, or choose another --out.")
     if (folder / CONFIG).is_file():
         _compare(folder, settings.from_yaml(TrainConfig, folder / CONFIG), config)
-    elif any(path.name != LOCK and not path.name.endswith(files.PARTIAL) for path in folder.iterdir()):
+    elif any(path.name != files.LOCK and not files.is_partial(path) for path in folder.iterdir()):
         raise UserError(f"{folder}: expected a run, but it has no {CONFIG}; choose another --out.")
     if (folder / METRICS).exists() and not (folder / CHECKPOINT / STATE).exists():
         raise UserError(f"{folder}: cannot go on, because {CHECKPOINT}/{STATE} is gone; choose another --out.")
+    _check_inner(folder)
 
 
-def lock(folder: Path) -> FileLock:
-    """What the one process holds that writes there; the system lets it go when that process ends, however it does."""
-    return FileLock(folder / LOCK, timeout=0)
+def _check_inner(folder: Path) -> None:
+    """Refuse what would have files of a run written or deleted elsewhere."""
+    for name in (CHECKPOINT, PREDICTIONS, TENSORBOARD):
+        path = folder / name
+        if path.is_symlink():
+            raise UserError(f"{path}: expected no link, got one; a run stays in its own folder. Remove it.")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: expected a folder or nothing, got a file; remove it.")
 
 
 def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
@@ -104,12 +115,11 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
     check(config, resume)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{config.out}: another process trains there; wait for it, or choose another --out.") from error
+        files.take(lock, "trains")
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
-    files.remove_partial(config.out)
+    for name in (CHECKPOINT, PREDICTIONS):
+        files.remove_partial(config.out / name)
     files.write_text(config.out / CONFIG, settings.to_yaml(config))
 
 
@@ -136,7 +146,8 @@ def save(
     checkpoint.mkdir(exist_ok=True)
     name = _tensors(state.epoch)
     files.write_tensors(checkpoint / name, tensors, {"epoch": state.epoch})
-    files.write_json(checkpoint / STATE, dataclasses.asdict(state))
+    content = dataclasses.asdict(state)
+    files.write_json(checkpoint / STATE, content | {"sha256": _digest(content)})
     _after_commit(folder, state)
 
 
@@ -158,8 +169,8 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
     if not path.exists():
         return None
     try:
-        state = State(**json.loads(path.read_text("utf-8")))
-        groups = _groups(load_file(path.with_name(_tensors(state.epoch))))
+        state = _state(files.read_json(path))
+        groups = _groups(_load(path.with_name(_tensors(state.epoch))))
         for weights in (groups["model"], groups["best"]):
             if {name: tensor.shape for name, tensor in weights.items()} != shapes:
                 raise ValueError("its weights are not those of the model")
@@ -170,6 +181,24 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
     save_best(folder, state, groups["best"])
     _after_commit(folder, state)
     return state, groups
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """What tells a state that was edited, or cut, from one that was written."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _state(content: Any) -> State:
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+        raise ValueError("it is not as a training has written it")
+    return State(**content)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, and OSError for what might never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    return load_file(path)
 
 
 def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -188,9 +217,10 @@ def _moments(state: State) -> set[str]:
 
 
 def _after_commit(folder: Path, state: State) -> None:
-    for tensors in (folder / CHECKPOINT).glob("*.safetensors"):
-        if tensors.name != _tensors(state.epoch):
-            tensors.unlink()
+    for path in (folder / CHECKPOINT).iterdir():
+        of = _TENSORS.fullmatch(path.name)
+        if of and path.name != _tensors(state.epoch) and int(of[1]) <= state.epoch + 1:
+            path.unlink()
     files.write_json_lines(folder / METRICS, state.history)
 
 
@@ -209,6 +239,31 @@ def read_config(folder: Path) -> TrainConfig:
     return settings.from_yaml(TrainConfig, folder / CONFIG)
 
 
+def new_model(config: TrainConfig, *, backend: Backend | None = None) -> AudioVisualModel:
+    """The model of these settings, with initial weights; ``backend``: other than that of the settings.
+
+    Raises:
+        UserError: naming the setting that makes no sense, or if memory cannot hold the weights.
+    """
+
+    def make() -> AudioVisualModel:
+        return AudioVisualModel(
+            config.model, fusion=config.fusion, length=config.window, backend=backend or config.backend
+        )
+
+    try:
+        with torch.device("meta"):  # sizes alone
+            weights = make().state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(f"model: expected sizes that a tensor can have, got larger ones ({error}).") from error
+    largest = max(weights, key=lambda name: weights[name].nbytes)
+    environment.check_memory(
+        sum(tensor.nbytes for tensor in weights.values()),
+        f"a model with {largest} {list(weights[largest].shape)} for windows of {config.window} frames",
+    )
+    return make()
+
+
 def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainConfig, AudioVisualModel]:
     """Settings and trained model of a run, with the best weights, in eval mode.
 
@@ -220,11 +275,9 @@ def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainCon
     """
     config = read_config(folder)
     path = folder / BEST
-    model = AudioVisualModel(
-        config.model, fusion=config.fusion, length=config.window, backend=backend or config.backend
-    )
+    model = new_model(config, backend=backend)
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(_load(path))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file, because no epoch is done yet; go on with grjca train --resume --out {folder}."
@@ -239,7 +292,8 @@ def curves(folder: Path, history: list[dict[str, Any]]) -> Any:
     """A TensorBoard writer that holds ``history`` and nothing else; :func:`add_to_curves` adds an epoch."""
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)  # a killed process may have left half a record there
+    for old in (folder / TENSORBOARD).glob(_CURVES):  # a killed process may have left half of one there
+        old.unlink()
     writer = SummaryWriter(str(folder / TENSORBOARD))
     for record in history:
         add_to_curves(writer, record)

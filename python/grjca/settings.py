@@ -11,14 +11,27 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from grjca import files
 from grjca.errors import UserError
 
 Config = TypeVar("Config")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+MOST, DEEPEST = 1 << 20, 20
+"""Bytes of a file of settings, and lists within lists in it."""
+
+
 class Parser(ArgumentParser):
     """Says in one sentence what is wrong."""
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Namespace:
+        """Refuse a file that would take for ever to read, or all memory, before it is parsed."""
+        try:
+            check_yaml(Path(path))
+        except (UserError, OSError) as error:
+            raise TypeError(str(error)) from error  # what jsonargparse expects here
+        return super().parse_path(path, *arguments, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit with 2."""
@@ -48,6 +61,25 @@ def build(kind: type[Config], options: Parser, namespace: Namespace) -> Config:
     return kind(**values)
 
 
+def check_yaml(path: Path) -> None:
+    """Refuse a file of settings that is too large or too deep, or repeats parts of itself: of a few lines that do,
+    a thousand million can be made.
+
+    Raises:
+        UserError: then, and for what is no text in YAML.
+        OSError: if it cannot be read.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(files.read_bytes(path, MOST), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                got = f"an alias, *{event.anchor}" if isinstance(event, yaml.AliasEvent) else "more"
+                raise UserError(f"{path}: expected settings without aliases and at most {DEEPEST} levels, got {got}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected settings in YAML, got something else ({error}).") from error
+
+
 def to_yaml(config: Any) -> str:
     """Every field, resolved."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
@@ -59,7 +91,7 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
     Raises:
         UserError: if the file is missing or not what it should be.
     """
-    options = ArgumentParser(exit_on_error=False)
+    options = Parser(exit_on_error=False)
     options.add_class_arguments(kind, as_group=False)
     try:
         return build(kind, options, options.parse_path(path))  # type: ignore[arg-type]

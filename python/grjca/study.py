@@ -39,6 +39,7 @@ from grjca.synth import synth
 from grjca.synthetic import CODES
 from grjca.train import train
 
+PRESET = "preset.json"
 HELD_OUT = 1_000_000  # number of the first recording that is scored, beyond any that is trained on
 
 DIGITS = 5  # of what is written
@@ -111,8 +112,11 @@ def study(config: StudyConfig) -> int:
     """Run what is missing, then write results.jsonl (what ran, then a line per cell), table.md and plots."""
     chosen = preset(config)
     cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in FUSIONS]
-    _claim(config, chosen)
-    results = list(_results(config, chosen, cells))
+    _check(config, chosen)
+    files.make_folder(config.out)
+    with files.alone(config.out, "studies"):
+        files.write_text(config.out / PRESET, _settings(chosen))
+        results = list(_results(config, chosen, cells))
     rows = sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"])))
     about = {
         "preset": config.preset,
@@ -125,18 +129,24 @@ def study(config: StudyConfig) -> int:
     return 0
 
 
-def _claim(config: StudyConfig, chosen: Preset) -> None:
-    """Refuse a folder that holds something else than this study."""
+def _settings(chosen: Preset) -> str:
+    """What preset.json holds."""
     settings = asdict(chosen)
     del settings["training"]["data"], settings["training"]["out"]  # the folder may move
-    path, text = config.out / "preset.json", json.dumps(settings, default=str, indent=2)
-    there = config.out.iterdir() if config.out.exists() else ()
-    if any(not entry.name.endswith(files.PARTIAL) for entry in there) and not path.exists():
+    return json.dumps(settings, default=str, indent=2)
+
+
+def _check(config: StudyConfig, chosen: Preset) -> None:
+    """Refuse a folder that holds something else than this study."""
+    path = config.out / PRESET
+    there = config.out.iterdir() if config.out.is_dir() else ()
+    if not path.exists() and any(entry.name != files.LOCK and not files.is_partial(entry) for entry in there):
         raise UserError(f"{config.out}: exists already and is no study; choose another --out.")
-    if path.exists() and path.read_text("utf-8") != text:
+    if path.exists() and files.read_bytes(path) != _settings(chosen).encode():
         raise UserError(f"{config.out}: holds a study with other settings; choose another --out.")
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, text)
+    for name in ("data", "cells", "runs"):
+        if (config.out / name).is_symlink():
+            raise UserError(f"{config.out / name}: expected no link, got one; a study stays in its own folder.")
 
 
 def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator[dict[str, Any]]:
@@ -167,7 +177,7 @@ def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
     """Train and score one cell, unless that is done."""
     path = out / "cells" / f"{cell.name}.json"
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        return _done(path, cell)
     folder = out / "data" / cell.data
     config = replace(
         chosen.training, data=folder / "train", out=out / "runs" / cell.name, fusion=cell.fusion, seed=cell.seed
@@ -177,6 +187,14 @@ def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
     row |= _score(config, folder / "held-out")
     path.parent.mkdir(exist_ok=True)
     files.write_json(path, row)
+    return row
+
+
+def _done(path: Path, cell: Cell) -> dict[str, Any]:
+    """The row that :func:`run_cell` has written."""
+    row = files.read_json(path)
+    if not isinstance(row, dict) or any(row.get(name) != value for name, value in asdict(cell).items()):
+        raise UserError(f"{path}: expected the results of {cell.name}, got others; delete the file to train it anew.")
     return row
 
 

@@ -76,8 +76,8 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     cells = Cells(rows)
     text = table(about, cells)
     files.write_text(out / "table.md", text)
-    files.write(out / "ccc.svg", lambda path: draw_ccc(cells).savefig(path, format="svg"))
-    files.write(out / "gates.svg", lambda path: draw_gates(cells).savefig(path, format="svg"))
+    files.write(out / "ccc.svg", lambda file: draw_ccc(cells).savefig(file, format="svg"))
+    files.write(out / "gates.svg", lambda file: draw_gates(cells).savefig(file, format="svg"))
     return text
 
 

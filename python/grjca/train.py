@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from grjca import data, environment, inference, runs
+from grjca import data, environment, files, inference, runs
 from grjca.config import TrainConfig
 from grjca.errors import UserError
 from grjca.losses import ccc_loss
@@ -73,9 +73,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     if on.num_processes > 1:
         _say(on, progress, f"{on.num_processes} processes, {config.batch_size // on.num_processes} windows each.")
     set_seed(config.seed)
-    model = AudioVisualModel(config.model, fusion=config.fusion, length=config.window, backend=config.backend)
+    model = runs.new_model(config)
     training = _Training(config, on, model, *splits, progress=progress)
-    lock = runs.lock(config.out)
+    lock = files.lock(config.out)
     try:
         _on_main(on, lambda: runs.claim(config, resume, lock))
         training.resume()

@@ -15,6 +15,8 @@ OFFICIAL = ("train", "validate")
 SPLITS = (*OFFICIAL, "test", "all")
 FOLDS = 5
 LABELS = "VA_continuous_label.npy"
+LONGEST_NAME = 245
+"""Bytes of a video's name in UTF-8: file systems take 255, and of what is named after it, video_<name>.png is longest."""
 EXPECTED = "annotations/{train,validate}/<video>.txt and features/<video>/{visual,audio}.npy, or npy_data/"
 TEXTS = (".txt", ".csv")
 """How the names of annotations end."""
@@ -92,6 +94,28 @@ def find(root: Path) -> Layout:
 def composed(name: str) -> str:
     """A name in Unicode's form NFC: systems differ in whether an accented letter is one character or two."""
     return unicodedata.normalize("NFC", name)
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuse a video of which predictions cannot be written: neither a file of its name nor a line of the challenge.
+
+    Raises:
+        UserError: with ``path``, where its labels or features are.
+    """
+    odd = [c for c in name if c in ',"\\' or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
+    got = ""
+    if odd:
+        got = f"one with {odd[0]!r}"
+    elif name != name.strip():
+        got = "one that begins or ends with a space"
+    elif len(name.encode()) > LONGEST_NAME:
+        got = f"one of {len(name.encode())} bytes"
+    if got:
+        raise UserError(
+            f"{str(path.parent)!r} holds the video {name[:60]!r}: expected a name of at most {LONGEST_NAME} bytes "
+            f"without commas, quotes, backslashes, line breaks, control characters and spaces around it, got {got}. "
+            "Its predictions could not be written; rename its files."
+        )
 
 
 def split_of(name: str) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from grjca import files
 from grjca.errors import UserError
 
 HEADER = "valence,arousal"
@@ -48,6 +49,8 @@ def annotation(path: Path) -> np.ndarray:
 def looks_annotated(path: Path) -> bool:
     """Whether a text begins as an annotation does, and not as a file for the challenge."""
     try:
+        if not path.is_file():
+            return False
         with open(path, encoding="utf-8-sig") as file:
             columns = {cell.strip() for cell in file.readline(100).lower().split(",")}
     except (OSError, UnicodeDecodeError):
@@ -97,7 +100,7 @@ def check_finite(array: np.ndarray, path: Path) -> None:
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -131,6 +131,10 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
 def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[UserError]]:
     """The video, or None and what is wrong with its files."""
     errors: list[UserError] = []
+    try:
+        layout.check_name(source.name, source.labels or source.folder)
+    except UserError as error:
+        return None, [error]
     labels = None
     if source.labels is not None:
         labels = _attempt(errors, reading.labels, source.labels)

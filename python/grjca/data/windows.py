@@ -55,6 +55,12 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             (i, start, stop) for i, video in enumerate(self.videos) for start, stop in windows(video.length, size, hop)
         ]
 
+    @property
+    def item_bytes(self) -> int:
+        """Of a window, in memory."""
+        widths = self.videos[0].widths if self.videos else ()
+        return self.size * (4 * (sum(widths) + 1) + 1)  # float32 features and labels, and the mask
+
     def __len__(self) -> int:
         return len(self.spans)
 

@@ -1,0 +1,123 @@
+"""The command line: ``grjca <command>``, or ``python -m grjca <command>``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NamedTuple, NoReturn
+
+from grjca import config
+from grjca.errors import UserError, printable
+
+
+class Command(NamedTuple):
+    """What runs, and its settings."""
+
+    settings: type
+    module: str
+    """Holds a function of the command's name, which takes the settings and returns the exit code."""
+
+
+COMMANDS = {
+    "synth": Command(config.SynthConfig, "grjca.synth"),
+    "train": Command(config.TrainConfig, "grjca.train"),
+    "evaluate": Command(config.EvaluateConfig, "grjca.evaluate"),
+    "predict": Command(config.PredictConfig, "grjca.predict"),
+    "doctor": Command(config.DoctorConfig, "grjca.doctor"),
+    "study": Command(config.StudyConfig, "grjca.study"),
+    "demo": Command(config.DemoConfig, "grjca.demo"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, or 1 if something is wrong (one sentence says what), or 130 if interrupted.
+
+    Raises:
+        SystemExit: with 2 if the command line itself is wrong; with 0 after ``--help``.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    name = _top().parse_args(words[:1]).command
+    try:
+        return _run(name, words[1:])
+    except KeyboardInterrupt:
+        print(f"grjca {name}: interrupted.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("grjca", "grjca_kernels"):
+            raise
+        print(
+            f"grjca {name}: expected the module {error.name}, which is not installed; "
+            "pip install 'grjca-kernels[train]' brings what training needs.",
+            file=sys.stderr,
+        )
+    except (UserError, OSError) as error:
+        print(f"grjca {name}: {printable(str(error))}", file=sys.stderr)
+    return 1
+
+
+class _Top(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one sentence."""
+        self.exit(2, f"grjca: {message}. See grjca --help.\n")
+
+
+def _top() -> argparse.ArgumentParser:
+    parser = _Top(
+        prog="grjca",
+        description="Train, evaluate and predict valence or arousal with gated recursive joint cross-attention.",
+        epilog="\n".join(["commands:", *(f"  {name:<10}{_summary(c.settings)}" for name, c in COMMANDS.items())])
+        + "\n\ngrjca COMMAND --help lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    return parser
+
+
+def _summary(settings: type) -> str:
+    return (settings.__doc__ or "").strip().partition("\n")[0]
+
+
+def _run(name: str, words: list[str]) -> int:
+    from grjca import settings
+
+    command = COMMANDS[name]
+    parser = settings.parser(command.settings, prog=f"grjca {name}")
+    extra = {}
+    if name == "train":
+        parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+        words = _with_settings_of_the_run(words)
+    namespace = parser.parse_args(words)
+    if name == "train":
+        extra["resume"] = namespace.pop("resume")
+    run = getattr(importlib.import_module(command.module), name)
+    try:
+        result = run(settings.build(command.settings, parser, namespace), **extra)
+    finally:
+        _leave_other_processes()
+    return result if isinstance(result, int) else 0
+
+
+def _leave_other_processes() -> None:
+    """A process that ends in a group of several without leaving it may abort the others."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _with_settings_of_the_run(words: list[str]) -> list[str]:
+    """``--resume --out RUN`` needs no more: the settings of the run come first, and options given here after them."""
+    from pathlib import Path
+
+    from grjca.runs import CONFIG
+
+    some = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    some.add_argument("--resume", action="store_true")
+    some.add_argument("--out", type=Path)
+    given, _ = some.parse_known_args(words)
+    if given.resume and given.out and (given.out / CONFIG).is_file():
+        return ["--config", str(given.out / CONFIG), *words]
+    return words
