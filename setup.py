@@ -21,6 +21,7 @@ from setuptools.errors import CompileError
 RULES = {
     "csrc/*.cpp": "once",
     "csrc/cpu/dispatch.cpp": "once",
+    "csrc/cpu/stop.cpp": "once",
     "csrc/cpu/*.cpp": "per instruction set",
     "csrc/cuda/launch.cu": "by nvcc",
     "csrc/cuda/*.cu": "by nvcc, per precision",

@@ -75,11 +75,19 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t length, const s
   return p;
 }
 
+// Whether a signal, as of Ctrl-C, has raised an exception, which then waits for Python's lock to be held again.
+bool signalled() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raised;
+}
+
 Resources resources(void* workspace, int threads, const std::optional<std::string>& instruction_set) {
   if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads) + ".");
-  if (!instruction_set) return {workspace, threads, nullptr};
+  if (!instruction_set) return {workspace, threads, nullptr, signalled};
   for (auto name = cpu::instruction_sets(); *name; ++name)
-    if (*instruction_set == *name) return {workspace, threads, *name};
+    if (*instruction_set == *name) return {workspace, threads, *name, signalled};
   throw py::value_error("instruction_set: this processor does not run '" + *instruction_set + "'.");
 }
 
@@ -212,20 +220,28 @@ struct Written {
   }
 };
 
+template <class F>
+void without_lock(F compute) {
+  bool whole = false;
+  {
+    const py::gil_scoped_release release;
+    whole = compute();
+  }
+  if (!whole) throw py::error_already_set();
+}
+
 void cpu_forward(const Problem& p, py::handle call, const Host& host) {
   const Read read(p, call, true);
   const ForwardOutputs to = outputs_of(p, call);
   const Resources r = resources(host);
-  const py::gil_scoped_release release;
-  cpu::forward(p, read.tensors, to, r);
+  without_lock([&] { return cpu::forward(p, read.tensors, to, r); });
 }
 
 void cpu_backward(const Problem& p, py::handle call, py::handle gradients, const Host& host) {
   const Read read(p, call, true);
   const Written written(p, gradients);
   const Resources r = resources(host);
-  const py::gil_scoped_release release;
-  cpu::backward(p, read.tensors, written.tensors, r);
+  without_lock([&] { return cpu::backward(p, read.tensors, written.tensors, r); });
 }
 
 // ---- CUDA; setup.py defines GRJCA_CUDA as the architectures where nvcc compiles csrc/cuda

@@ -110,6 +110,7 @@ struct Resources {
   void* workspace;
   int threads;
   const char* instruction_set;  // null: the best this processor has
+  bool (*asked_to_stop)();      // asked by the calling thread, from time to time; null: nobody asks
 };
 
 namespace cpu {
@@ -117,8 +118,9 @@ namespace cpu {
 const char* const* instruction_sets();  // that this processor can run, best first, null-terminated
 size_t forward_workspace(const Problem&, const Resources&);
 size_t backward_workspace(const Problem&, const Resources&);
-void forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);
-void backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
+// False if asked to stop; what was to be written is garbage then.
+bool forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);
+bool backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
 
 }  // namespace cpu
 

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set at run time, and prepares what does not depend on it: memory, and a call's end.
 #include <cstring>
 
 #ifdef __linux__
@@ -6,6 +6,7 @@
 #endif
 
 #include "kernels.h"
+#include "stop.h"
 
 GRJCA_DECLARE_KERNELS(baseline)
 #ifdef GRJCA_X86
@@ -72,6 +73,17 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
 #endif
 }
 
+template <class F>
+bool unless_stopped(const Problem& p, const Resources& r, F compute) {
+  constexpr double kShort = 1 << 24;  // multiply-adds: milliseconds, or a tenth of a second without vectors
+  const double d = static_cast<double>(p.width()), frames = static_cast<double>(p.batch * p.length);
+  if (!r.asked_to_stop || frames * d * (d + p.length) * p.iterations < kShort) return compute(), true;
+  Stop stop(r.asked_to_stop);
+  const Stop::Scope scope(&stop);
+  compute();
+  return !stop.was_reached();
+}
+
 }  // namespace
 
 const char* const* instruction_sets() {
@@ -84,15 +96,15 @@ const char* const* instruction_sets() {
 
 size_t forward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).forward_workspace(p, r); }
 size_t backward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).backward_workspace(p, r); }
-void forward(const Problem& p, const Tensors& t, const ForwardOutputs& o, const Resources& r) {
+bool forward(const Problem& p, const Tensors& t, const ForwardOutputs& o, const Resources& r) {
   const Kernels& kernels = chosen(p, r);
   ask_for_large_pages(r.workspace, kernels.forward_workspace(p, r));
-  kernels.forward(p, t, o, r);
+  return unless_stopped(p, r, [&] { kernels.forward(p, t, o, r); });
 }
-void backward(const Problem& p, const Tensors& t, const BackwardTensors& g, const Resources& r) {
+bool backward(const Problem& p, const Tensors& t, const BackwardTensors& g, const Resources& r) {
   const Kernels& kernels = chosen(p, r);
   ask_for_large_pages(r.workspace, kernels.backward_workspace(p, r));
-  kernels.backward(p, t, g, r);
+  return unless_stopped(p, r, [&] { kernels.backward(p, t, g, r); });
 }
 
 }  // namespace grjca::cpu

@@ -3,6 +3,7 @@
 
 #include "../grjca.h"
 #include "matrix.h"
+#include "stop.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -29,17 +30,23 @@ class Arena {
   size_t used_ = 0;
 };
 
-// f(task, thread) for every task. Which thread takes a task never changes what the task computes.
+// f(task, thread) for every task, until the call is stopped. Which thread takes a task never changes what it computes.
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, F f) {
+  cpu::Stop* const stop = cpu::Stop::of_thread();
+  const auto unless_stopped = [&](int64_t task, int thread) {
+    if (stop && stop->reached()) return;
+    const cpu::Stop::Scope scope(stop);
+    f(task, thread);
+  };
 #ifdef _OPENMP
   if (tasks > 1 && threads > 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < tasks; ++task) f(task, omp_get_thread_num());
+    for (int64_t task = 0; task < tasks; ++task) unless_stopped(task, omp_get_thread_num());
     return;
   }
 #endif
-  for (int64_t task = 0; task < tasks; ++task) f(task, 0);
+  for (int64_t task = 0; task < tasks; ++task) unless_stopped(task, 0);
 }
 
 // Several kinds of tasks in one parallel_for: fewer barriers, and threads that never wait for the shorter kind.
