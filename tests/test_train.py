@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import small
-from grjca import files, metrics, runs, settings
+from grjca import files, metrics, runs, settings, tensor_files
 from grjca.cli import main
 from grjca.config import TARGETS, ModelConfig, SynthConfig, TrainConfig
 from grjca.errors import UserError
@@ -127,7 +127,7 @@ def test_predictions_of_every_frame_give_the_best_metric(whole, folder):
     valid = (np.abs(y) <= 1).all(axis=1)
     best = max(line["ccc"] for line in read_metrics(whole))
     assert metrics.ccc(x[valid, 0], y[valid, 0]) == pytest.approx(best, abs=1e-6)
-    assert files.read_about(whole / runs.BEST)["ccc"] == best
+    assert tensor_files.read_about(whole / runs.BEST)["ccc"] == best
 
 
 def test_curves_hold_every_epoch_once(whole):
@@ -325,7 +325,7 @@ def test_a_full_disk_is_said(config, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(config.out / runs.BEST))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save", full)
+        patch.setattr(tensor_files, "save", full)
         with pytest.raises(OSError, match=r"No space left.*best\.safetensors"):
             train(config, progress=False)
     assert {path.name for path in config.out.iterdir()} <= {".lock", runs.CONFIG, runs.TENSORBOARD}
@@ -523,7 +523,7 @@ def test_two_processes(config, tmp_path):
     assert "2 processes, 2 windows each" in done.stdout and done.stdout.count("epoch   3") == 1
     assert json.loads((config.out / "checkpoint" / "state.json").read_text())["environment"]["processes"] == 2
     assert len(read_metrics(config.out)) == 3
-    best = files.read_about(config.out / runs.BEST)["ccc"]
+    best = tensor_files.read_about(config.out / runs.BEST)["ccc"]
     predictions = small.read_predictions(config.out / "predictions")
     assert {name: len(p) for name, p in predictions.items()} == small.LENGTHS["validate"]
     assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0

@@ -112,12 +112,13 @@ def _with_settings_of_the_run(words: list[str]) -> list[str]:
     """``--resume --out RUN`` needs no more: the settings of the run come first, and options given here after them."""
     from pathlib import Path
 
-    from grjca.runs import CONFIG
-
     some = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     some.add_argument("--resume", action="store_true")
     some.add_argument("--out", type=Path)
     given, _ = some.parse_known_args(words)
-    if given.resume and given.out and (given.out / CONFIG).is_file():
-        return ["--config", str(given.out / CONFIG), *words]
+    if given.resume and given.out:
+        from grjca.runs import CONFIG
+
+        if (given.out / CONFIG).is_file():
+            return ["--config", str(given.out / CONFIG), *words]
     return words

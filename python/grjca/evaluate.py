@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from grjca import data, environment, files, inference, runs
+from grjca import data, environment, files, inference, runs, tensor_files
 from grjca.config import TARGETS, EvaluateConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
@@ -104,7 +104,7 @@ def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) ->
         "backend": trained.backend_used(device),
         "device": device,
         "precision": trained.settings.precision,
-        "epoch": files.read_about(config.run / runs.BEST).get("epoch"),
+        "epoch": tensor_files.read_about(config.run / runs.BEST).get("epoch"),
         "versions": environment.versions(),
     }
 

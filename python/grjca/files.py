@@ -9,20 +9,15 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from grjca.errors import UserError
 
-ABOUT = "grjca"
-"""Metadata entry of a safetensors file."""
 MOST = 1 << 28
 """Bytes of a file of text or JSON. Ten hours of annotations at 30 frames a second are a tenth of it."""
 
@@ -67,14 +62,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """A line of JSON for each value."""
     write_text(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """A safetensors file; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
-    # Not save_file: that has a temporary file of its own, which a killed process would leave.
-    write(path, lambda file: file.write(save(contiguous, metadata)))
 
 
 @contextmanager
@@ -200,16 +187,3 @@ def parse_json(path: Path, text: str | bytes) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: expected JSON, got something else ({reason}).") from error
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What :func:`write_tensors` has noted; nothing if the file is of another origin.
-
-    Raises:
-        UserError: if what is noted is nothing that could have been noted.
-    """
-    with safe_open(path, "pt") as file:
-        about = parse_json(path, (file.metadata() or {}).get(ABOUT, "{}"))
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: expected a table of names and values in its metadata, got {about!r:.60}.")
-    return about

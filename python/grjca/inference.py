@@ -20,6 +20,7 @@ from grjca.config import Precision
 from grjca.data import Video, WindowDataset, stitch
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
+from grjca.processes import Context
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,10 @@ def _has_gpu() -> bool:
 
 
 def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
-    """Batches of windows, read by ``workers`` other processes if there are any.
-
-    Those are spawned: a fork of a process in which threads run (of gloo, say) can hang.
-    """
+    """Batches of windows, read by ``workers`` other processes if there are any; UserError if memory cannot hold one."""
     count = min(batch_size, len(dataset))
     environment.check_memory(count * dataset.item_bytes, f"a batch of {count} windows of {dataset.size} frames")
-    how: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+    how: dict[str, Any] = {"multiprocessing_context": Context(), "persistent_workers": True} if workers else {}
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **how)
 
 

@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from grjca import environment, files, settings
+from grjca import environment, files, settings, tensor_files
 from grjca.config import Backend, TrainConfig
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
@@ -145,15 +144,15 @@ def save(
     checkpoint = folder / CHECKPOINT
     checkpoint.mkdir(exist_ok=True)
     name = _tensors(state.epoch)
-    files.write_tensors(checkpoint / name, tensors, {"epoch": state.epoch})
+    tensor_files.write(checkpoint / name, tensors, {"epoch": state.epoch})
     content = dataclasses.asdict(state)
     files.write_json(checkpoint / STATE, content | {"sha256": _digest(content)})
     _after_commit(folder, state)
 
 
 def save_best(folder: Path, state: State, weights: dict[str, Tensor]) -> None:
-    """Write best.safetensors, and what :func:`grjca.files.read_about` tells of it: ``epoch``, from 1, and ``ccc``."""
-    files.write_tensors(folder / BEST, weights, {"epoch": state.best_epoch + 1, "ccc": state.best_ccc})
+    """Write best.safetensors, of which :func:`grjca.tensor_files.read_about` tells ``epoch``, from 1, and ``ccc``."""
+    tensor_files.write(folder / BEST, weights, {"epoch": state.best_epoch + 1, "ccc": state.best_ccc})
 
 
 def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
@@ -170,7 +169,7 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
         return None
     try:
         state = _state(files.read_json(path))
-        groups = _groups(_load(path.with_name(_tensors(state.epoch))))
+        groups = _groups(tensor_files.read(path.with_name(_tensors(state.epoch))))
         for weights in (groups["model"], groups["best"]):
             if {name: tensor.shape for name, tensor in weights.items()} != shapes:
                 raise ValueError("its weights are not those of the model")
@@ -192,13 +191,6 @@ def _state(content: Any) -> State:
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise ValueError("it is not as a training has written it")
     return State(**content)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, and OSError for what might never end."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no regular file")
-    return load_file(path)
 
 
 def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -277,7 +269,7 @@ def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainCon
     path = folder / BEST
     model = new_model(config, backend=backend)
     try:
-        model.load_state_dict(_load(path))
+        model.load_state_dict(tensor_files.read(path))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file, because no epoch is done yet; go on with grjca train --resume --out {folder}."

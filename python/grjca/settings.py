@@ -94,7 +94,7 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
     options = Parser(exit_on_error=False)
     options.add_class_arguments(kind, as_group=False)
     try:
-        return build(kind, options, options.parse_path(path))  # type: ignore[arg-type]
+        return build(kind, options, options.parse_path(path))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: expected the settings of a {kind.__name__}, got: {reason}") from error

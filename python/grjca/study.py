@@ -7,8 +7,6 @@ that played no part in the training. A cell that is done is not done again: a st
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,6 +33,7 @@ from grjca.config import (
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
 from grjca.metrics import split_scores
+from grjca.processes import Context
 from grjca.synth import synth
 from grjca.synthetic import CODES
 from grjca.train import train
@@ -153,16 +152,10 @@ def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator
     """Of every cell, as they come."""
     for cell in tqdm(cells, "writing data", leave=False, disable=None):
         _write_data(config.out, chosen, cell)
-    # Not fork: a process that has run PyTorch with several threads cannot be forked safely.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.jobs, _begin_worker) as pool:  # at its end, and so at Ctrl-C, the workers are killed
+    # At its end, and so at Ctrl-C, the workers are killed.
+    with Context().Pool(config.jobs, torch.set_num_threads, [1]) as pool:
         results = pool.imap_unordered(partial(run_cell, config.out, chosen), cells)
         yield from tqdm(results, "training", len(cells), leave=False, disable=None)
-
-
-def _begin_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one answers
 
 
 def _write_data(out: Path, chosen: Preset, cell: Cell) -> None:

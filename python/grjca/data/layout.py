@@ -16,7 +16,7 @@ SPLITS = (*OFFICIAL, "test", "all")
 FOLDS = 5
 LABELS = "VA_continuous_label.npy"
 LONGEST_NAME = 245
-"""Bytes of a video's name in UTF-8: file systems take 255, and of what is named after it, video_<name>.png is longest."""
+"""Bytes of a video's name in UTF-8. File systems take 255, and the longest name made of one is video_<name>.png."""
 EXPECTED = "annotations/{train,validate}/<video>.txt and features/<video>/{visual,audio}.npy, or npy_data/"
 TEXTS = (".txt", ".csv")
 """How the names of annotations end."""

@@ -1,0 +1,50 @@
+"""Files of tensors, in the format of safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from grjca import files
+from grjca.errors import UserError
+
+ABOUT = "grjca"
+"""Metadata entry of a file."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write them; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
+    # Not save_file: that has a temporary file of its own, which a killed process would leave.
+    files.write(path, lambda file: file.write(save(contiguous, metadata)))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors, mapped from the file.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be read, or is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    return load_file(path)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What :func:`write` has noted; nothing if the file is of another origin.
+
+    Raises:
+        UserError: if what is noted is nothing that it would note.
+    """
+    with safe_open(path, "pt") as file:
+        about = files.parse_json(path, (file.metadata() or {}).get(ABOUT, "{}"))
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: expected a table of names and values in its metadata, got {about!r:.60}.")
+    return about
