@@ -90,7 +90,11 @@ def _run(name: str, words: list[str]) -> int:
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
         words = _with_settings_of_the_run(words)
-    namespace = parser.parse_args(words)
+    words = settings.with_tables(words)
+    try:
+        namespace = parser.parse_args(words)
+    except ValueError as error:  # not all that is wrong passes by the parser's own error()
+        parser.error(str(error))
     if name == "train":
         extra["resume"] = namespace.pop("resume")
     run = getattr(importlib.import_module(command.module), name)

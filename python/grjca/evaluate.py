@@ -25,6 +25,7 @@ from grjca.model import AudioVisualModel
 from grjca.predict import Trained, infer
 
 EVALUATION, METRICS, SCATTER, GATES, VIDEO = "evaluation", "metrics.json", "scatter.png", "gates.png", "video_{}.png"
+LONGEST_TITLE = 60
 TABLE_ROWS = 20  # of videos: more are read in metrics.json
 
 
@@ -221,7 +222,8 @@ def draw(
     }
     for name in selected(scores, plotted_videos):
         video, prediction = by_name[name]
-        title = f"{name}: CCC {scores.videos[name].ccc:.3f}, {fusion}"
+        shown = name if len(name) <= LONGEST_TITLE else f"{name[:LONGEST_TITLE]}…"
+        title = f"{shown}: CCC {scores.videos[name].ccc:.3f}, {fusion}"
         figure = plots.over_time(title, target, prediction.values, _label(video, target), weights[name])
         plots.save(figure, out / VIDEO.format(name))
     everywhere = {m: np.concatenate([of[m] for of in weights.values()]) for m in next(iter(weights.values()))}

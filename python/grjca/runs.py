@@ -246,8 +246,9 @@ def new_model(config: TrainConfig, *, backend: Backend | None = None) -> AudioVi
     try:
         with torch.device("meta"):  # sizes alone
             weights = make().state_dict()
-    except (RuntimeError, OverflowError) as error:
-        raise UserError(f"model: expected sizes that a tensor can have, got larger ones ({error}).") from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # of PyTorch, by how much too large they are
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model: expected sizes that a tensor can have, got larger ones ({reason}).") from error
     largest = max(weights, key=lambda name: weights[name].nbytes)
     environment.check_memory(
         sum(tensor.nbytes for tensor in weights.values()),

@@ -15,16 +15,19 @@ from grjca import files
 from grjca.errors import UserError
 
 Config = TypeVar("Config")
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True,
+    import_path_denylist=["*"],  # or a value that names a module would have it imported, and so run
+)
 
 
 MOST, DEEPEST = 1 << 20, 20
 """Bytes of a file of settings, and lists within lists in it."""
+TABLES = ("model",)
+"""Settings that are settings themselves. The command line takes a file of them as well."""
 
 
-class Parser(ArgumentParser):
-    """Says in one sentence what is wrong."""
-
+class _Careful(ArgumentParser):
     def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Namespace:
         """Refuse a file that would take for ever to read, or all memory, before it is parsed."""
         try:
@@ -32,6 +35,10 @@ class Parser(ArgumentParser):
         except (UserError, OSError) as error:
             raise TypeError(str(error)) from error  # what jsonargparse expects here
         return super().parse_path(path, *arguments, **options)
+
+
+class Parser(_Careful):
+    """Says in one sentence what is wrong."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit with 2."""
@@ -54,6 +61,34 @@ def parser(kind: type, **options: Any) -> Parser:
     return result
 
 
+def with_tables(words: list[str]) -> list[str]:
+    """A command line with ``--model FILE`` replaced by what that file holds.
+
+    Raises:
+        UserError: if that is no file of settings.
+    """
+    result: list[str] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if result and result[-1] in [f"--{table}" for table in TABLES]:
+            result.append(_table(result[-1], word))
+        elif equals and name in [f"--{table}" for table in TABLES]:
+            result.append(f"{name}={_table(name, value)}")
+        else:
+            result.append(word)
+    return result
+
+
+def _table(option: str, value: str) -> str:
+    if value.lstrip().startswith("{"):
+        return value
+    try:
+        check_yaml(Path(value))
+        return Path(value).read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{option}: expected a file of settings, got {value} ({error.strerror}).") from error
+
+
 def build(kind: type[Config], options: Parser, namespace: Namespace) -> Config:
     """The dataclass from what ``options`` has parsed."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -62,20 +97,27 @@ def build(kind: type[Config], options: Parser, namespace: Namespace) -> Config:
 
 
 def check_yaml(path: Path) -> None:
-    """Refuse a file of settings that is too large or too deep, or repeats parts of itself: of a few lines that do,
-    a thousand million can be made.
+    """Refuse a file of settings that is too large or too deep, or repeats parts of itself, of which a few lines can
+    become a thousand million, or names other files.
 
     Raises:
         UserError: then, and for what is no text in YAML.
         OSError: if it cannot be read.
     """
-    depth = 0
+    depth, loader = 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        for event in yaml.parse(files.read_bytes(path, MOST), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        text = files.read_bytes(path, MOST).decode()
+        for event in yaml.parse(text, Loader=loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 got = f"an alias, *{event.anchor}" if isinstance(event, yaml.AliasEvent) else "more"
                 raise UserError(f"{path}: expected settings without aliases and at most {DEEPEST} levels, got {got}.")
+        node = yaml.compose(text, Loader=loader)
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: expected names of settings and their values, got something else.")
+        for key, value in node.value:
+            if key.value == "config" or (key.value in TABLES and not isinstance(value, yaml.MappingNode)):
+                raise UserError(f"{path}: {key.value}: expected settings, got the name of a file or something else.")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected settings in YAML, got something else ({error}).") from error
 
@@ -91,7 +133,7 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
     Raises:
         UserError: if the file is missing or not what it should be.
     """
-    options = Parser(exit_on_error=False)
+    options = _Careful(exit_on_error=False)
     options.add_class_arguments(kind, as_group=False)
     try:
         return build(kind, options, options.parse_path(path))
