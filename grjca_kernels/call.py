@@ -158,6 +158,8 @@ def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequen
 def known_lengths(problem: Problem, lengths: Tensor) -> Tensor:
     """As contiguous int64; on the CPU a copy, of which the values are checked, so that nobody changes them after."""
     on_cpu = lengths.device.type == "cpu"
+    if on_cpu and problem.batch and not lengths.data_ptr():
+        problems.refuse_memory("lengths", 0, lengths)  # the copy itself would crash
     lengths = lengths.to(torch.int64, copy=on_cpu).contiguous()
     if on_cpu:
         problems.check_lengths_values(lengths, problem.length)

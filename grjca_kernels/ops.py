@@ -26,7 +26,7 @@ from grjca_kernels.backends import TABLE
 from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths, once
 from grjca_kernels.modes import undisturbed
 from grjca_kernels.native import likeness
-from grjca_kernels.problem import Problem, check_choice, check_lengths
+from grjca_kernels.problem import Problem, check_choice, check_lengths, check_seed
 
 _SETTINGS = [field for field in fields(Problem)[3:] if field.default is MISSING]
 _LATER = fields(Problem)[3 + len(_SETTINGS) :]  # added since programs were exported
@@ -214,47 +214,61 @@ def _split(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (*first, *later, *(field.default for field in _LATER[len(later) :])), rest
 
 
-def _checked(features: Sequence[Tensor], parameters: Sequence[Tensor], options: tuple[Any, ...]) -> Wanted:
+def _checked(
+    features: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    options: tuple[Any, ...],
+) -> Wanted:
     """Checks a raw call as strictly as the public function does: kernels are handed addresses."""
     settings, (concat, return_gates, backend) = _split(options)
     check_choice("backend", backend, [name for name, row in TABLE.items() if row.forward is not None])
-    return Wanted(flat_problem(features, parameters, settings), concat, return_gates, backend)
+    problem = flat_problem(features, parameters, settings)
+    if lengths is not None:
+        check_lengths(lengths, problem.batch, features[0])
+    if seed is not None:
+        check_seed(seed, features[0])
+    return Wanted(problem, concat, return_gates, backend)
 
 
 def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | None) -> Any:
-    """Lengths and seed, checked too; where there is dropout and no seed, it is 0."""
+    """Lengths whose values are checked too, and the seed; where there is dropout and none, it is 0."""
     reason = TABLE[wanted.backend].refuses(like.device.type, like.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {wanted.backend!r} cannot run: {reason}")
     if seed is None and wanted.problem.dropout:
         seed = like.new_zeros((), dtype=torch.int64)
-    if lengths is not None:
-        check_lengths(lengths, wanted.problem.batch, like)
-        lengths = known_lengths(wanted.problem, lengths)
-    return lengths, seed
+    return None if lengths is None else known_lengths(wanted.problem, lengths), seed
 
 
 @torch.library.register_fake("grjca::forward", lib=_library)
 def _forward_fake(features, parameters, lengths, seed, *options):
-    wanted = _checked(features, parameters, options)
+    wanted = _checked(features, parameters, lengths, seed, options)
     return _new_results(wanted.problem, features[0], wanted.concat, wanted.return_gates)
 
 
 def _forward(features, parameters, lengths, seed, *options):
-    wanted = _checked(features, parameters, options)
+    wanted = _checked(features, parameters, lengths, seed, options)
     return _forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
 
 
+def _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options) -> Wanted:
+    wanted = _checked(features, parameters, lengths, seed, options)
+    if len(needed) != len(features) + len(parameters):
+        raise ValueError(f"needed: expected one for each of the features and parameters, got {len(needed)}.")
+    _check_incoming(wanted, grads, iterates, features[0])
+    return wanted
+
+
 @torch.library.register_fake("grjca::backward", lib=_library)
-def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *_):
+def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *options):
+    _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
     return [gradient for gradient in _new_gradients((*features, *parameters), needed) if gradient is not None]
 
 
 def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):
-    wanted = _checked(features, parameters, options)
-    if len(needed) != len(features) + len(parameters):
-        raise ValueError(f"needed: expected one for each of the features and parameters, got {len(needed)}.")
-    _check_incoming(wanted, grads, iterates, features[0])
+    wanted = _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
     # PyTorch makes lazy negations and zeros real wherever they are given to an operator, but not in lists with None.
     grads = [grad.clone() if grad is not None and (grad.is_neg() or grad._is_zerotensor()) else grad for grad in grads]
     lengths, seed = _real(wanted, features[0], lengths, seed)

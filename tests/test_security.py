@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,11 +17,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+import native_attacks
+import signals
 import small
 from grjca import files, runs, settings
 from grjca.cli import main
 from grjca.config import TrainConfig
 from grjca.train import train
+from grjca_kernels import cpu
 
 WIDTHS = ["--visual_features", str(small.MODEL.visual_features), "--audio_features", str(small.MODEL.audio_features)]
 
@@ -390,6 +395,62 @@ def test_metrics_of_another_make_are_left_alone(run: Path, said: Any) -> None:
     (out / "metrics.json").write_text('{"videos": {"/../../../best.safetensors": {}, "x/../../../../best": {}}}')
     assert main(["evaluate", "--run", str(run), "--plots", "false"]) == 0
     assert (run / runs.BEST).read_bytes() == before
+
+
+# ---- native code
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_native_code_reaches_no_memory_that_is_not_there() -> None:
+    """In a process of its own, where a crash is a failure and not the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, native_attacks.__file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert int(done.stdout.split()[-2]) > 300
+
+
+LONG_CALL = """
+import signal, sys, threading, time
+import torch
+from grjca_kernels import GatedRJCAFused
+backward, threads = sys.argv[1] == "backward", int(sys.argv[2])
+torch.set_num_threads(threads)
+block = GatedRJCAFused(128, 96, 200, iterations=8, backend="cpu", output="concat")
+x, y = torch.randn(120, 200, 128, requires_grad=backward), torch.randn(120, 200, 96)
+out = block(x, y) if backward else None
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+start = time.perf_counter()
+try:
+    out.backward(torch.ones_like(out)) if backward else block(x, y)
+    print("whole", time.perf_counter() - start)
+except KeyboardInterrupt:
+    print("stopped", time.perf_counter() - start)
+assert torch.isfinite(block(x[:1].detach(), y[:1])).all()
+"""
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ctrl_c_ends_a_long_call(direction: str, threads: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LONG_CALL, direction, threads], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    how, seconds = done.stdout.split()
+    assert how == "stopped" and float(seconds) < 1.1
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_commands_that_are_stopped(name: str, tmp_path: Path) -> None:
+    """A few; ``python tests/signals.py`` sends as many as one likes."""
+    signals.prepare(tmp_path)
+    command = next(command for command in signals.commands(tmp_path) if command.name == name)
+    outcome = signals.endure(tmp_path, command, 3, seed=7, each=3)
+    assert not outcome.faults
+    assert sum(outcome.codes.values()) == 3
 
 
 def test_settings_survive_a_round_trip(run: Path) -> None:
