@@ -56,6 +56,8 @@ class Outcome:
 
 def begin(words: list[str]) -> subprocess.Popen[str]:
     """The command, as from a shell; one thread, so that equal means equal."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell, and inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "grjca", *words],
         stdout=subprocess.PIPE,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,23 @@ def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampl
     environment.check_memory(count * dataset.item_bytes, f"a batch of {count} windows of {dataset.size} frames")
     how: dict[str, Any] = {"multiprocessing_context": Context(), "persistent_workers": True} if workers else {}
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **how)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """A ``with`` block in which what fails in another process of a :func:`loader` is said in a sentence, as here."""
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        text = str(error).strip()
+        if "DataLoader worker" not in text:
+            raise
+        if isinstance(error, UserError):
+            raise UserError(text.rpartition("UserError: ")[2]) from error
+        raise UserError(
+            f"--workers: expected processes that read windows, but one failed ({text.splitlines()[-1]}). They hand "
+            "them over in shared memory (in a container, docker run --shm-size); --workers 0 needs none."
+        ) from error
 
 
 class Windows:

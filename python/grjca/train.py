@@ -79,9 +79,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     try:
         _on_main(on, lambda: runs.claim(config, resume, lock))
         training.resume()
-        while not training.finished:
-            training.epoch()
-        training.finish()
+        with inference.worker_errors():
+            while not training.finished:
+                training.epoch()
+            training.finish()
     except KeyboardInterrupt:
         _say(on, True, f"Interrupted. Nothing is lost: grjca train --out {config.out} --resume goes on.")
         raise
