@@ -146,7 +146,6 @@ def everyday() -> Iterator[Build]:
         ("sm_80", "float16", STORED),
         ("sm_90", "bfloat16", STREAMED),
         ("sm_90", "bfloat16", STORED),
-        ("sm_90", "bfloat16", DEEP),
         ("sm_90", "tf32", UNEVEN[0]),
         ("sm_90", "float32", STORED),
         ("gfx942", "bfloat16", STORED),

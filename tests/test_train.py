@@ -3,13 +3,10 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,47 +415,6 @@ def test_killed_at_every_write(config, whole, monkeypatch):
         assert_nothing_half_written(here.out)
         assert not any(map(files.is_partial, here.out.rglob("*")))
     assert moment // 2 >= 1 + 3 * EPOCHS + len(small.LENGTHS["validate"])
-
-
-def train_on_one_thread(config):
-    torch.set_num_threads(1)
-    train(config, resume=True, progress=False)
-
-
-def test_killed_at_random_moments(config, whole):
-    """SIGKILL, six times, two of them in each run, which goes on from where it was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grjca.train", "small", "test_train"])
-    moments, kills = random.Random(5), 0
-
-    def begin(out):
-        process = context.Process(target=train_on_one_thread, args=(replace(config, out=out),))
-        process.start()
-        return process
-
-    seconds = 0.0
-    for name in ("cold", "warm"):
-        start = time.perf_counter()
-        process = begin(config.out.with_name(name))
-        process.join()
-        seconds = time.perf_counter() - start
-        assert process.exitcode == 0
-    attempt = 0
-    while kills < 6:
-        attempt += 1
-        out = config.out.with_name(f"killed-{attempt}")
-        for _ in range(2):
-            process = begin(out)
-            process.join(moments.uniform(0.05, 1) * seconds)
-            process.kill()  # unless it has just ended
-            process.join()
-            kills += process.exitcode == -signal.SIGKILL
-            if out.exists():
-                assert_nothing_half_written(out)
-        process = begin(out)
-        process.join()
-        assert process.exitcode == 0
-        assert_same_end(out, whole)
 
 
 def test_interrupt_leaves_a_run_to_go_on_with(config, whole, monkeypatch, capsys):
