@@ -1,7 +1,8 @@
 """The process of a command: ``grjca``, or ``python -m grjca``. What the commands are is in :mod:`grjca.cli`.
 
 A signal to stop is raised as an exception, by which everything cleans up behind itself, and the process ends with 130
-after Ctrl-C, or 143 after SIGTERM. A second one ends it at once, and so does a cleaning-up that takes long.
+after Ctrl-C, or 143 after SIGTERM. A second one ends it at once, and so does one that comes while a module is imported, or
+cleaning up that takes long.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ def program() -> int:
     """Run the command of ``sys.argv``; the exit code."""
     code = 0  # once there is a signal, its own
 
-    def stop(number: int, _: FrameType | None) -> None:
-        from threading import Timer
-
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal code
         if code:
             os._exit(code)
         code = CODES[signal.Signals(number)]
+        if _imports(frame):
+            os.write(2, b"grjca: interrupted.\n")
+            os._exit(code)
+        from threading import Timer
+
         last = Timer(PATIENCE, os._exit, [code])
         last.daemon = True
         last.start()
@@ -57,6 +61,13 @@ def program() -> int:
     finally:
         for number in CODES:  # the interpreter is about to end, and would show a traceback
             signal.signal(number, signal.SIG_IGN)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there. An exception would be one of C++ too many for some, as for torch."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 if __name__ == "__main__":
