@@ -1,8 +1,8 @@
 """The process of a command: ``grjca``, or ``python -m grjca``. What the commands are is in :mod:`grjca.cli`.
 
 A signal to stop is raised as an exception, by which everything cleans up behind itself, and the process ends with 130
-after Ctrl-C, or 143 after SIGTERM. A second one ends it at once, and so does one that comes while a module is imported, or
-cleaning up that takes long.
+after Ctrl-C, or 143 after SIGTERM. It ends at once by a second one, by one that comes while a module is imported, and
+when cleaning up takes long.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _table(option: str, value: str) -> str:
         raise UserError(f"{option}: expected a file of settings, got {value} ({error.strerror}).") from error
 
 
-def build(kind: type[Config], options: Parser, namespace: Namespace) -> Config:
+def build(kind: type[Config], options: ArgumentParser, namespace: Namespace) -> Config:
     """The dataclass from what ``options`` has parsed."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = {name: value for name, value in options.instantiate(namespace).items() if name in names}
