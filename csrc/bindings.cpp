@@ -168,11 +168,12 @@ std::vector<void*> parameters(const Problem& p, const char* what, py::handle ten
   return addresses;
 }
 
-void* address(const Problem& p, const char* what, int64_t elements, py::handle tensor) {
+void* address(const Problem& p, const char* what, int64_t elements, py::handle tensor, bool int64 = false) {
   if (tensor.is_none()) return nullptr;
   const Name name{p, what, 0};
   const Seen seen = look(name, tensor);
   if (seen.elements() != elements || !seen.contiguous()) name.wrong("a contiguous tensor of the size of the problem");
+  if (int64 && !seen.int64) name.wrong("int64, as the forward was given");
   return seen.data;
 }
 
@@ -187,9 +188,9 @@ struct Read {
       : weights(parameters(p, "parameters", call.attr("parameters"), &copies)) {
     set_views(p, "features", call.attr("features"), [&](int m) { return p.widths[m]; }, tensors.features);
     tensors.parameters = weights.data();
-    tensors.lengths = static_cast<const int64_t*>(address(p, "lengths", p.batch, call.attr("lengths")));
+    tensors.lengths = static_cast<const int64_t*>(address(p, "lengths", p.batch, call.attr("lengths"), true));
     tensors.iterates = address(p, "iterates", p.iterations * p.batch * p.length * p.width(), call.attr("iterates"));
-    seed = static_cast<const uint64_t*>(address(p, "seed", 1, call.attr("seed")));
+    seed = static_cast<const uint64_t*>(address(p, "seed", 1, call.attr("seed"), true));
     tensors.seed = on_host && seed ? *seed : 0;
   }
   Read(const Read&) = delete;

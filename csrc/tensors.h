@@ -70,6 +70,7 @@ constexpr int kMaxDimensions = 4;
 struct Seen {
   void* data;
   int dimensions;
+  bool int64;
   int64_t shape[kMaxDimensions], strides[kMaxDimensions];
 
   int64_t elements() const {
@@ -100,9 +101,11 @@ inline Seen look(py::handle tensor) {
     dlpack::Tensor found{};
     if (types.api->look(tensor.ptr(), &found) != 0) throw py::error_already_set();
     seen.data = static_cast<char*>(found.data) + found.byte_offset;
+    seen.int64 = found.dtype.code == 0 && found.dtype.bits == 64;
     set(found.dimensions, [&](int i) { return found.shape[i]; }, [&](int i) { return found.strides[i]; });
   } else {
     seen.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    seen.int64 = tensor.attr("dtype").is(py::module_::import("torch").attr("int64"));
     const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
     const auto number = [](const py::tuple& from) { return [&](int i) { return from[i].cast<int64_t>(); }; };
     set(shape.size(), number(shape), number(strides));

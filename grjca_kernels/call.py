@@ -103,8 +103,10 @@ def describe(
     problem = once(alike and (alike, nesting, reduced, options, tuple(map(type, options))), check)  # 1 == True == 1.0
     if lengths is not None:
         problems.check_lengths(lengths, problem.batch, features[0])
-        if type(lengths) is Tensor and undisturbed((lengths,)):  # or the operator, which is given real ones, does it
+        if type(lengths) is Tensor and undisturbed((lengths,)):
             lengths = known_lengths(problem, lengths)
+        else:
+            alike = None  # so that the call goes by the operator, which is given real ones
     seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
     return Call(problem, features, parameters, lengths, seed, *options[7:], backend, alike)
 

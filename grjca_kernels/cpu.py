@@ -45,12 +45,14 @@ def forward(call: Call) -> None:
     """Fill what the call wants."""
     problem, resources = _prepared(call, backward=False)
     native.library.cpu_forward(problem, call, resources)
+    _keep(resources[0])
 
 
 def backward(call: Call, gradients: Gradients) -> None:
     """Fill the gradients that are wanted."""
     problem, resources = _prepared(call, backward=True)
     native.library.cpu_backward(problem, call, gradients, resources)
+    _keep(resources[0])
 
 
 KEPT = 1 << 17
@@ -69,9 +71,14 @@ def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str |
     problem = native.problem_of(call.problem, call.features[0].dtype)
     threads, isa = torch.get_num_threads(), _instruction_set.get()
     size = native.library.cpu_workspace(problem, backward, threads, isa)
-    workspace = _kept.workspace
-    if workspace is None or size > KEPT:
+    workspace = None
+    if size <= KEPT:  # taken, because a signal may call another function of this thread, which calls a kernel
+        workspace, _kept.workspace = _kept.workspace, None
+    if workspace is None:
         workspace = torch.empty(max(size, KEPT), dtype=torch.uint8, device="cpu")
-        if size <= KEPT:
-            _kept.workspace = workspace
     return problem, (workspace, threads, isa)
+
+
+def _keep(workspace: Tensor) -> None:
+    if workspace.numel() == KEPT:
+        _kept.workspace = workspace

@@ -63,6 +63,23 @@ def freed() -> Iterator[tuple[str, Attack]]:
         free(incoming)
         y.backward(incoming)
 
+    class Subclass(Tensor):
+        pass
+
+    wrong = torch.full((B,), 2**40)
+    for name, x in {
+        "a parameter": torch.nn.Parameter(wrong, requires_grad=False),
+        "a subclass": wrong.as_subclass(Subclass),
+        "a lazy negation": torch._neg_view(wrong),
+    }.items():
+        yield f"lengths as {name}", lambda x=x: module()(*features(), x)
+
+    def repacked() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.is_floating_point() else x.int(), lambda x: x):
+            y = module()(*features(), torch.full((B,), L))
+        y.sum().backward()
+
+    yield "lengths saved as int32", repacked
     yield "lengths freed", lengths
     yield "gradient freed", gradient
 
@@ -217,6 +234,22 @@ def accepted() -> Iterator[tuple[str, Attack]]:
         forward(given)
         assert len(backward(given)) == len(given["needed"])
 
+    def changed() -> None:
+        """Values that a hook returns count as the nearest that are legal."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: x, lambda x: x if x.is_floating_point() else x + 2**40
+        )
+        with hooks:
+            y = module()(*features(), torch.full((B,), L))
+        y.sum().backward()
+
+    def of_other_types() -> None:
+        block, x, plain = module().eval(), features(), torch.full((B,), 10)
+        same = [torch.nn.Parameter(plain.int(), requires_grad=False), torch._neg_view(-plain)]
+        assert all(torch.equal(block(*x, lengths), block(*x, plain)) for lengths in same)
+
+    yield "lengths that a hook changes", changed
+    yield "lengths of other types", of_other_types
     yield "lengths that change", racing
     yield "unsigned lengths", unsigned
     yield "raw operators", raw

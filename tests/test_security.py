@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -228,6 +229,17 @@ def edited(change: Any) -> Any:
     return edit
 
 
+def resealed(changes: dict[str, Any]) -> Any:
+    """With a digest that fits."""
+
+    def edit(path: Path) -> None:
+        state = json.loads(path.read_text()) | changes
+        del state["sha256"]
+        path.write_text(json.dumps(state | {"sha256": runs._digest(state)}))
+
+    return edit
+
+
 STATES = {
     "empty environment": edited(lambda state: state.update(environment={})),
     "NaN": edited(lambda state: state.update(best_ccc=float("nan"))),
@@ -236,6 +248,19 @@ STATES = {
     "strings in the optimiser": edited(lambda state: state["optimizer"][0].update(lr="fast")),
     "best epoch 99": edited(lambda state: state.update(best_epoch=99)),
     "other history": edited(lambda state: state["history"][0].update(epoch="one")),
+    **{
+        f"{name} {value!r}": resealed({name: value})
+        for name, values in {
+            "environment": [{}, []],
+            "best_ccc": ["x", None],
+            "best_epoch": ["x", 10**30, -1],
+            "epoch": [True],
+            "plateau": [[1], None, {"best": "x"}, {"step": 1}],
+            "history": ["abc", None, [1], ["a"]],
+            "optimizer": [[], [{"lr": "fast"}]],
+        }.items()
+        for value in values
+    },
     "no digest": edited(lambda state: state.pop("sha256")),
     "a list": lambda path: path.write_text("[]"),
     "200,000 brackets": lambda path: path.write_text("[" * 200_000),
@@ -262,7 +287,38 @@ def test_a_state_that_an_editor_has_laid_out_anew(run: Path) -> None:
     assert main([str(word) for word in resume(run)]) == 0
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, "[]", '"x"', "{", "NaN", '{"epoch": NaN}'])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("exp_avg", torch.zeros(1000)),
+        ("step", torch.zeros(3)),
+        ("step", torch.tensor(-1.0)),
+        ("step", torch.tensor(True)),
+        ("step", torch.tensor(torch.nan)),
+    ],
+)
+def test_bad_moments(run: Path, said: Any, name: str, of: torch.Tensor) -> None:
+    path = run / "checkpoint" / "epoch-0001.safetensors"
+    save_file(load_file(path) | {f"optimizer.0.{name}": of}, path)
+    assert "the checkpoint is damaged" in said(*resume(run))
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "predictions/gamma.txt", "checkpoint/epoch-0002.safetensors"])
+def test_folders_where_files_go(run: Path, said: Any, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir(parents=True)
+    assert "got a folder" in said(*resume(run))
+
+
+def test_a_sparse_file_of_features(run: Path, data: Path, said: Any) -> None:
+    with open(data / "features" / "gamma" / "visual.npy", "r+b") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (2**34, 6)})
+        file.truncate(file.tell() + 2**34 * 6 * 4)
+    said("evaluate", "--run", run)
+    said(*predict(run, data, run.parent / "out"))
+
+
+@pytest.mark.parametrize("text", ['{"epoch": 1e999}', "[" * 200_000, "[]", '"x"', "{", "NaN", '{"epoch": NaN}'])
 def test_bad_metadata_of_weights(run: Path, said: Any, text: str) -> None:
     save_file(load_file(run / runs.BEST), run / runs.BEST, {"grjca": text})
     assert "best.safetensors" in said("evaluate", "--run", run)
@@ -292,6 +348,8 @@ CONFIGS = {
     "a class": "data: x\ntarget: valence\nout: y\nmodel: {class_path: hostile.Thing}",
     "a dotted class": "data: x\ntarget: valence\nout: y\nmodel.class_path: hostile.Thing",
     "itself": "config: config.yaml",
+    "a tag": "data: x\ntarget: valence\nout: y\nseed: !!int ''",
+    "a sexagesimal": "data: x\ntarget: valence\nout: y\nseed: " + "1" + ":0" * 100_000,
     "another file": "data: x\ntarget: valence\nout: y\nmodel: /dev/zero",
 }
 SIZES = [
@@ -306,6 +364,11 @@ SIZES = [
     {"window": 10**6},
     {"window": 10**30},
     {"batch_size": 0},
+    {"visual_channels": [7] * 29},
+    {"visual_channels": [7] * 64},
+    {"warmup_epochs": 10**400},
+    {"learning_rate": 1e300},
+    {"workers": 10**6},
     {"dropout": float("nan")},
 ]
 

@@ -112,7 +112,8 @@ struct Samples {
   // All samples of the batch; start is filled.
   static Samples all(const Problem& p, const int64_t* lengths, int64_t* start) {
     start[0] = 0;
-    for (int64_t b = 0; b < p.batch; ++b) start[b + 1] = start[b] + (lengths ? lengths[b] : p.length);
+    const auto frames = [&](int64_t n) { return n < 0 ? 0 : smaller(n, p.length); };  // hooks may have changed them
+    for (int64_t b = 0; b < p.batch; ++b) start[b + 1] = start[b] + (lengths ? frames(lengths[b]) : p.length);
     return {0, p.batch, samples_per_group(p), start};
   }
   Samples part(int64_t begin, int64_t most) const {

@@ -93,7 +93,7 @@ def _run(name: str, words: list[str]) -> int:
     words = settings.with_tables(words)
     try:
         namespace = parser.parse_args(words)
-    except ValueError as error:  # not all that is wrong passes by the parser's own error()
+    except Exception as error:  # not all that is wrong passes by the parser's own error()
         parser.error(str(error))
     if name == "train":
         extra["resume"] = namespace.pop("resume")

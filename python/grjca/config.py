@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,8 @@ Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca", "tagf"]
 Precision = Literal["no", "bf16", "fp16"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
+MOST = 10**9
+"""Of what is counted: a plain number, with which one can calculate."""
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
@@ -161,12 +162,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ["epochs", "window", "hop", "batch_size", "warmup_epochs", "plateau_epochs", "early_stop_epochs"]:
             _require(self, name, getattr(self, name) >= 1, "a whole number above 0")
+            _require(self, name, getattr(self, name) <= MOST, f"at most {MOST}")
         _require(self, "hop", self.hop <= self.window, f"at most --window, {self.window}, or frames are lost")
         _require(self, "fold", 0 <= self.fold <= 5, "0 to 5")
         _require(self, "seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
-        _require(self, "workers", self.workers >= 0, "0 or more")
-        _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
-        _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        _require(self, "workers", 0 <= self.workers <= 1024, "0 to 1024")
+        _require(self, "learning_rate", 0 < self.learning_rate <= MOST, f"a positive number up to {MOST}")
+        _require(self, "weight_decay", 0 <= self.weight_decay <= MOST, f"0 to {MOST}")
         _require(self, "plateau_factor", 0 < self.plateau_factor < 1, "a number between 0 and 1")
 
 

@@ -105,9 +105,13 @@ def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) ->
         "backend": trained.backend_used(device),
         "device": device,
         "precision": trained.settings.precision,
-        "epoch": tensor_files.read_about(config.run / runs.BEST).get("epoch"),
+        "epoch": _epoch(tensor_files.read_about(config.run / runs.BEST)),
         "versions": environment.versions(),
     }
+
+
+def _epoch(about: Mapping[str, Any]) -> int | None:
+    return about["epoch"] if isinstance(about.get("epoch"), int) else None
 
 
 def _as_json(about: dict[str, Any], scores: SplitScores, comparison: Comparison | None) -> dict[str, Any]:
@@ -263,7 +267,7 @@ def _old_plots(out: Path, videos: Sequence[data.Video]) -> list[Path]:
         known = isinstance(before, dict) and isinstance(before.get("videos"), dict)
         drawn = _plots(before["videos"]) & there if known else set()
         foreign = foreign - drawn if known else {METRICS}
-    for name in sorted(foreign):
+    for name in sorted(foreign | {name for name in drawn | ({METRICS} & there) if (out / name).is_dir()}):
         raise UserError(f"--out: {out / name} is not of an evaluation, and would be replaced; choose another folder.")
     return [out / name for name in sorted(drawn)]
 

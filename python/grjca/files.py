@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -18,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from grjca.errors import UserError
 
-MOST = 1 << 28
-"""Bytes of a file of text or JSON. Ten hours of annotations at 30 frames a second are a tenth of it."""
+MOST = 1 << 26
+"""Bytes of a file of text or JSON. Ten hours of annotations at 30 frames a second are a third of it."""
 
 _PARTIAL = re.compile(r"\.grjca-[0-9a-f]{16}\.partial")
 
@@ -45,6 +46,9 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # of a full disk, the system says no name
+        raise
     finally:
         partial.unlink(missing_ok=True)  # gone already unless something failed
 
@@ -108,6 +112,15 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse what :func:`whole_folder` cannot put in its place; UserError says why."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out: {folder} exists already; choose another, or delete it.")
+    if os.path.ismount(folder):
+        raise UserError(f"--out: {folder} is a mount point, and cannot appear as a whole; choose a folder in it.")
+    make_folder(folder.absolute().parent)
+
+
 # ---- one process at a time
 
 LOCK = ".lock"
@@ -156,11 +169,16 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
         OSError: if it cannot be read.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would wait for a writer
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        found = os.fstat(file.fileno())
+    descriptor = os.open(path, flags)
+    try:
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: expected a regular file, got a pipe, a socket or a device.")
-        content = file.read(most + 1)
+            raise UserError(f"{path}: expected a regular file, got a folder, a pipe, a socket or a device.")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        content = file.read(most + 1) or b""  # None of what has nothing to say, as some in /proc
     if len(content) > most:
         raise UserError(f"{path}: expected a file of at most {most} bytes, got {found.st_size}.")
     return content
@@ -182,8 +200,11 @@ def parse_json(path: Path, text: str | bytes) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}")
 
+    def number(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refuse(digits[:20])
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=number)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: expected JSON, got something else ({reason}).") from error

@@ -18,6 +18,9 @@ from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError
 from grjca_kernels import GatedRJCAFused
 
+LONGEST_REACH = 100_000
+"""Frames, nearly an hour: that many zeros stand before every window."""
+
 
 class TemporalConvNet(nn.Module):
     """Causal convolutions over time, block k with dilation 2^k: [B, L, inputs] -> [B, L, channels[-1]].
@@ -213,6 +216,13 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
         for name in names.split():
             if not holds(value := getattr(config, name)):
                 raise UserError(f"model.{name}: expected {expected}, got {value!r}.")
+    for name in ("visual_channels", "audio_channels"):
+        blocks = len(getattr(config, name))
+        if blocks > 30 or (config.kernel - 1) * 2 ** (blocks - 1) > LONGEST_REACH:
+            raise UserError(
+                f"model.{name}: expected blocks of which the last reaches back (kernel - 1) 2^(blocks - 1) <= "
+                f"{LONGEST_REACH} frames, got {blocks} blocks and a kernel of {config.kernel}."
+            )
 
 
 def _is_number(value: object) -> bool:

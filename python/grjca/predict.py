@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> int:
     Raises:
         UserError: if runs, data, template or folder are not what they should be.
     """
-    _check_free(config.out)
+    files.check_new_folder(config.out)
     trained = _load(config)
     first = trained[0]
     on = inference.accelerator(first.settings.precision, config.batch_size)
@@ -233,12 +233,6 @@ def _load(config: PredictConfig) -> list[Trained]:
             f"{first.settings.target}."
         )
     return [first, other]
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} exists already; choose another, or delete it.")
-    files.make_folder(out.absolute().parent)
 
 
 def _report(

@@ -4,6 +4,7 @@ hang; and they leave Ctrl-C, which reaches all processes of a terminal, to the o
 from __future__ import annotations
 
 import signal
+import threading
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 
@@ -16,6 +17,16 @@ class _Process(SpawnProcess):
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def run(self) -> None:
+        threading.excepthook = _unless_left
+        super().run()
+
+
+def _unless_left(arguments: threading.ExceptHookArgs) -> None:
+    """Of a thread that hands over what nobody takes any more, nothing is said."""
+    if not issubclass(arguments.exc_type, ConnectionError | EOFError):
+        threading.__excepthook__(arguments)
 
 
 class Context(SpawnContext):

@@ -103,6 +103,10 @@ def _check_inner(folder: Path) -> None:
             raise UserError(f"{path}: expected no link, got one; a run stays in its own folder. Remove it.")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: expected a folder or nothing, got a file; remove it.")
+    inner = [path for name in (CHECKPOINT, PREDICTIONS) for path in folder.glob(f"{name}/*")]
+    for path in [folder / CONFIG, folder / BEST, folder / METRICS, *inner]:
+        if path.is_dir() and not files.is_partial(path):
+            raise UserError(f"{path}: expected a file or nothing, got a folder; remove it.")
 
 
 def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
@@ -175,7 +179,7 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
                 raise ValueError("its weights are not those of the model")
         if groups["optimizer"] and groups["optimizer"].keys() != _moments(state):  # fp16 may skip its first steps
             raise ValueError("the optimiser's moments are not those of the weights")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error}); begin a new run with another --out.") from error
     save_best(folder, state, groups["best"])
     _after_commit(folder, state)
@@ -190,7 +194,18 @@ def _digest(content: dict[str, Any]) -> str:
 def _state(content: Any) -> State:
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise ValueError("it is not as a training has written it")
-    return State(**content)
+    state = State(**content)
+    numbers = [state.best_ccc, *(state.plateau.values())]
+    whole = all(type(n) is int for n in (state.epoch, state.best_epoch)) and 0 <= state.best_epoch < state.epoch
+    if not whole or not all(type(n) in (int, float) for n in numbers) or len(state.history) != state.epoch:
+        raise ValueError("its numbers are not those of a training")
+    for i, record in enumerate(state.history):
+        values = [value for value in record.values() if value is not None]
+        if record["epoch"] != i + 1 or not all(type(value) in (int, float) for value in values):
+            raise ValueError(f"its line of epoch {i + 1} is not")
+    if not isinstance(state.environment["data"], str):
+        raise TypeError("its environment is not")
+    return state
 
 
 def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from grjca import files
-from grjca.errors import UserError
+from grjca.errors import UserError, printable
 
 Config = TypeVar("Config")
 set_parsing_settings(
@@ -21,8 +21,8 @@ set_parsing_settings(
 )
 
 
-MOST, DEEPEST = 1 << 20, 20
-"""Bytes of a file of settings, and lists within lists in it."""
+MOST, DEEPEST, LONGEST = 1 << 20, 20, 4096
+"""Bytes of a file of settings, lists within lists in it, and characters of a value: paths are no longer."""
 TABLES = ("model",)
 """Settings that are settings themselves. The command line takes a file of them as well."""
 
@@ -48,7 +48,7 @@ class Parser(_Careful):
         message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
         message = re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", message)
         message = re.sub(r"<class '(.*?)'>", r"\1", message).replace("NoneType", "null")
-        sentence = " ".join(message.split()).rstrip(".")
+        sentence = printable(" ".join(message.split()).rstrip("."))
         print(f"{self.prog}: {sentence}. See {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
 
@@ -109,6 +109,8 @@ def check_yaml(path: Path) -> None:
         text = files.read_bytes(path, MOST).decode()
         for event in yaml.parse(text, Loader=loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.ScalarEvent) and (event.tag or len(event.value) > LONGEST):
+                raise UserError(f"{path}: expected values without tags, of at most {LONGEST} characters, got others.")
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 got = f"an alias, *{event.anchor}" if isinstance(event, yaml.AliasEvent) else "more"
                 raise UserError(f"{path}: expected settings without aliases and at most {DEEPEST} levels, got {got}.")

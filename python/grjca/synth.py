@@ -45,8 +45,7 @@ def write(config: SynthConfig, *, progress: bool = False) -> None:
         raise UserError(f"There is no layout {config.layout!r}: expected one of {', '.join(FILES)}.")
     videos = synthetic.generate(config)
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{config.out} exists already; give a new or an empty folder, nothing is overwritten.")
+    files.check_new_folder(out)
     disable = None if progress else True  # None: unless the output is no terminal
     try:
         with files.whole_folder(out) as folder:

@@ -139,13 +139,30 @@ class _Training:
             self.state = state
             self.inner.load_state_dict(tensors["model"])
             self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
-            moments = _nested(tensors["optimizer"])
-            self.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer})
-            self.plateau.load_state_dict(state.plateau)
-            if self.on.scaler is not None and state.scaler:
-                self.on.scaler.load_state_dict(state.scaler)
+            try:
+                self._restore_schedule(state, _nested(tensors["optimizer"]))
+            except Exception as error:  # of PyTorch, for what it has not written
+                where = self.config.out / runs.CHECKPOINT / runs.STATE
+                raise UserError(f"{where}: the checkpoint is damaged ({error}); choose another --out.") from error
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
+
+    def _restore_schedule(self, state: runs.State, moments: dict[int, dict[str, Tensor]]) -> None:
+        ours = self.optimizer.state_dict()["param_groups"]
+        for group, before in zip(state.optimizer, ours, strict=True):
+            same = {name: value for name, value in before.items() if name not in ("lr", "betas")}
+            if {name: group[name] for name in same} != same or type(group["lr"]) is not float:
+                raise ValueError("its optimiser is another one")
+            group["betas"] = before["betas"]
+        if state.plateau.keys() != (set(PLATEAU_STATE) if self.config.plateau else set()):
+            raise ValueError("its plateau is another one")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer})
+        for parameter, of in self.optimizer.state.items():
+            if {of["exp_avg"].shape, of["exp_avg_sq"].shape} != {parameter.shape} or not float(of["step"]) >= 1:
+                raise ValueError("its moments are of another shape")
+        self.plateau.load_state_dict(state.plateau)
+        if self.on.scaler is not None and state.scaler:
+            self.on.scaler.load_state_dict(state.scaler)
 
     @property
     def finished(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array as packed
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ LARGEST = float(np.finfo(np.float32).max)
 def labels(path: Path) -> np.ndarray:
     """[N, 2] float64, valence and arousal, of an annotation in text or of VA_continuous_label.npy."""
     if path.suffix == ".npy":
-        array = features(path, 2, "labels")
-        check_finite(array, path)
-        return np.array(array, dtype=np.float64)
+        values = features(path, 2, "labels")
+        check_finite(values, path)
+        return np.array(values, dtype=np.float64)
     return annotation(path)
 
 
@@ -37,24 +38,22 @@ def annotation(path: Path) -> np.ndarray:
         raise UserError(f"{path}, line 1: expected the header {HEADER}, got {_quote(header)}.")
     if not lines:
         raise UserError(f"{path} has a header but no frames; expected a row per frame below it.")
-    rows = []
+    rows = packed("d")
     for number, line in enumerate(lines, start=2):
         cells = [_number(cell) for cell in line.split(",")]
         if len(cells) != 2 or not all(abs(cell) <= LARGEST for cell in cells):
             raise UserError(f"{path}, line {number}: expected two numbers, valence,arousal, got {_quote(line)}.")
-        rows.append(cells)
-    return np.array(rows)
+        rows.extend(cells)
+    return np.array(rows).reshape(-1, 2)
 
 
 def looks_annotated(path: Path) -> bool:
     """Whether a text begins as an annotation does, and not as a file for the challenge."""
     try:
-        if not path.is_file():
-            return False
-        with open(path, encoding="utf-8-sig") as file:
-            columns = {cell.strip() for cell in file.readline(100).lower().split(",")}
-    except (OSError, UnicodeDecodeError):
+        text = files.read_bytes(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, UserError):
         return False
+    columns = {cell.strip() for cell in text[:100].partition("\n")[0].lower().split(",")}
     return {*HEADER.split(",")} <= columns and "image_location" not in columns
 
 

@@ -19,6 +19,8 @@ from grjca.errors import UserError
 MEND = 5
 """Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
 
+MOST_FRAMES = 1_000_000
+
 DEPTH = 3
 """Folders within folders in which labels are searched for that stand in the wrong place."""
 
@@ -139,8 +141,9 @@ def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[U
     if source.labels is not None:
         labels = _attempt(errors, reading.labels, source.labels)
     if source.folder.is_dir():
-        visual = _attempt(errors, _checked_length, source.visual, widths[0], "visual")
-        audio = _attempt(errors, _checked_length, source.audio, widths[1], "audio")
+        length = None if labels is None else len(labels)
+        visual = _attempt(errors, _checked_length, source.visual, widths[0], "visual", length)
+        audio = _attempt(errors, _checked_length, source.audio, widths[1], "audio", length or visual)
     else:
         visual = audio = None
         expected = f"expected it to hold {source.visual.name} and {source.audio.name}"
@@ -178,9 +181,13 @@ def _attempt(errors: list[UserError], read: Callable[P, T], *args: P.args, **kwa
         return None
 
 
-def _checked_length(path: Path, width: int, kind: str) -> int:
+def _checked_length(path: Path, width: int, kind: str, length: int | None) -> int:
+    """Frames of a file; those of one that is too long for ``length`` are not looked at."""
     array = reading.features(path, width, kind)
-    reading.check_finite(array, path)
+    if len(array) > MOST_FRAMES:
+        raise UserError(f"{path} holds {len(array)} frames; expected at most {MOST_FRAMES}, nine hours.")
+    if length is None or abs(len(array) - length) <= MEND:
+        reading.check_finite(array, path)
     return len(array)
 
 
@@ -233,7 +240,7 @@ def _unused_labels(found: layout.Layout) -> list[str]:
 def _annotations_elsewhere(found: layout.Layout) -> Iterator[Path]:
     """What begins as an annotation and is none of those found, nor a prediction; not deep, there may be many images."""
     known = {source.name for source in found.sources} | {"predictions"}
-    for name, inner, files in os.walk(found.root, followlinks=True):
+    for name, inner, files in os.walk(found.root):
         folder = Path(name)
         if len(folder.relative_to(found.root).parts) == DEPTH:
             inner.clear()
