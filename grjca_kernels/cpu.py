@@ -45,14 +45,16 @@ def forward(call: Call) -> None:
     """Fill what the call wants."""
     problem, resources = _prepared(call, backward=False)
     native.library.cpu_forward(problem, call, resources)
-    _keep(resources[0])
+    if resources[0].numel() == KEPT:
+        _kept.workspace = resources[0]
 
 
 def backward(call: Call, gradients: Gradients) -> None:
     """Fill the gradients that are wanted."""
     problem, resources = _prepared(call, backward=True)
     native.library.cpu_backward(problem, call, gradients, resources)
-    _keep(resources[0])
+    if resources[0].numel() == KEPT:
+        _kept.workspace = resources[0]
 
 
 KEPT = 1 << 17
@@ -77,8 +79,3 @@ def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str |
     if workspace is None:
         workspace = torch.empty(max(size, KEPT), dtype=torch.uint8, device="cpu")
     return problem, (workspace, threads, isa)
-
-
-def _keep(workspace: Tensor) -> None:
-    if workspace.numel() == KEPT:
-        _kept.workspace = workspace

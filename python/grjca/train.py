@@ -158,7 +158,8 @@ class _Training:
             raise ValueError("its plateau is another one")
         self.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer})
         for parameter, of in self.optimizer.state.items():
-            if {of["exp_avg"].shape, of["exp_avg_sq"].shape} != {parameter.shape} or not float(of["step"]) >= 1:
+            shapes = {of["exp_avg"].shape, of["exp_avg_sq"].shape}
+            if shapes != {parameter.shape} or of["step"].dtype != torch.float32 or not float(of["step"]) >= 1:
                 raise ValueError("its moments are of another shape")
         self.plateau.load_state_dict(state.plateau)
         if self.on.scaler is not None and state.scaler:
