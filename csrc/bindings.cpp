@@ -173,7 +173,7 @@ void* address(const Problem& p, const char* what, int64_t elements, py::handle t
   const Name name{p, what, 0};
   const Seen seen = look(name, tensor);
   if (seen.elements() != elements || !seen.contiguous()) name.wrong("a contiguous tensor of the size of the problem");
-  if (int64 && !seen.int64) name.wrong("int64, as the forward was given");
+  if (int64 && !is_int64(seen, tensor)) name.wrong("int64, as the forward was given");
   return seen.data;
 }
 

@@ -70,7 +70,7 @@ constexpr int kMaxDimensions = 4;
 struct Seen {
   void* data;
   int dimensions;
-  bool int64;
+  bool int64;  // where there is the exchange API
   int64_t shape[kMaxDimensions], strides[kMaxDimensions];
 
   int64_t elements() const {
@@ -105,12 +105,15 @@ inline Seen look(py::handle tensor) {
     set(found.dimensions, [&](int i) { return found.shape[i]; }, [&](int i) { return found.strides[i]; });
   } else {
     seen.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-    seen.int64 = tensor.attr("dtype").is(py::module_::import("torch").attr("int64"));
     const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
     const auto number = [](const py::tuple& from) { return [&](int i) { return from[i].cast<int64_t>(); }; };
     set(shape.size(), number(shape), number(strides));
   }
   return seen;
+}
+
+inline bool is_int64(const Seen& seen, py::handle tensor) {
+  return types.api ? seen.int64 : py::str(tensor.attr("dtype")).cast<std::string>() == "torch.int64";
 }
 
 // ---- many
