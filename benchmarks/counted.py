@@ -312,7 +312,7 @@ made = 0
 
 class Tensor:
     # As much of one as the native code asks for: contiguous, and never the same numbers twice.
-    dtype = "torch.int64"  # asked of lengths and the seed alone
+    dtype = "torch.int64"  # the native code asks it of lengths and the seed alone
     def __init__(self, *shape, items=None):
         global made
         self.shape, made = shape, made + 1

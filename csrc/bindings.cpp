@@ -75,7 +75,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t length, const s
   return p;
 }
 
-// Whether a signal, as of Ctrl-C, has raised an exception, which then waits for Python's lock to be held again.
+// Runs the handlers of signals that have arrived. After Ctrl-C a Python exception is set, and without_lock() throws it.
 bool signalled() {
   const PyGILState_STATE state = PyGILState_Ensure();
   const bool raised = PyErr_CheckSignals() != 0;
@@ -221,6 +221,7 @@ struct Written {
   }
 };
 
+// Runs `compute` while other Python threads go on. It returns false where signalled() has set an exception.
 template <class F>
 void without_lock(F compute) {
   bool whole = false;

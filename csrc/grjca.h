@@ -110,7 +110,7 @@ struct Resources {
   void* workspace;
   int threads;
   const char* instruction_set;  // null: the best this processor has
-  bool (*asked_to_stop)();      // asked by the calling thread, from time to time; null: nobody asks
+  bool (*asked_to_stop)();      // the calling thread calls it every tenth of a second; null: the call runs to its end
 };
 
 namespace cpu {
@@ -118,7 +118,7 @@ namespace cpu {
 const char* const* instruction_sets();  // that this processor can run, best first, null-terminated
 size_t forward_workspace(const Problem&, const Resources&);
 size_t backward_workspace(const Problem&, const Resources&);
-// False if asked to stop; what was to be written is garbage then.
+// These return false if they were asked to stop, and leave garbage in what they were to write.
 bool forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);
 bool backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
 

@@ -70,7 +70,7 @@ constexpr int kMaxDimensions = 4;
 struct Seen {
   void* data;
   int dimensions;
-  bool int64;  // where there is the exchange API
+  bool int64;  // set by the exchange API alone; ask is_int64()
   int64_t shape[kMaxDimensions], strides[kMaxDimensions];
 
   int64_t elements() const {

@@ -106,7 +106,11 @@ def describe(
         if type(lengths) is Tensor and undisturbed((lengths,)):
             lengths = known_lengths(problem, lengths)
         else:
-            alike = None  # so that the call goes by the operator, which is given real ones
+            alike = (
+                None  # the call then goes by the operator, to which PyTorch gives the tensor that this one stands for
+            )
+    if isinstance(seed, Tensor) and not (type(seed) is Tensor and undisturbed((seed,))):
+        alike = None
     seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
     return Call(problem, features, parameters, lengths, seed, *options[7:], backend, alike)
 

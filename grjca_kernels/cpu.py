@@ -74,7 +74,7 @@ def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str |
     threads, isa = torch.get_num_threads(), _instruction_set.get()
     size = native.library.cpu_workspace(problem, backward, threads, isa)
     workspace = None
-    if size <= KEPT:  # taken, because a signal may call another function of this thread, which calls a kernel
+    if size <= KEPT:  # the call takes it away, for a signal handler may call a kernel on this thread meanwhile
         workspace, _kept.workspace = _kept.workspace, None
     if workspace is None:
         workspace = torch.empty(max(size, KEPT), dtype=torch.uint8, device="cpu")

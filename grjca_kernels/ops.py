@@ -233,7 +233,7 @@ def _checked(
 
 
 def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | None) -> Any:
-    """Lengths whose values are checked too, and the seed; where there is dropout and none, it is 0."""
+    """Check that the backend can run, and the values of lengths. Returns lengths and seed, 0 if dropout needs one."""
     reason = TABLE[wanted.backend].refuses(like.device.type, like.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {wanted.backend!r} cannot run: {reason}")

@@ -1,11 +1,14 @@
-"""A tiny data folder, and runs of a tiny model with random weights, for tests of what comes after a training."""
+"""A tiny data folder, runs of a tiny model with random weights, and readers of what commands write."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from grjca import files, runs, settings
 from grjca.config import Fusion, ModelConfig, Target, TrainConfig
@@ -65,3 +68,26 @@ def read_predictions(folder: Path) -> dict[str, np.ndarray]:
 def read_labels(root: Path, split: str) -> dict[str, np.ndarray]:
     """[N, 2] of each video."""
     return read_predictions(root / "annotations" / split)
+
+
+def half_written(folder: Path) -> Iterator[Path]:
+    """Files that have their final names and cannot be read from beginning to end."""
+    for path in folder.rglob("*"):
+        if not path.is_file() or any(map(files.is_partial, [path, *path.parents])):
+            continue
+        try:
+            if path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".jsonl":
+                assert all(json.loads(line)["epoch"] for line in path.read_text().splitlines())
+            elif path.suffix == ".yaml":
+                settings.from_yaml(TrainConfig, path)
+            elif path.suffix == ".txt":
+                assert path.read_text().endswith("\n")
+                assert len({line.count(",") for line in path.read_text().splitlines()}) == 1
+            elif path.suffix == ".png":
+                assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+        except Exception:
+            yield path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -57,9 +58,9 @@ def data(run: Path) -> Path:
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture) -> Any:
-    """What a command that fails says: one sentence, within a time in which nothing large is read or made."""
+    """Run a command that must fail within ten seconds, and return the one sentence that it says."""
 
-    def say(*words: object, code: int = 1) -> str:
+    def say(*words: object, codes: tuple[int, ...] = (1,)) -> str:
         capsys.readouterr()
         start = time.perf_counter()
         try:
@@ -67,7 +68,7 @@ def said(capsys: pytest.CaptureFixture) -> Any:
         except SystemExit as exit:
             got = exit.code  # type: ignore[assignment]
         printed = capsys.readouterr().err
-        assert got == code, printed
+        assert got in codes, printed
         assert "Traceback" not in printed and printed.startswith(f"grjca {words[0]}: ")
         assert printed.count("\n") == 1 and len(printed) < 2000
         assert time.perf_counter() - start < 10
@@ -209,10 +210,17 @@ def test_names_that_can_be_written(run: Path, data: Path, name: str) -> None:
     assert (run.parent / "out" / "predictions" / f"{name}.txt").is_file()
 
 
-def test_folders_that_cannot_be_written_to_are_refused_first(run: Path, data: Path, tmp_path: Path, said: Any) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root can write anywhere")
-    (tmp_path / "locked").mkdir(mode=0o500)
+def test_folders_that_cannot_be_written_to_are_refused_first(
+    run: Path, data: Path, tmp_path: Path, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal of the system is a stub, because root may write anywhere."""
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("grjca.predict.infer", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("grjca.evaluate.infer", lambda *_: pytest.fail("it has begun"))
     for words in (["evaluate", "--run", run, "--out", tmp_path / "locked"], predict(run, data, tmp_path / "locked/x")):
         assert "cannot be made or written to" in said(*words)
 
@@ -220,48 +228,27 @@ def test_folders_that_cannot_be_written_to_are_refused_first(run: Path, data: Pa
 # ---- bad files
 
 
-def edited(change: Any) -> Any:
+def edited(**changes: Any) -> Any:
+    """What gives state.json these entries."""
+
     def edit(path: Path) -> None:
-        state = json.loads(path.read_text())
-        change(state)
-        path.write_text(json.dumps(state))
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
 
 
-def resealed(changes: dict[str, Any]) -> Any:
-    """With a digest that fits."""
-
-    def edit(path: Path) -> None:
-        state = json.loads(path.read_text()) | changes
-        del state["sha256"]
-        path.write_text(json.dumps(state | {"sha256": runs._digest(state)}))
-
-    return edit
-
-
+VALUES: dict[str, list[Any]] = {
+    "epoch": ["1", True, 10**30, 0, 2],
+    "best_ccc": ["x", None, float("nan"), float("inf")],
+    "best_epoch": ["x", 99, 10**30, -1],
+    "environment": [{}, []],
+    "plateau": [[1], None, {}, {"best": "x"}, {"step": 1}, {"best": float("inf")}],
+    "history": ["abc", None, [], [1], ["a"], [{"epoch": "one"}], [{"epoch": 2}]],
+    "optimizer": [[], [{"lr": "fast"}], None],
+}
 STATES = {
-    "empty environment": edited(lambda state: state.update(environment={})),
-    "NaN": edited(lambda state: state.update(best_ccc=float("nan"))),
-    "infinite": edited(lambda state: state["plateau"].update(best=float("inf"))),
-    "a string for a number": edited(lambda state: state.update(epoch="1")),
-    "strings in the optimiser": edited(lambda state: state["optimizer"][0].update(lr="fast")),
-    "best epoch 99": edited(lambda state: state.update(best_epoch=99)),
-    "other history": edited(lambda state: state["history"][0].update(epoch="one")),
-    **{
-        f"{name} {value!r}": resealed({name: value})
-        for name, values in {
-            "environment": [{}, []],
-            "best_ccc": ["x", None],
-            "best_epoch": ["x", 10**30, -1],
-            "epoch": [True],
-            "plateau": [[1], None, {"best": "x"}, {"step": 1}],
-            "history": ["abc", None, [1], ["a"]],
-            "optimizer": [[], [{"lr": "fast"}]],
-        }.items()
-        for value in values
-    },
-    "no digest": edited(lambda state: state.pop("sha256")),
+    **{f"{name} {value!r}": edited(**{name: value}) for name, values in VALUES.items() for value in values},
+    "an unknown entry": edited(foo=1),
     "a list": lambda path: path.write_text("[]"),
     "200,000 brackets": lambda path: path.write_text("[" * 200_000),
     "5,000 digits": lambda path: path.write_text('{"epoch": ' + "1" * 5_000 + "}"),
@@ -279,12 +266,6 @@ def test_a_bad_state(run: Path, said: Any, change: str) -> None:
     STATES[change](run / "checkpoint" / "state.json")
     assert "state.json" in said(*resume(run))
     assert (run / runs.BEST).read_bytes() == best
-
-
-def test_a_state_that_an_editor_has_laid_out_anew(run: Path) -> None:
-    path = run / "checkpoint" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=7, sort_keys=True))
-    assert main([str(word) for word in resume(run)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -388,13 +369,10 @@ def test_bad_settings(run: Path, said: Any, name: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (run / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     for words in commands(run):
-        said(*words, code=2 if words[0] == "train" else 1)
+        said(*words, codes=(2,) if words[0] == "train" else (1,))
     (tmp_path / "model.yaml").write_bytes((run / "config.yaml").read_bytes())
     for model in (tmp_path / "model.yaml", "hostile.Thing", "{class_path: hostile.Thing}"):
-        try:
-            said("train", "--data", "x", "--target", "valence", "--out", "y", "--model", model)
-        except AssertionError:
-            said("train", "--data", "x", "--target", "valence", "--out", "y", "--model", model, code=2)
+        said("train", "--data", "x", "--target", "valence", "--out", "y", "--model", model, codes=(1, 2))
     assert not (tmp_path / "owned").exists()
 
 
@@ -408,10 +386,7 @@ def test_sizes_that_no_machine_has(run: Path, said: Any, change: dict[str, Any])
     for words in commands(run):
         if words[0] == "train" and words[1] == "--config":
             words += ["--out", run.parent / "another"]
-        try:
-            said(*words)
-        except AssertionError:
-            said(*words, code=2)
+        said(*words, codes=(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -440,7 +415,7 @@ def test_files_that_never_end(run: Path, data: Path, said: Any, tmp_path: Path, 
     said("evaluate", "--run", run)
     replace(run / "config.yaml")
     assert "config.yaml" in said("evaluate", "--run", run)
-    assert "config.yaml" in said("train", "--config", run / "config.yaml", code=2)
+    assert "config.yaml" in said("train", "--config", run / "config.yaml", codes=(2,))
 
 
 def test_a_frame_of_5000_digits(run: Path, data: Path, said: Any, tmp_path: Path) -> None:
@@ -516,12 +491,11 @@ def test_ctrl_c_ends_a_long_call(direction: str, threads: str) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", signals.COMMANDS)
 def test_commands_that_are_stopped(name: str, tmp_path: Path) -> None:
-    """A few; ``python tests/signals.py`` sends as many as one likes."""
+    """``python tests/signals.py`` stops them more often than twice."""
     signals.prepare(tmp_path)
-    command = next(command for command in signals.commands(tmp_path) if command.name == name)
-    outcome = signals.endure(tmp_path, command, 2, seed=7, each=2)
+    outcome = signals.endure(tmp_path, name, 2, seed=7)
     assert not outcome.faults
     assert sum(outcome.codes.values()) == 2
 

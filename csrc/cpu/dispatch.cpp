@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time, and prepares what does not depend on it: memory, and a call's end.
+// Chooses the instruction set at run time, asks the system for large pages, and lets a call end early.
 #include <cstring>
 
 #ifdef __linux__
@@ -73,9 +73,11 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
 #endif
 }
 
+// Runs `compute` and says whether it ran to its end. Only a long call is ever stopped: one of kShort multiply-adds
+// takes milliseconds, or a tenth of a second on a processor without vector instructions.
 template <class F>
 bool unless_stopped(const Problem& p, const Resources& r, F compute) {
-  constexpr double kShort = 1 << 24;  // multiply-adds: milliseconds, or a tenth of a second without vectors
+  constexpr double kShort = 1 << 24;
   const double d = static_cast<double>(p.width()), frames = static_cast<double>(p.batch * p.length);
   if (!r.asked_to_stop || frames * d * (d + p.length) * p.iterations < kShort) return compute(), true;
   Stop stop(r.asked_to_stop);

@@ -1,4 +1,4 @@
-// A call that ends early, when whoever called asks for it: Ctrl-C must not wait for the last of a hundred samples.
+// Lets a long call end early, so that Ctrl-C does not wait for the last of a hundred samples.
 #pragma once
 
 #include <atomic>
@@ -9,7 +9,8 @@
 
 namespace grjca::cpu {
 
-// Of one call. Every thread that works for it finds it, and looks between two tasks; what is left is then skipped.
+// Every call has its own Stop. All threads that work for the call look at it before each task, and once it is reached
+// they skip the tasks that are left. Only the thread that made the call asks whether it shall stop.
 class Stop {
  public:
   explicit Stop(bool (*asked)()) : asked_(asked), next_(std::chrono::steady_clock::now() + kEvery) {}
@@ -17,9 +18,9 @@ class Stop {
   bool reached();
   bool was_reached() const { return reached_.load(std::memory_order_relaxed); }
 
-  static Stop* of_thread();  // or null
+  static Stop* of_thread();  // the Stop of the call that this thread works for, or null
 
-  // Within a block, this thread works for that call.
+  // While a Scope lives, this thread works for the call of that Stop.
   class Scope {
    public:
     explicit GRJCA_INLINE Scope(Stop* stop) : stop_(stop), before_(stop ? enter(stop) : nullptr) {}
@@ -29,16 +30,16 @@ class Stop {
     Scope(const Scope&) = delete;
 
    private:
-    static Stop* enter(Stop*);  // what was there before
+    static Stop* enter(Stop*);  // returns the Stop that it replaces
     Stop *stop_, *before_;
   };
 
  private:
-  static constexpr std::chrono::milliseconds kEvery{100};  // asking takes Python's lock; most calls are over before
+  static constexpr std::chrono::milliseconds kEvery{100};  // asking takes Python's lock, so it is done rarely
 
   bool (*asked_)();
   std::atomic<bool> reached_{false};
-  const std::thread::id caller_ = std::this_thread::get_id();  // the one that may ask
+  const std::thread::id caller_ = std::this_thread::get_id();
   std::chrono::steady_clock::time_point next_;
 };
 

@@ -30,7 +30,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// f(task, thread) for every task, until the call is stopped. Which thread takes a task never changes what it computes.
+// Calls f(task, thread) for every task until the call is stopped. Which thread takes a task never changes the result.
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, F f) {
   cpu::Stop* const stop = cpu::Stop::of_thread();
@@ -112,7 +112,8 @@ struct Samples {
   // All samples of the batch; start is filled.
   static Samples all(const Problem& p, const int64_t* lengths, int64_t* start) {
     start[0] = 0;
-    const auto frames = [&](int64_t n) { return n < 0 ? 0 : smaller(n, p.length); };  // hooks may have changed them
+    // The forward has checked the values, but a hook on saved tensors may give the backward others.
+    const auto frames = [&](int64_t n) { return n < 0 ? 0 : smaller(n, p.length); };
     for (int64_t b = 0; b < p.batch; ++b) start[b + 1] = start[b] + (lengths ? frames(lengths[b]) : p.length);
     return {0, p.batch, samples_per_group(p), start};
   }

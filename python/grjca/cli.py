@@ -90,10 +90,10 @@ def _run(name: str, words: list[str]) -> int:
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
         words = _with_settings_of_the_run(words)
-    words = settings.with_tables(words)
+    words = settings.with_model(words)
     try:
         namespace = parser.parse_args(words)
-    except Exception as error:  # not all that is wrong passes by the parser's own error()
+    except Exception as error:  # jsonargparse does not hand all errors to the parser's error()
         parser.error(str(error))
     if name == "train":
         extra["resume"] = namespace.pop("resume")

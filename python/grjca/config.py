@@ -14,7 +14,7 @@ Precision = Literal["no", "bf16", "fp16"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 MOST = 10**9
-"""Of what is counted: a plain number, with which one can calculate."""
+"""The largest number that a setting of a training may be; float32 holds it."""
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")

@@ -15,7 +15,7 @@ from torch import Tensor
 from grjca import data, environment
 from grjca.config import GATING, DoctorConfig
 from grjca.eager import GatedRJCAEager
-from grjca.errors import UserError
+from grjca.errors import UserError, printable
 from grjca.measure import EAGER_FACTOR, FEW_ULP, SHAPES, Shape, alternate
 from grjca_kernels import GatedRJCAFused, backends
 
@@ -47,7 +47,7 @@ def doctor(config: DoctorConfig) -> int:
         wrong += _check_data(config)
     print()
     for problem in wrong:
-        print(f"PROBLEM: {problem}")
+        print(f"PROBLEM: {printable(problem)}")
     if not wrong:
         print("No problems.")
     return 1 if wrong else 0
@@ -218,5 +218,5 @@ def _check_data(config: DoctorConfig) -> list[str]:
     for name, split in found.splits.items():
         print(f"{name:<10}{split.videos:>8}{split.frames:>10}{split.invalid_share:>10.1%}")
     for note in found.notes:
-        print(f"Note: {note}")
+        print(f"Note: {printable(note)}")
     return found.problems

@@ -57,10 +57,10 @@ def processor() -> str:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Refuse to make ``what``, of ``needed`` bytes, where the machine has fewer: the system would kill the process.
+    """Refuse what the system would kill the process for.
 
     Raises:
-        UserError: then.
+        UserError: if ``what``, of ``needed`` bytes, is larger than the memory of this machine.
     """
     total = psutil.virtual_memory().total
     if needed > total:

@@ -8,9 +8,9 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """The process of a command was asked to end, by Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM has asked the process of a command to end."""
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters, which a file's name may hold, escaped: they would command the terminal."""
+    """``text`` with its control characters escaped. A file's name may hold some, and a terminal would obey them."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -90,7 +91,7 @@ def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, device: st
     if config.out is None and (evaluation.is_symlink() or (evaluation / config.split).is_symlink()):
         raise UserError(f"{evaluation}: expected no link, got one; remove it, or say by --out where to write.")
     if config.plots:
-        import matplotlib.font_manager  # noqa: F401 - it may find no folder for its cache
+        import matplotlib.font_manager  # noqa: F401 - it fails where it finds no folder for its cache
 
 
 def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) -> dict[str, Any]:
@@ -259,19 +260,19 @@ def _label(video: data.Video, target: str) -> np.ndarray:
 
 
 def _old_plots(out: Path, videos: Sequence[data.Video]) -> list[Path]:
-    """What an earlier evaluation has drawn, by its metrics.json; UserError if something else would be replaced."""
-    there = {path.name for path in out.iterdir()}
-    drawn, foreign = set(), _plots(video.name for video in videos) & there
-    if METRICS in there:
+    """Plots of an earlier evaluation, as its metrics.json says; UserError if this one would replace others."""
+    ours: set[str] = set()
+    if (out / METRICS).is_file():
         before = files.read_json(out / METRICS)
-        known = isinstance(before, dict) and isinstance(before.get("videos"), dict)
-        drawn = _plots(before["videos"]) & there if known else set()
-        foreign = foreign - drawn if known else {METRICS}
-    for name in sorted(foreign | {name for name in drawn | ({METRICS} & there) if (out / name).is_dir()}):
-        raise UserError(f"--out: {out / name} is not of an evaluation, and would be replaced; choose another folder.")
-    return [out / name for name in sorted(drawn)]
+        if isinstance(before, dict) and isinstance(before.get("videos"), dict):
+            ours = {METRICS, *_plots(before["videos"])}
+    for name in sorted({METRICS, *_plots(video.name for video in videos)}):
+        path = out / name
+        if os.path.lexists(path) and (name not in ours or path.is_dir()):
+            raise UserError(f"--out: {path} is not of an evaluation, and would be replaced; choose another folder.")
+    return [path for path in out.iterdir() if path.name in ours - {METRICS} and not path.is_dir()]
 
 
 def _plots(videos: Iterable[str]) -> set[str]:
-    """Names of all that an evaluation of these videos may draw."""
+    """The names of all plots that an evaluation of these videos may draw."""
     return {SCATTER, GATES, *map(VIDEO.format, videos)}

@@ -33,7 +33,7 @@ def is_partial(path: Path) -> bool:
 
 
 def _partial(path: Path) -> Path:
-    """Beside ``path``, at random: what somebody else has prepared or left there is not in the way."""
+    """A random name beside ``path``, so that nothing prepared or left there is in the way."""
     return path.with_name(f".grjca-{secrets.token_hex(8)}.partial")
 
 
@@ -41,16 +41,16 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Let ``fill`` write a new file beside ``path``, then put it in its place in one step. A link there is replaced."""
     partial = _partial(path)
     try:
-        with open(partial, "xb") as file:  # x: never through a link
+        with open(partial, "xb") as file:  # x refuses what exists, and so never follows a link
             fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # of a full disk, the system says no name
+        error.filename, error.filename2 = str(path), None  # the system does not name the file when a disk is full
         raise
     finally:
-        partial.unlink(missing_ok=True)  # gone already unless something failed
+        partial.unlink(missing_ok=True)  # it is gone already unless something failed
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,13 +83,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # Windows renames onto nothing, not even an empty folder
         os.replace(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already unless something failed
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone already unless something failed
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete files that a killed process has left half-written in ``folder``, if there is one.
+    """Delete the files that a killed process has left half-written in ``folder``, which need not exist.
 
-    The caller holds its lock: nobody else writes there. Folders are stepped over, for those may still be written to.
+    The caller holds the lock of the folder, so that nobody else writes files there. Folders are left alone, because
+    ``predict`` may be filling one, and holds no lock.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_partial(path) and (path.is_symlink() or not path.is_dir()):
@@ -97,10 +98,10 @@ def remove_partial(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder``, and those it is in, and see that files can be written there.
+    """Make ``folder`` and its parents, and write a file there, for a trial.
 
     Raises:
-        UserError: if not.
+        UserError: if the system refuses either.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse what :func:`whole_folder` cannot put in its place; UserError says why."""
+    """Raise UserError if :func:`whole_folder` could not put a folder in this place."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out: {folder} exists already; choose another, or delete it.")
     if os.path.ismount(folder):
@@ -127,21 +128,21 @@ LOCK = ".lock"
 
 
 def lock(folder: Path) -> FileLock:
-    """What the one process holds that writes to ``folder``; the system frees it when that process ends, however."""
+    """The lock that the one process holds that writes to ``folder``. The system frees it when the process ends."""
     return FileLock(folder / LOCK, timeout=0)
 
 
-def take(lock: FileLock, doing: str) -> None:
+def take(held: FileLock, doing: str) -> None:
     """Acquire a :func:`lock`, and delete what its last holder may have left half-written.
 
     Raises:
-        UserError: if another process holds it, which ``doing`` says: "trains".
+        UserError: if another process holds it. ``doing`` says what such a process does, as "trains".
     """
-    folder = Path(lock.lock_file).parent
-    if os.path.islink(lock.lock_file):
-        raise UserError(f"{lock.lock_file}: expected no link, got one; remove it.")
+    folder = Path(held.lock_file).parent
+    if os.path.islink(held.lock_file):
+        raise UserError(f"{held.lock_file}: expected no link, got one; remove it.")
     try:
-        lock.acquire()
+        held.acquire()
     except Timeout as error:
         raise UserError(f"{folder}: another process {doing} there; wait for it, or choose another --out.") from error
     remove_partial(folder)
@@ -149,38 +150,45 @@ def take(lock: FileLock, doing: str) -> None:
 
 @contextmanager
 def alone(folder: Path, doing: str) -> Iterator[None]:
-    """A ``with`` block in which no other process writes to ``folder``; see :func:`take`."""
-    of_folder = lock(folder)
-    take(of_folder, doing)
+    """Hold the :func:`lock` of ``folder`` within a ``with`` block; see :func:`take`."""
+    held = lock(folder)
+    take(held, doing)
     try:
         yield
     finally:
-        of_folder.release()
+        held.release()
 
 
 # ---- reading
 
 
-def read_bytes(path: Path, most: int = MOST) -> bytes:
-    """What is in a file of at most ``most`` bytes.
+def read_start(path: Path, count: int) -> bytes:
+    """The first ``count`` bytes of a file.
 
     Raises:
-        UserError: for a larger one, and for what is no file, as a pipe or a device, that might never end.
+        UserError: for a pipe, a socket or a device, which might never end.
         OSError: if it cannot be read.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would wait for a writer
-    descriptor = os.open(path, flags)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: expected a regular file, got a folder, a pipe, a socket or a device.")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        content = file.read(most + 1) or b""  # None of what has nothing to say, as some in /proc
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # without it, opening a pipe waits for a writer
+
+    with open(path, "rb", opener=at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: expected a regular file, got a pipe, a socket or a device.")
+        return file.read(count) or b""  # some files in /proc have nothing to say yet, and give None
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    """The content of a file of at most ``most`` bytes.
+
+    Raises:
+        UserError: for a larger one, and as :func:`read_start`.
+        OSError: if it cannot be read.
+    """
+    content = read_start(path, most + 1)
     if len(content) > most:
-        raise UserError(f"{path}: expected a file of at most {most} bytes, got {found.st_size}.")
+        raise UserError(f"{path}: expected a file of at most {most} bytes, got a larger one.")
     return content
 
 
@@ -195,7 +203,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(path: Path, text: str | bytes) -> Any:
-    """What ``text``, of the file ``path``, says in JSON; UserError if nothing."""
+    """The value that ``text`` writes in JSON; UserError, with ``path``, where it is no JSON or not finite."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}")

@@ -67,7 +67,7 @@ def _has_gpu() -> bool:
 
 
 def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
-    """Batches of windows, read by ``workers`` other processes if there are any; UserError if memory cannot hold one."""
+    """Batches of windows, read by ``workers`` other processes if there are any; UserError if one exceeds the memory."""
     count = min(batch_size, len(dataset))
     environment.check_memory(count * dataset.item_bytes, f"a batch of {count} windows of {dataset.size} frames")
     how: dict[str, Any] = {"multiprocessing_context": Context(), "persistent_workers": True} if workers else {}
@@ -76,7 +76,7 @@ def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampl
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """A ``with`` block in which what fails in another process of a :func:`loader` is said in a sentence, as here."""
+    """Turn the errors of a loader's other processes, which come with a traceback in their text, into one sentence."""
     try:
         yield
     except (UserError, RuntimeError) as error:

@@ -19,7 +19,7 @@ from grjca.errors import UserError
 from grjca_kernels import GatedRJCAFused
 
 LONGEST_REACH = 100_000
-"""Frames, nearly an hour: that many zeros stand before every window."""
+"""Frames that an encoder may look back, nearly an hour; as many zeros are put before every window."""
 
 
 class TemporalConvNet(nn.Module):

@@ -1,5 +1,8 @@
-"""Processes that work for this one. They begin anew, for a fork of a process in which threads run (of gloo, say) can
-hang; and they leave Ctrl-C, which reaches all processes of a terminal, to the one that began them."""
+"""Worker processes, for DataLoader and multiprocessing.Pool.
+
+They are spawned, because a fork of a process in which threads run (of gloo, say) can hang. They ignore Ctrl-C, which
+reaches all processes of a terminal: the process that began them answers it.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,25 @@ class _Process(SpawnProcess):
     def start(self) -> None:
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().start()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which a new process inherits
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits the mask
         try:
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self) -> None:
-        threading.excepthook = _unless_left
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.excepthook = _excepthook
         super().run()
 
 
-def _unless_left(arguments: threading.ExceptHookArgs) -> None:
-    """Of a thread that hands over what nobody takes any more, nothing is said."""
+def _excepthook(arguments: threading.ExceptHookArgs) -> None:
+    """Print a thread's exception, unless the thread was handing a tensor to a process that has ended."""
     if not issubclass(arguments.exc_type, ConnectionError | EOFError):
         threading.__excepthook__(arguments)
 
 
 class Context(SpawnContext):
-    """For DataLoader and multiprocessing.Pool."""
+    """What DataLoader takes as ``multiprocessing_context``, and whose ``Pool`` is that of multiprocessing."""
 
     Process = _Process

@@ -9,17 +9,15 @@
     .lock               held by the process that trains there
 
 ``state.json`` is what counts: an epoch is done once it says so. It is replaced last, in one step; before that, a killed
-process has changed nothing that the next one would not write again. It carries a digest of itself.
+process has changed nothing that the next one would not write again.
 
-Nothing is written to, or deleted from, what is reached through a link in the folder, nor is anything deleted there
-under a name that a run does not give.
+A training writes and deletes nothing outside the folder, wherever links in it lead, and deletes only files with names
+that it gives itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,7 +94,7 @@ def check(config: TrainConfig, resume: bool) -> None:
 
 
 def _check_inner(folder: Path) -> None:
-    """Refuse what would have files of a run written or deleted elsewhere."""
+    """Refuse links, by which a training would write and delete elsewhere, and folders where it will put files."""
     for name in (CHECKPOINT, PREDICTIONS, TENSORBOARD):
         path = folder / name
         if path.is_symlink():
@@ -149,8 +147,7 @@ def save(
     checkpoint.mkdir(exist_ok=True)
     name = _tensors(state.epoch)
     tensor_files.write(checkpoint / name, tensors, {"epoch": state.epoch})
-    content = dataclasses.asdict(state)
-    files.write_json(checkpoint / STATE, content | {"sha256": _digest(content)})
+    files.write_json(checkpoint / STATE, dataclasses.asdict(state))
     _after_commit(folder, state)
 
 
@@ -186,25 +183,21 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
     return state, groups
 
 
-def _digest(content: dict[str, Any]) -> str:
-    """What tells a state that was edited, or cut, from one that was written."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def _state(content: Any) -> State:
-    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
-        raise ValueError("it is not as a training has written it")
+    """The state that :func:`save` has written as ``content``; an exception of some kind if it has not."""
     state = State(**content)
-    numbers = [state.best_ccc, *(state.plateau.values())]
-    whole = all(type(n) is int for n in (state.epoch, state.best_epoch)) and 0 <= state.best_epoch < state.epoch
-    if not whole or not all(type(n) in (int, float) for n in numbers) or len(state.history) != state.epoch:
-        raise ValueError("its numbers are not those of a training")
-    for i, record in enumerate(state.history):
-        values = [value for value in record.values() if value is not None]
-        if record["epoch"] != i + 1 or not all(type(value) in (int, float) for value in values):
-            raise ValueError(f"its line of epoch {i + 1} is not")
-    if not isinstance(state.environment["data"], str):
-        raise TypeError("its environment is not")
+    numbers = [state.epoch, state.best_epoch, state.best_ccc, *state.plateau.values()]
+    numbers += [value for record in state.history for value in record.values() if value is not None]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("something else stands where a number should")
+    if not 0 <= state.best_epoch < state.epoch or len(state.history) != state.epoch:
+        raise ValueError(
+            f"it is of {state.epoch} epochs, with {len(state.history)} lines and {state.best_epoch} as best"
+        )
+    if any(record["epoch"] != i for i, record in enumerate(state.history, start=1)):
+        raise ValueError("a line of an epoch is missing")
+    if type(state.environment["data"]) is not str:
+        raise TypeError("it does not say which data it is of")
     return state
 
 
@@ -261,7 +254,7 @@ def new_model(config: TrainConfig, *, backend: Backend | None = None) -> AudioVi
     try:
         with torch.device("meta"):  # sizes alone
             weights = make().state_dict()
-    except (RuntimeError, TypeError, OverflowError) as error:  # of PyTorch, by how much too large they are
+    except (RuntimeError, TypeError, OverflowError) as error:  # which one PyTorch raises depends on the size
         reason = str(error).partition("\n")[0]
         raise UserError(f"model: expected sizes that a tensor can have, got larger ones ({reason}).") from error
     largest = max(weights, key=lambda name: weights[name].nbytes)
@@ -300,7 +293,7 @@ def curves(folder: Path, history: list[dict[str, Any]]) -> Any:
     """A TensorBoard writer that holds ``history`` and nothing else; :func:`add_to_curves` adds an epoch."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for old in (folder / TENSORBOARD).glob(_CURVES):  # a killed process may have left half of one there
+    for old in (folder / TENSORBOARD).glob(_CURVES):  # a killed process may have left half a record
         old.unlink()
     writer = SummaryWriter(str(folder / TENSORBOARD))
     for record in history:

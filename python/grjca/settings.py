@@ -17,24 +17,21 @@ from grjca.errors import UserError, printable
 Config = TypeVar("Config")
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,
-    import_path_denylist=["*"],  # or a value that names a module would have it imported, and so run
+    import_path_denylist=["*"],  # without it, jsonargparse imports, and so runs, a module that a value names
 )
 
-
 MOST, DEEPEST, LONGEST = 1 << 20, 20, 4096
-"""Bytes of a file of settings, lists within lists in it, and characters of a value: paths are no longer."""
-TABLES = ("model",)
-"""Settings that are settings themselves. The command line takes a file of them as well."""
+"""Limits of a file of settings: its bytes, its lists within lists, and the characters of a value, as of a path."""
 
 
 class _Careful(ArgumentParser):
-    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Namespace:
-        """Refuse a file that would take for ever to read, or all memory, before it is parsed."""
+    def parse_path(self, path: Any, *_: Any, **options: Any) -> Namespace:
+        """Parse a file that :func:`read_yaml` accepts."""
         try:
-            check_yaml(Path(path))
+            text = read_yaml(Path(path))
         except (UserError, OSError) as error:
-            raise TypeError(str(error)) from error  # what jsonargparse expects here
-        return super().parse_path(path, *arguments, **options)
+            raise TypeError(str(error)) from error  # jsonargparse expects this one
+        return self.parse_string(text, **options)
 
 
 class Parser(_Careful):
@@ -61,32 +58,29 @@ def parser(kind: type, **options: Any) -> Parser:
     return result
 
 
-def with_tables(words: list[str]) -> list[str]:
-    """A command line with ``--model FILE`` replaced by what that file holds.
+def with_model(words: list[str]) -> list[str]:
+    """The command line ``words``, with ``--model FILE`` replaced by what that file holds.
 
     Raises:
         UserError: if that is no file of settings.
     """
     result: list[str] = []
     for word in words:
-        name, equals, value = word.partition("=")
-        if result and result[-1] in [f"--{table}" for table in TABLES]:
-            result.append(_table(result[-1], word))
-        elif equals and name in [f"--{table}" for table in TABLES]:
-            result.append(f"{name}={_table(name, value)}")
+        option, equals, value = word.partition("=")
+        if option == "--model" and equals:
+            result.append(f"{option}={_model(value)}")
         else:
-            result.append(word)
+            result.append(_model(word) if result[-1:] == ["--model"] else word)
     return result
 
 
-def _table(option: str, value: str) -> str:
+def _model(value: str) -> str:
     if value.lstrip().startswith("{"):
         return value
     try:
-        check_yaml(Path(value))
-        return Path(value).read_text("utf-8")
+        return read_yaml(Path(value))
     except OSError as error:
-        raise UserError(f"{option}: expected a file of settings, got {value} ({error.strerror}).") from error
+        raise UserError(f"--model: expected a file of settings, got {value} ({error.strerror}).") from error
 
 
 def build(kind: type[Config], options: ArgumentParser, namespace: Namespace) -> Config:
@@ -96,12 +90,12 @@ def build(kind: type[Config], options: ArgumentParser, namespace: Namespace) -> 
     return kind(**values)
 
 
-def check_yaml(path: Path) -> None:
-    """Refuse a file of settings that is too large or too deep, or repeats parts of itself, of which a few lines can
-    become a thousand million, or names other files.
+def read_yaml(path: Path) -> str:
+    """The text of a file of settings.
 
     Raises:
-        UserError: then, and for what is no text in YAML.
+        UserError: if it is not YAML; if it is too large or nested too deeply; if it has tags, or aliases, by which ten
+            lines can become gigabytes; if it names another file of settings.
         OSError: if it cannot be read.
     """
     depth, loader = 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -109,19 +103,21 @@ def check_yaml(path: Path) -> None:
         text = files.read_bytes(path, MOST).decode()
         for event in yaml.parse(text, Loader=loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.ScalarEvent) and (event.tag or len(event.value) > LONGEST):
-                raise UserError(f"{path}: expected values without tags, of at most {LONGEST} characters, got others.")
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-                got = f"an alias, *{event.anchor}" if isinstance(event, yaml.AliasEvent) else "more"
-                raise UserError(f"{path}: expected settings without aliases and at most {DEEPEST} levels, got {got}.")
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+                raise UserError(f"{path}: expected settings without aliases and tags, got some.")
+            if depth > DEEPEST or len(getattr(event, "value", "")) > LONGEST:
+                raise UserError(
+                    f"{path}: expected {DEEPEST} levels and {LONGEST} characters a value at most, got more."
+                )
         node = yaml.compose(text, Loader=loader)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: expected names of settings and their values, got something else.")
         for key, value in node.value:
-            if key.value == "config" or (key.value in TABLES and not isinstance(value, yaml.MappingNode)):
+            if key.value == "config" or (key.value == "model" and not isinstance(value, yaml.MappingNode)):
                 raise UserError(f"{path}: {key.value}: expected settings, got the name of a file or something else.")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected settings in YAML, got something else ({error}).") from error
+    return text
 
 
 def to_yaml(config: Any) -> str:

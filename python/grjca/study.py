@@ -115,21 +115,21 @@ def study(config: StudyConfig) -> int:
     files.make_folder(config.out)
     with files.alone(config.out, "studies"):
         files.write_text(config.out / PRESET, _settings(chosen))
-        results = list(_results(config, chosen, cells))
-    rows = sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"])))
-    about = {
-        "preset": config.preset,
-        **environment.versions(),
-        "commit": environment.commit(),
-        "processor": environment.processor(),
-    }
-    files.write_json_lines(config.out / "results.jsonl", [about, *rows])
-    print(study_report.write(config.out, about, rows))
+        results = _results(config, chosen, cells)
+        rows = sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"])))
+        about = {
+            "preset": config.preset,
+            **environment.versions(),
+            "commit": environment.commit(),
+            "processor": environment.processor(),
+        }
+        files.write_json_lines(config.out / "results.jsonl", [about, *rows])
+        print(study_report.write(config.out, about, rows))
     return 0
 
 
 def _settings(chosen: Preset) -> str:
-    """What preset.json holds."""
+    """The text of preset.json."""
     settings = asdict(chosen)
     del settings["training"]["data"], settings["training"]["out"]  # the folder may move
     return json.dumps(settings, default=str, indent=2)
@@ -152,7 +152,7 @@ def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator
     """Of every cell, as they come."""
     for cell in tqdm(cells, "writing data", leave=False, disable=None):
         _write_data(config.out, chosen, cell)
-    # At its end, and so at Ctrl-C, the workers are killed.
+    # The pool kills its processes at the end of the block, and so after Ctrl-C.
     with Context().Pool(config.jobs, torch.set_num_threads, [1]) as pool:
         results = pool.imap_unordered(partial(run_cell, config.out, chosen), cells)
         yield from tqdm(results, "training", len(cells), leave=False, disable=None)

@@ -15,7 +15,7 @@ from grjca import files
 from grjca.errors import UserError
 
 ABOUT = "grjca"
-"""Metadata entry of a file."""
+"""The one entry of a file's metadata."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -38,10 +38,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What :func:`write` has noted; nothing if the file is of another origin.
+    """What :func:`write` has noted, or an empty dict for a file that something else has written.
 
     Raises:
-        UserError: if what is noted is nothing that it would note.
+        UserError: if the note is not a JSON object.
     """
     with safe_open(path, "pt") as file:
         about = files.parse_json(path, (file.metadata() or {}).get(ABOUT, "{}"))

@@ -141,17 +141,19 @@ class _Training:
             self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
             try:
                 self._restore_schedule(state, _nested(tensors["optimizer"]))
-            except Exception as error:  # of PyTorch, for what it has not written
+            except Exception as error:  # PyTorch raises all kinds for what it has not written
                 where = self.config.out / runs.CHECKPOINT / runs.STATE
                 raise UserError(f"{where}: the checkpoint is damaged ({error}); choose another --out.") from error
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
 
     def _restore_schedule(self, state: runs.State, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Load optimiser, plateau and scaler; an exception of some kind if they are not of this training."""
         ours = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(state.optimizer, ours, strict=True):
             same = {name: value for name, value in before.items() if name not in ("lr", "betas")}
-            if {name: group[name] for name in same} != same or type(group["lr"]) is not float:
+            rate = group["lr"]
+            if {name: group[name] for name in same} != same or not 0 <= rate <= self.config.learning_rate:
                 raise ValueError("its optimiser is another one")
             group["betas"] = before["betas"]
         if state.plateau.keys() != (set(PLATEAU_STATE) if self.config.plateau else set()):

@@ -97,10 +97,10 @@ def composed(name: str) -> str:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a video of which predictions cannot be written: neither a file of its name nor a line of the challenge.
+    """Refuse a name that cannot stand in the name of a file, or in a line of the challenge file.
 
     Raises:
-        UserError: with ``path``, where its labels or features are.
+        UserError: naming the folder of ``path``, where the labels or features of the video are.
     """
     odd = [c for c in name if c in ',"\\' or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
     got = ""

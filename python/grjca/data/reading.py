@@ -50,10 +50,10 @@ def annotation(path: Path) -> np.ndarray:
 def looks_annotated(path: Path) -> bool:
     """Whether a text begins as an annotation does, and not as a file for the challenge."""
     try:
-        text = files.read_bytes(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, UserError):
+        line = files.read_start(path, 100).decode("utf-8-sig", errors="replace").partition("\n")[0]
+    except (OSError, UserError):
         return False
-    columns = {cell.strip() for cell in text[:100].partition("\n")[0].lower().split(",")}
+    columns = {cell.strip() for cell in line.lower().split(",")}
     return {*HEADER.split(",")} <= columns and "image_location" not in columns
 
 

@@ -20,6 +20,7 @@ MEND = 5
 """Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
 
 MOST_FRAMES = 1_000_000
+"""Of a video: nine hours at 30 frames a second. A file that takes no room on disk may claim any number."""
 
 DEPTH = 3
 """Folders within folders in which labels are searched for that stand in the wrong place."""
@@ -182,10 +183,10 @@ def _attempt(errors: list[UserError], read: Callable[P, T], *args: P.args, **kwa
 
 
 def _checked_length(path: Path, width: int, kind: str, length: int | None) -> int:
-    """Frames of a file; those of one that is too long for ``length`` are not looked at."""
+    """The number of frames of a file. Where it does not fit ``length``, so that the file is refused, none is read."""
     array = reading.features(path, width, kind)
     if len(array) > MOST_FRAMES:
-        raise UserError(f"{path} holds {len(array)} frames; expected at most {MOST_FRAMES}, nine hours.")
+        raise UserError(f"{path} holds {len(array)} frames; expected at most {MOST_FRAMES}.")
     if length is None or abs(len(array) - length) <= MEND:
         reading.check_finite(array, path)
     return len(array)

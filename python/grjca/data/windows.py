@@ -57,7 +57,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def item_bytes(self) -> int:
-        """Of a window, in memory."""
+        """Bytes that a window takes in memory."""
         widths = self.videos[0].widths if self.videos else ()
         return self.size * (4 * (sum(widths) + 1) + 1)  # float32 features and labels, and the mask
 
