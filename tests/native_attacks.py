@@ -1,6 +1,6 @@
-"""Calls that must not reach memory that is not theirs. A process of its own, because one that does may crash it.
+"""A program of calls that ask native code for memory which is not theirs. It is a process of its own, as it may crash.
 
-It prints the name of each attack before it begins, and ends with 1 at the first that is not refused in a sentence.
+It prints the name of each attack before it makes it, and ends with 1 at the first that is not refused in a sentence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grjca_kernels.problem import flatten
 
 B, L, WIDTHS = 3, 40, (24, 16)
 LARGE = 1 << 24
-"""Bytes and elements, so many that whoever reads them leaves the heap."""
+"""A number of elements so large that whoever reads them leaves the heap."""
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 Attack = Callable[[], object]
 
@@ -37,7 +37,7 @@ def free(tensor: Tensor) -> None:
 
 
 def freed() -> Iterator[tuple[str, Attack]]:
-    """Each feature and parameter, before the forward or between it and the backward; and what else is read."""
+    """Free each feature and parameter before the forward, or before the backward, and free what else is read."""
     count = len(WIDTHS) + len(list(module().parameters()))
     for index, between in itertools.product(range(count), (False, True)):
 
@@ -88,7 +88,7 @@ def freed() -> Iterator[tuple[str, Attack]]:
 
 
 def arguments() -> dict[str, Any]:
-    """Of grjca::backward, as a forward leaves them, by name."""
+    """The arguments of grjca::backward by name, as a forward leaves them."""
     given: dict[str, Any] = {
         "features": [x.detach() for x in features()],
         "parameters": [x.detach() for x in flatten(*module().parameters_by_role())],
@@ -135,9 +135,9 @@ BENT: dict[str, Callable[[Tensor], Any]] = {
 
 
 def bent() -> Iterator[tuple[str, Attack]]:
-    """Every kind of tensor, in every way in which it may not fit, in both directions."""
+    """Bend each kind of tensor in every way, in both directions."""
     for name, how in itertools.product(["grads", "features", "parameters", "lengths", "seed", "iterates"], BENT):
-        if (name, how) in (("seed", "without an axis"), ("seed", "five axes")):  # one value is one value
+        if (name, how) in (("seed", "without an axis"), ("seed", "five axes")):  # these still hold one value
             continue
         for index in (0, -1) if name in ("grads", "features", "parameters") else (None,):
 
@@ -198,7 +198,7 @@ def misfits() -> Iterator[tuple[str, Attack]]:
 
 
 def accepted() -> Iterator[tuple[str, Attack]]:
-    """Calls beside those that are refused; all must succeed."""
+    """Calls that look like the attacks, and must succeed."""
 
     def racing() -> None:
         """Another thread writes into lengths while kernels read them."""
@@ -218,7 +218,7 @@ def accepted() -> Iterator[tuple[str, Attack]]:
                 try:
                     block(*x, lengths).sum().backward()
                     done += 1
-                except ValueError:  # the values of that moment
+                except ValueError:  # the values were wrong at the moment of the check
                     continue
             assert done
         finally:
