@@ -285,7 +285,7 @@ class TestWrite:
     def test_nothing_is_overwritten(self, folder, tmp_path):
         before = digests(folder)
         for out in (folder, folder / "synthetic.json"):
-            with raises(UserError, match="exists already; give a new or an empty folder"):
+            with raises(UserError, match="exists already; choose another, or delete it"):
                 write(SynthConfig(out=out, **FEW))
         assert digests(folder) == before
         write(SynthConfig(out=tmp_path, **FEW))  # an empty folder

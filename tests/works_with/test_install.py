@@ -153,7 +153,7 @@ def test_portable():
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/proc"):
                     assert path.name == "environment.py", path  # which tries, and goes on without
     code = (
-        "import sys, torch._dynamo\n"
+        "import sys, psutil, torch._dynamo\n"  # these look at sys.platform themselves
         "sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios')))\n"  # importing them fails
         "sys.platform = 'win32'\n"
         "import grjca_kernels, grjca.environment\n"
