@@ -19,10 +19,11 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Tanh:
-    """What primitives.tanh asks of the launch configuration."""
+class Asked:
+    """What tanh and grid_barrier of primitives ask of the launch configuration."""
 
-    approximate_tanh: bool
+    approximate_tanh: bool = False
+    hip: bool = False
 
 
 @triton.jit
@@ -36,10 +37,10 @@ def tanh_kernel(p, repeats, BLOCK: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def barrier_kernel(p_counter, p, count):
+def barrier_kernel(p_counter, p, count, C: tl.constexpr):
     """Every program waits ``count`` times for all others, and then counts itself."""
     for _ in range(count):
-        grid_barrier(p_counter)
+        grid_barrier(p_counter, C)
     tl.atomic_add(p, 1)
 
 
@@ -65,7 +66,7 @@ def tanh_rate(timer: Timer, approximate: bool, device: str = "cuda", programs: i
     multiprocessors = programs or torch.cuda.get_device_properties(0).multi_processor_count
     block, programs = 1024, 8 * multiprocessors
     values = torch.randn(programs * block, device=device)
-    ms = timer(lambda: tanh_kernel[(programs,)](values, repeats, block, Tanh(approximate), num_warps=4))
+    ms = timer(lambda: tanh_kernel[(programs,)](values, repeats, block, Asked(approximate), num_warps=4))
     rate = programs * block * repeats / ms / 1e6
     return {"G/s": rate, "G/s per multiprocessor": rate / multiprocessors, "ms": ms}
 
@@ -76,7 +77,7 @@ def barrier(timer: Timer, device: str = "cuda", programs: int = 0, count: int = 
     counter, arrived = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
 
     def launch(waits: int) -> None:
-        barrier_kernel[(programs,)](counter, arrived, waits, num_warps=4, launch_cooperative_grid=True)
+        barrier_kernel[(programs,)](counter, arrived, waits, Asked(), num_warps=4, launch_cooperative_grid=True)
 
     launch(1)
     if int(arrived) != programs:

@@ -1,7 +1,8 @@
 """Everything that wants a GPU, in one command: ``python -m benchmarks.gpu``.
 
 It checks, times and takes apart the kernels, most valuable first: a process per stage, so that a crash or a hang costs
-no more than its stage, and a line of JSON per row as soon as it is known. Run again, it goes on where it stopped.
+no more than its stage, and a line of JSON per row as soon as it is known. What tests and tools print goes into a log
+beside the rows, as it comes. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-import io
 import os
 import platform
 import re
@@ -18,12 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import cases, ledger
@@ -34,9 +33,13 @@ NO_GPU = "benchmarks.gpu: PyTorch sees no GPU here, and nothing is timed without
 PASSES = {"forward": False, "training": True}
 KERNELS = {"cuda": "cuda", "fused": "triton"}
 """Implementations with kernels of their own, and their backends. "fused" is what rows call the Triton kernels."""
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+LAUNCHES = ("launch by launch", "in one launch")
+"""First without the barrier of the grid, in which kernels may hang, then with it."""
 PROCESS = f"{os.getpid()} since {time.time():.0f}"
 """Times that are compared should be of one process: of one machine, in one state."""
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+TEST_SECONDS = 120  # after which a test counts as hanging
 
 VARIANTS: dict[str, dict[str, int]] = {
     "64 x 64 x 64, two programs of 4 warps": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 3, "programs": 2},
@@ -67,20 +70,8 @@ def _times(rows: list[tuple[str, int, str, str, str]]) -> Plan:
 
 
 def _shape(name: str, batch: int, passes: tuple[str, ...] = tuple(PASSES)) -> Plan:
-    """Ours and eager first: torch.compile takes a minute each time."""
-    plain = (*KERNELS, "eager")
-    groups = ((*plain, *(f"{how}-graph" for how in plain)), ("compiled",))
-    return _times([(name, batch, "bfloat16", how, what) for group in groups for what in passes for how in group])
-
-
-def _precisions() -> Plan:
-    dtypes, kinds = ("float16", "tf32", "float32"), (*KERNELS, "eager")
-    return _times([("abaw", 12, dtype, how, what) for dtype in dtypes for what in PASSES for how in kinds])
-
-
-def _batches() -> Plan:
-    sizes, kinds = (1, 2, 4, 8, 16, 32), (*KERNELS, "eager")
-    return _times([("abaw", batch, "bfloat16", how, what) for batch in sizes for what in PASSES for how in kinds])
+    implementations = [f"{how}{graph}" for graph in ("", "-graph") for how in (*KERNELS, "eager")]
+    return _times([(name, batch, "bfloat16", how, what) for what in passes for how in implementations])
 
 
 def _large() -> Plan:
@@ -123,7 +114,7 @@ def _phases() -> Plan:
 
         return (gpu_parts.cuda_phases if implementation == "cuda" else gpu_parts.phases)(name, batch)
 
-    cells = [(*of, how) for of in (("abaw", 12), ("clip", 64), ("light", 8), ("long", 8)) for how in KERNELS]
+    cells = [(*of, how) for how in KERNELS for of in (("abaw", 12), ("abaw", 64), ("clip", 64), ("clip", 128))]
     return {"{} B={} phases {}".format(*of): functools.partial(row, *of) for of in cells}
 
 
@@ -137,39 +128,54 @@ def _variants() -> Plan:
     return {"{} B={} variant {} {}".format(*of): functools.partial(row, *of) for of in cells}
 
 
-def _sanitizer() -> Plan:
-    cells = [(tool, backend) for backend in KERNELS.values() for tool in SANITIZERS]
-    return {"sanitizer {} {}".format(*of): functools.partial(sanitized, *of) for of in cells}
+def _self_check(backend: str, log: Path, first: int = 60) -> tuple[int, Plan]:
+    """``first``: seconds of the first row, which may compile."""
+    rows = zip(LAUNCHES, (first, 60), strict=True)
+    plan: Plan = {
+        f"self-check {backend} {launches}": functools.partial(self_check, backend, launches, seconds, log)
+        for launches, seconds in rows
+    }
+    return first + 80, plan
 
 
-def _environment() -> Plan:
-    checks = {f"self-check {backend}": functools.partial(self_check, backend) for backend in KERNELS.values()}
-    return {"environment": environment, **checks}
+def _tests(backend: str, marks: str, seconds: int, log: Path) -> tuple[int, Plan]:
+    names = backend if backend == "cuda" else "not cuda"
+    what = f"{'slow tests' if marks == 'gpu and slow' else 'tests'} {backend}"
+    return seconds + 20, {what: functools.partial(tests, marks, names, seconds, log)}
 
 
-def stages() -> dict[str, tuple[int, Plan]]:
-    """Name -> seconds that it may take at most, and its rows.
-
-    Every test of the CUDA C++ kernels comes early: nothing compiles. Those of Triton wait for the times, each of which
-    has a check of its own.
-    """
+def stages(log: Path = Path(os.devnull)) -> dict[str, tuple[int, Plan]]:
+    """Name -> seconds that it may take at most, and its rows. First what a first hour on a GPU must tell."""
+    sanitizer: Plan = {
+        f"sanitizer {tool} {backend}": functools.partial(sanitized, tool, backend, 110, log)
+        for backend in KERNELS.values()
+        for tool in SANITIZERS
+    }
+    compiled = {  # torch.compile takes minutes: one compilation for a stage
+        f"compiled {name} B={batch} {what}": (280, _times([(name, batch, "bfloat16", "compiled", what)]))
+        for name, batch in (("abaw", 12), ("clip", 64), ("long", 8), ("light", 1), ("light", 8))
+        for what in (PASSES if name != "light" else ("forward",))
+    }
+    first = "compiled abaw B=12 forward"
     return {
-        "environment": (230, _environment()),
-        "tests cuda": (190, {"tests cuda": functools.partial(tests, "gpu", "cuda", 180)}),
-        "abaw": (270, _shape("abaw", 12)),
+        "installed": (60, {"environment": environment, **_installed()}),
+        "self-check cuda": _self_check("cuda", log),
+        "self-check triton": _self_check("triton", log, first=220),
+        "phases": (150, _phases()),
+        "abaw": (200, _shape("abaw", 12)),
+        "clip": (200, _shape("clip", 64)),
+        first: compiled.pop(first),
+        "sanitizer": (460, sanitizer),
+        "tests cuda": _tests("cuda", "gpu", 240, log),
+        "tests triton": _tests("triton", "gpu and not slow", 400, log),
         "large": (90, _large()),
         "ceilings": (90, _ceilings()),
-        "clip": (270, _shape("clip", 64)),
         "memory": (60, _memory()),
-        "tests triton": (240, {"tests triton": functools.partial(tests, "gpu and not slow", "not cuda", 230)}),
-        "light": (240, {**_shape("light", 1, ("forward",)), **_shape("light", 8, ("forward",))}),
-        "long": (240, _shape("long", 8)),
-        "phases": (120, _phases()),
-        "sanitizer": (520, _sanitizer()),
-        "precisions": (240, _precisions()),
-        "batches": (180, _batches()),
+        "light": (200, {**_shape("light", 1, ("forward",)), **_shape("light", 8, ("forward",))}),
+        "long": (200, _shape("long", 8)),
+        **compiled,
         "variants": (400, _variants()),
-        "slow tests": (560, {"slow tests": functools.partial(tests, "gpu and slow", "not cuda", 550)}),
+        "slow tests triton": _tests("triton", "gpu and slow", 500, log),
     }
 
 
@@ -190,58 +196,84 @@ def environment() -> Row:
     return {"kind": "environment", **known, "nvidia-smi": query("name,driver_version,pstate," + CLOCKS)}
 
 
-def self_check(backend: str) -> Row:
-    """grjca_kernels.self_check, which prints what it finds."""
-    code = f"import grjca_kernels; print(grjca_kernels.self_check({backend!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
-    return {"kind": "self-check", "backend": backend, "says": done.stdout.strip().splitlines()}
+def _installed() -> Plan:
+    """An install without a compiler succeeds without kernels: then there is nothing to measure."""
+
+    def row(backend: str) -> Row:
+        import grjca_kernels
+
+        reason = grjca_kernels.backends()[backend]
+        if reason is not None:
+            raise RuntimeError(f"the {backend} backend cannot run here, and nothing of it would be measured: {reason}")
+        return {"kind": "installed", "backend": backend}
+
+    return {f"installed {backend}": functools.partial(row, backend) for backend in KERNELS.values()}
 
 
-def tests(marks: str, names: str, seconds: int) -> Row:
-    """pytest -m -k, in as many processes as can compile at once; a failure is a result, and is named."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", f"--junitxml={report}"]
-        command += ["-m", marks, "-k", names]
-        if importlib.util.find_spec("xdist"):
-            command += ["-n", str(max(1, (os.cpu_count() or 2) * 3 // 4))]
-        if importlib.util.find_spec("pytest_timeout"):
-            command += ["--timeout", str(min(200, seconds))]
-        subprocess.run(command, cwd=ROOT, timeout=seconds)
-        return outcome(report)
+def logged(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int | None, str]:
+    """How a command ended, None if it was killed after ``seconds``, and what the log got from it, as it came."""
+    with log.open("ab+") as file:
+        begin = file.seek(0, os.SEEK_END)
+        given = {"stdout": file, "stderr": subprocess.STDOUT, "env": {**os.environ, **environment}}
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = subprocess.run(command, cwd=ROOT, timeout=seconds, **given).returncode  # type: ignore[call-overload]
+        file.seek(begin)
+        return code, file.read().decode(errors="replace")
 
 
-def outcome(report: Path) -> Row:
-    """Counts of a junit file, and what did not pass."""
-    cases = ElementTree.parse(report).getroot().findall(".//testcase")
-    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    counts = {"passed": len(cases) - len(failed) - skipped, "failed": failed, "skipped": skipped}
-    return {"kind": "tests", **counts}
+def self_check(backend: str, launches: str, seconds: int, log: Path) -> Row:
+    """What does not pass, and why: all precisions at once, a process for each."""
+
+    def one(precision: str) -> str:
+        code = f"from benchmarks import gpu_parts; gpu_parts.self_check({backend!r}, {launches!r}, {precision!r})"
+        _, said = logged([sys.executable, "-c", code], log, seconds)
+        of_it = [line for line in said.splitlines() if line.startswith(f"{precision}: ")]
+        return of_it[-1].removeprefix(f"{precision}: ") if of_it else f"no verdict within {seconds} s"
+
+    with ThreadPoolExecutor(len(PRECISIONS)) as threads:
+        said = dict(zip(PRECISIONS, threads.map(one, PRECISIONS), strict=True))
+    failed = {precision: verdict for precision, verdict in said.items() if verdict != "passed"}
+    return {"kind": "self-check", "backend": backend, "launches": launches, "failed": failed}
 
 
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+def tests(marks: str, names: str, seconds: float, log: Path, file: str = "tests/test_gpu.py") -> Row:
+    """pytest -m -k, in as many processes as can compile at once; a failure is a result, and is named.
+
+    A test that hangs ends its process, and another goes on with the rest. What is cut off counts as far as it came.
+    """
+    command = [sys.executable, "-m", "pytest", file, "-v", "-m", marks, "-k", names, "--max-worker-restart", "1000"]
+    command += ["-n", str(max(1, (os.cpu_count() or 2) * 3 // 4))]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", str(TEST_SECONDS), "--timeout-method=thread"]
+    code, said = logged(command, log, seconds)
+    finished = {} if code in (0, 1) else {"error": f"cut off after {seconds} s" if code is None else f"exit {code}"}
+    return {"kind": "tests", **outcome(said), **finished}
+
+
+def outcome(said: str) -> Row:
+    """Counts of what pytest -v -n said of each test, and what did not pass."""
+    found = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (.*?) *$", said, re.MULTILINE)
+    of = {name: verdict for verdict, name in found}
+    failed = [name.rpartition("::")[2] for name, verdict in of.items() if verdict in ("FAILED", "ERROR")]
+    count = [*of.values()].count
+    return {"passed": count("PASSED"), "failed": failed, "skipped": count("SKIPPED")}
+
+
+SANITIZERS = ("memcheck", "racecheck")
 NAMES = {"cuda": "grjca", "triton": "ward_kernel"}  # parts of the names of our kernels, and of no others
 
 
-def sanitized(tool: str, backend: str) -> Row:
-    """compute-sanitizer over a short run of all paths of our kernels; initcheck must see what PyTorch's write, too."""
+def sanitized(tool: str, backend: str, seconds: int, log: Path) -> Row:
+    """compute-sanitizer over a short run of all paths of our kernels."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise RuntimeError("compute-sanitizer is not installed")
-    command = [program, "--tool", tool, "--error-exitcode", "99"]
-    if tool != "initcheck":
-        command += ["--kernel-name", f"kns={NAMES[backend]}"]
-    code = f"from benchmarks import gpu; from benchmarks.gpu_parts import exercise; exercise({backend!r})"
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        [*command, sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    says = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-12:]
-    of = {"kind": "sanitizer", "tool": tool, "backend": backend}
-    return {**of, "clean": done.returncode == 0, "exit": done.returncode, "says": says}
+    command = [program, "--tool", tool, "--error-exitcode", "99", "--kernel-name", f"kns={NAMES[backend]}"]
+    command += [sys.executable, "-c", f"from benchmarks.gpu_parts import exercise; exercise({backend!r})"]
+    code, said = logged(command, log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    says = [line for line in said.splitlines() if line.strip()][-12:]
+    return {"kind": "sanitizer", "tool": tool, "backend": backend, "clean": code == 0, "exit": code, "says": says}
 
 
 def query(fields: str) -> dict[str, str]:
@@ -301,29 +333,33 @@ def brief(figures: Row) -> str:
     return ", ".join(f"{key} {figures[key]}" for key in shown if key in figures) or "noted"
 
 
-def run_all(chosen: dict[str, tuple[int, Plan]], out: Path, commit: str, seconds: float) -> None:
-    """A process per stage, as far as the time goes."""
+def run_all(chosen: dict[str, tuple[int, Plan]], out: Path, commit: str, seconds: float) -> bool:
+    """A process per stage, as far as the time goes; whether all that was to be measured is installed."""
     end = time.monotonic() + seconds
     for name, (most, plan) in chosen.items():
-        left = end - time.monotonic()
-        if left < 20:
-            print(f"out of time before {name}; run the same command again to go on", flush=True)
-            return
         if set(plan) <= ledger.done(ledger.read(out), ledger.source()):
+            continue
+        if end - time.monotonic() < most:
+            print(f"no time for {name}; run the same command again to go on", flush=True)
             continue
         print(f"---- {name}", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--out", str(out), "--commit", commit]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        try:
-            code = process.wait(min(most, left))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            code = -9
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(most)
+        with contextlib.suppress(ProcessLookupError):  # nothing that a stage has started outlives it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         if code not in (0, 1):
-            failure = {"row": f"stage {name}", "stage": name, "error": f"ended with {code}", "commit": commit}
+            error = f"ended with {code}" if code is not None else f"did not end within {most} s"
+            failure = {"row": f"stage {name}", "stage": name, "error": error, "commit": commit}
             ledger.append(out, {**failure, "source": ledger.source()})
-            print(f"{name}: ended with {code}", flush=True)
+            print(f"{name}: {error}", flush=True)
+        if name == "installed" and code != 0:
+            print("Not all that was to be measured is installed: see above. --only goes on with chosen stages.")
+            return False
+    return True
 
 
 def end_with(parent: int) -> None:
@@ -334,39 +370,35 @@ def end_with(parent: int) -> None:
 
 
 def dry_run(chosen: dict[str, tuple[int, Plan]], out: Path) -> int:
-    """What would be measured; rows without figures go through a file of their own, as the real ones do."""
-    source = ledger.source()
-    known = ledger.done(ledger.read(out), source)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.jsonl")
-        for name, (most, plan) in chosen.items():
-            print(f"{name}, at most {most} s")
-            for row in plan:
-                print(f"  {row}{' (known)' if row in known else ''}")
-            empty: Plan = {row: (lambda: {"kind": "dry"}) for row in plan}
-            run = functools.partial(run_stage, name, empty, path, lambda: {"source": source}, dict)
-            with contextlib.redirect_stdout(io.StringIO()):
-                run()
-                run()  # finds all of them known
-        written = ledger.read(path)
-    print(f"{len(written)} rows")
-    print("\n".join(ledger.lines(ledger.verdicts([]))))
-    return 0 if len(written) == sum(len(plan) for _, plan in chosen.values()) else 1
+    """What would be measured."""
+    known = ledger.done(ledger.read(out), ledger.source())
+    for name, (most, plan) in chosen.items():
+        print(f"{name}, at most {most} s", *(f"  {row}{' (known)' if row in known else ''}" for row in plan), sep="\n")
+    print(*ledger.lines(ledger.verdicts([])), sep="\n")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Check and time all on a GPU.")
     parser.add_argument("--minutes", type=float, default=9, help="no stage goes on after that (default: 9)")
-    parser.add_argument("--out", type=Path, help="JSON lines; default: benchmarks/results/<gpu>.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="JSON lines, with a .log beside; default: benchmarks/results/<gpu>.jsonl"
+    )
     parser.add_argument("--commit", help="what the rows say was measured; default: what git says")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"some of: {', '.join(stages())}")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="only show what would be measured")
+    parser.add_argument("--estimate", action="store_true", help="only show what launches should cost, by count")
     given = parser.parse_args(argv)
     unknown = {*(given.only or []), *([given.stage] if given.stage else [])} - set(stages())
     if unknown:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(stages())}")
     chosen = {name: of for name, of in stages().items() if given.only is None or name in given.only}
+    if given.estimate:
+        from benchmarks import estimate
+
+        print("\n".join(estimate.lines()))
+        return 0
     if given.dry_run:
         return dry_run(chosen, given.out or ROOT / "benchmarks" / "results" / "none.jsonl")
 
@@ -376,18 +408,20 @@ def main(argv: list[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     out = (given.out or default_out(torch.cuda.get_device_name(0))).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
     commit = given.commit or str(cases.provenance()["commit"])
     if given.stage:
         if os.getpgrp() == os.getpid():  # as run_all starts it
             threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         described = functools.partial(provenance, commit)
-        return run_stage(given.stage, stages()[given.stage][1], out, described, lambda: query(CLOCKS))
-    run_all(chosen, out, commit, 60 * given.minutes)
+        plan = stages(out.with_suffix(".log"))[given.stage][1]
+        return run_stage(given.stage, plan, out, described, lambda: query(CLOCKS))
+    installed = run_all(chosen, out, commit, 60 * given.minutes)
     table = ledger.verdicts(ledger.current(ledger.read(out)))
     goals = {"row": "goals", "kind": "goals", "goals": table, "commit": commit, "source": ledger.source()}
     ledger.append(out, goals)
     print("\n".join(ledger.lines(table)))
-    return 0
+    return 0 if installed else 1
 
 
 def default_out(device: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -260,26 +259,27 @@ def measure(call: Call, inputs: Sequence[list[Tensor]], repetitions: int = 40) -
 
 
 def timed(name: str, batch: int, of_precision: str, implementation: str, training: bool) -> dict[str, Any]:
-    """A row: checked, then timed."""
+    """A row: checked, then timed.
+
+    What is compiled is compiled once. So of its training step, whose masks are its own, only that it is finite is
+    checked.
+    """
     subject = Subject(replace(SHAPES[name], batch=batch), of_precision)
     with precision(of_precision):
-        check(make(subject, implementation, training, dropout=0.0), subject, training)
-        if implementation in KERNELS and training:
-            check(make(subject, implementation, training), subject, training, DROPOUT)
-        torch.compiler.reset()
-        figures: dict[str, Any] = measure(make(subject, implementation, training), subject.inputs)
-    kind = implementation.removesuffix("-graph")
-    if kind in KERNELS:
-        figures["launches"] = "one for each phase" if launcher(kind)._apart else "one"
+        call = make(subject, implementation, training)
+        if not training:  # nothing is dropped
+            check(call, subject, training)
+        elif implementation == "compiled":
+            if not all(bool(value.isfinite().all()) for value in call(subject.inputs[0])):
+                raise AssertionError("torch.compile: a gradient is not finite")
+        else:
+            check(make(subject, implementation, training, dropout=0.0), subject, training)
+            if implementation in KERNELS:
+                check(call, subject, training, DROPOUT)
+        figures: dict[str, Any] = measure(call, subject.inputs)
     if not training:
         figures |= {"GFLOP": flop(subject.shape) / 1e9, "Gtanh": tanhs(subject.shape) / 1e9}
     return {"kind": "time", **described(name, batch, of_precision, implementation, training), **figures}
-
-
-def launcher(implementation: str) -> Any:
-    """The module that launches the kernels of an implementation."""
-    backend = KERNELS[implementation]
-    return importlib.import_module("grjca_kernels.cuda" if backend == "cuda" else "grjca_kernels.triton.launch")
 
 
 def described(name: str, batch: int, of_precision: str, implementation: str, training: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +16,8 @@ from benchmarks import gpu_block
 from benchmarks.gpu import NAMES, VARIANTS
 from benchmarks.gpu_block import Clock, Subject, described, measure, plain
 from grjca.measure import SHAPES
-from grjca_kernels import GatedRJCAFused, config, cuda
+from grjca_kernels import GatedRJCAFused, config, cuda, verification
+from grjca_kernels.backends import TABLE
 from grjca_kernels.triton import launch
 
 Launched = tuple[Any, launch.Prepared, Any, Any, int]
@@ -38,17 +39,35 @@ def launches(call: Callable[[], object]) -> list[Launched]:
 
 def run_steps(launched: Launched, first: int, last: int) -> None:
     """Steps first <= step < last of a launch."""
-    kernel, (of, *_), arguments, others, batch = launched
-    counter = launch.counter(arguments.iterates.device)
-    options = launch.options(of, together=last - first > 1)
-    kernel[(of.programs,)](arguments, others, batch, first, last, counter, of.constants, **options)
+    launch.run_steps(*launched, first, last)
+
+
+@contextmanager
+def apart(backend: str) -> Iterator[None]:
+    """Every step is a launch of its own, of the same kernel, so that no block waits for another."""
+
+    def run(kernel: Any, prepared: launch.Prepared, arguments: Any, others: Any, batch: int) -> None:
+        for step in range(prepared.launch.steps):
+            run_steps((kernel, prepared, arguments, others, batch), step, step + 1)
+
+    with patch.object(cuda, "together", False) if backend == "cuda" else patch.object(launch, "run", run):
+        yield
+
+
+def self_check(backend: str, launches: str, precision: str) -> None:
+    """Every finding of one precision, and the verdict on a line of its own."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    alone = apart(backend) if launches == "launch by launch" else nullcontext()
+    with gpu_block.precision(precision), alone:
+        verdict = verification.check(TABLE[backend], device, gpu_block.DTYPES[precision], tell=print)
+    print(f"\n{precision}: {verdict.reason or 'passed'}", flush=True)
 
 
 def step_names(of: config.Launch, backward: bool) -> list[str]:
     """What each step of a launch is, in the order of forward_kernel and backward_kernel."""
     constants = of.constants
     return names_of_steps(
-        of.steps, constants.iterations, constants.released, constants.stream, backward, reduced=of.parts > 0
+        of.steps, constants.iterations, constants.released, constants.stream, backward, reduced=of.reduced
     )
 
 
@@ -62,10 +81,10 @@ def names_of_steps(
         phases = ["project", *attend, "output"]
         chunk = ["initial", *(f"{phase} {t + 1}" for t in turns for phase in phases), "gate"]
         return chunk * (steps // len(chunk))
-    phases = ["recompute", *attend, *["output backward"] * released, "attended and weights"]
-    phases += ["correlation backward"] + ["key and joint backward"] * (not streamed) + ["inputs and weights"]
-    chunk = ["initial", "gates backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases)]
-    chunk += ["initial backward"]
+    phases = ["project", *attend, *["output_backward"] * released, "attend_backward"]
+    phases += ["correlate_backward"] + ["key_joint_backward"] * (not streamed) + ["project_backward"]
+    chunk = ["initial", "gates_backward", *(f"{phase} {t + 1}" for t in reversed(turns) for phase in phases)]
+    chunk += ["initial_backward"]
     return chunk * (steps // len(chunk)) + ["reduce"] * reduced
 
 
@@ -102,8 +121,8 @@ def cuda_phases(name: str, batch: int) -> dict[str, Any]:
 
     with patch.object(cuda, "launch_of", noting):
         whole = kernel_times(lambda: call(subject.inputs[0]))
-    with patch.object(cuda, "_apart", {subject.inputs[0][0].device}):
-        apart = kernel_times(lambda: call(subject.inputs[0]))
+    with apart("cuda"):
+        alone = kernel_times(lambda: call(subject.inputs[0]))
     result: dict[str, Any] = {"kind": "phases", "implementation": "cuda", "shape": name, "batch": batch}
     for direction, plan, us in zip(("forward", "backward"), planned[:2], whole, strict=True):
         backward, streamed = direction == "backward", bool(plan["streamed"])
@@ -112,7 +131,7 @@ def cuda_phases(name: str, batch: int) -> dict[str, Any]:
         )
         times: dict[str, float] = {}
         for of_step in names:
-            times[of_step] = round(times.get(of_step, 0.0) + apart.pop(0), 2)
+            times[of_step] = round(times.get(of_step, 0.0) + alone.pop(0), 2)
         result[direction] = times
         result[f"{direction} us"] = {"phases": round(sum(times.values()), 2), "one launch": round(us, 2)}
         result[f"{direction} launch"] = plan

@@ -21,7 +21,7 @@ using namespace grjca::python;
 namespace {
 
 using Host = std::tuple<py::object, int, std::optional<std::string>>;  // workspace, threads, instruction set
-using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t, int>;       // workspace, counters, stream, device
+using Device = std::tuple<uintptr_t, uintptr_t, int>;                  // workspace, stream, device
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -260,24 +260,24 @@ struct CudaLaunch {
 };
 
 cuda::Resources resources(const Read& read, const Device& device, bool together) {
-  const auto& [workspace, counters, stream, index] = device;
-  return {pointer<void>(workspace), pointer<void>(counters), read.seed, pointer<void>(stream), index, together};
+  const auto& [workspace, stream, index] = device;
+  return {pointer<void>(workspace), read.seed, pointer<void>(stream), index, together};
 }
 
-bool cuda_forward(const CudaLaunch& of, py::handle call, const Device& device, bool together) {
+void cuda_forward(const CudaLaunch& of, py::handle call, const Device& device, bool together) {
   const Read read(of.p, call, false);
   const ForwardOutputs to = outputs_of(of.p, call);
   const cuda::Resources r = resources(read, device, together);
   const py::gil_scoped_release release;
-  return of.launch.forward(read.tensors, to, r);
+  of.launch.forward(read.tensors, to, r);
 }
 
-bool cuda_backward(const CudaLaunch& of, py::handle call, py::handle gradients, const Device& device, bool together) {
+void cuda_backward(const CudaLaunch& of, py::handle call, py::handle gradients, const Device& device, bool together) {
   const Read read(of.p, call, false);
   const Written written(of.p, gradients);
   const cuda::Resources r = resources(read, device, together);
   const py::gil_scoped_release release;
-  return of.launch.backward(read.tensors, written.tensors, r);
+  of.launch.backward(read.tensors, written.tensors, r);
 }
 
 void define_cuda(py::module_& module) {
@@ -292,17 +292,37 @@ void define_cuda(py::module_& module) {
         return cuda::resident(dtype_of(dtype), tf32, backward, device);
       },
       py::arg("dtype"), py::arg("tf32"), py::arg("backward"), py::arg("device"));
+  py::class_<cuda::PhaseCost>(module, "PhaseCost")
+      .def_readonly("phase", &cuda::PhaseCost::phase)
+      .def_readonly("rows", &cuda::PhaseCost::rows)
+      .def_readonly("columns", &cuda::PhaseCost::columns)
+      .def_readonly("times", &cuda::PhaseCost::times)
+      .def_readonly("tasks", &cuda::PhaseCost::tasks)
+      .def_readonly("turns", &cuda::PhaseCost::turns)
+      .def_readonly("trips", &cuda::PhaseCost::trips)
+      .def_readonly("bytes", &cuda::PhaseCost::bytes)
+      .def_readonly("microseconds", &cuda::PhaseCost::microseconds);
+  module.def(
+      "cost_table",
+      [](const Problem& problem, bool backward, bool weights, int programs, int multiprocessors, int chunk, int rows,
+         int columns, int tile_weights, int parts, int key_parts) {
+        return cuda::table(problem, backward, weights,
+                           {programs, multiprocessors, chunk, rows, columns, tile_weights, parts, key_parts});
+      },
+      py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("weights"), py::arg("programs"),
+      py::arg("multiprocessors"), py::arg("chunk"), py::arg("rows"), py::arg("columns"), py::arg("tile_weights"),
+      py::arg("parts"), py::arg("key_parts"));
   py::class_<CudaLaunch>(module, "CudaLaunch")
       .def(py::init<const Problem&, bool, bool, bool, int>(), py::kw_only(), py::arg("problem"), py::arg("tf32"),
            py::arg("backward"), py::arg("weights"), py::arg("resident"))
       .def_property_readonly("workspace_bytes", [](const CudaLaunch& of) { return of.launch.workspace_bytes(); })
-      .def_property_readonly("counters", [](const CudaLaunch& of) { return of.launch.counters(); })
       .def("plan",
            [](const CudaLaunch& of) {
              py::dict plan;
              for (const auto& [name, number] : of.launch.numbers()) plan[name] = number;
              return plan;
            })
+      .def("table", [](const CudaLaunch& of) { return of.launch.table(); })
       .def("forward", &cuda_forward)
       .def("backward", &cuda_backward);
 }
@@ -324,7 +344,7 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   module.doc() =
       "Native kernels of grjca_kernels. Internal: called by grjca_kernels.native, cpu and cuda, which own every check.";
-  module.attr("interface") = 3;  // of native.py
+  module.attr("interface") = 4;  // of native.py
   py::class_<Problem>(module, "Problem").def(py::init(&problem));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;

@@ -129,7 +129,6 @@ namespace cuda {
 // Of one call. What is launched here runs later, in the order of the stream; nothing waits, nothing is allocated.
 struct Resources {
   void* workspace;       // on the device, as all that follows
-  void* counters;        // uint32_t, 0 at first and then left alone; one set for every stream
   const uint64_t* seed;  // instead of Tensors::seed
   void* stream;          // a cudaStream_t
   int device;
@@ -141,16 +140,32 @@ std::string why_not();  // why the CUDA runtime cannot work here; empty if it ca
 // Blocks of a kernel that a device can hold at once. To be asked before the first launch there: it prepares the kernel.
 int resident(Dtype, bool tf32, bool backward, int device);
 
+// What a phase costs by the model of cuda/costs.h, which no GPU has confirmed.
+struct PhaseCost {
+  const char* phase;
+  int rows, columns;    // of its tiles; 0 where it has none
+  double times;         // how often it comes; all that follows is of one time
+  double tasks, turns;  // of the grid; of the block that has most
+  double trips;         // times that this block waits for something from L2 before it can go on
+  double bytes;         // through L2, of all blocks
+  double microseconds;  // with the barrier behind it
+};
+
+// A launch of the same phases by other kernels: Triton's, whose teams are the whole grid.
+struct OtherKernels {
+  int programs, multiprocessors, chunk, rows, columns, tile_weights, parts, key_parts;
+};
+std::vector<PhaseCost> table(const Problem&, bool backward, bool weights, const OtherKernels&);
+
 // How problems of one kind are computed, in one direction: a pure function of what it is made from.
 class Launch {
  public:
   Launch(const Problem&, bool tf32, bool backward, bool weights, int resident);
   size_t workspace_bytes() const;
-  int counters() const;
   std::vector<std::pair<const char*, int64_t>> numbers() const;  // of the plan, for tests
-  // False if all steps together were refused; then nothing has been launched.
-  bool forward(const Tensors&, const ForwardOutputs&, const Resources&) const;
-  bool backward(const Tensors&, const BackwardTensors&, const Resources&) const;
+  std::vector<PhaseCost> table() const;
+  void forward(const Tensors&, const ForwardOutputs&, const Resources&) const;
+  void backward(const Tensors&, const BackwardTensors&, const Resources&) const;
 
  private:
   struct Parts;

@@ -27,14 +27,41 @@ cuda_architectures: str
 def cuda_why_not() -> str | None: ...
 def cuda_resident(dtype: str, tf32: bool, backward: bool, device: int) -> int: ...
 
-Device = tuple[int, int, int, int]  # workspace, counters, stream, device
+Device = tuple[int, int, int]  # workspace, stream, device
+
+class PhaseCost:
+    """csrc/grjca.h; estimates of csrc/cuda/costs.h."""
+
+    phase: str
+    rows: int
+    columns: int
+    times: float
+    tasks: float
+    turns: float
+    trips: float
+    bytes: float
+    microseconds: float
+
+def cost_table(
+    problem: Problem,
+    *,
+    backward: bool,
+    weights: bool,
+    programs: int,
+    multiprocessors: int,
+    chunk: int,
+    rows: int,
+    columns: int,
+    tile_weights: int,
+    parts: int,
+    key_parts: int,
+) -> list[PhaseCost]: ...
 
 class CudaLaunch:
     def __init__(self, *, problem: Problem, tf32: bool, backward: bool, weights: bool, resident: int) -> None: ...
     @property
     def workspace_bytes(self) -> int: ...
-    @property
-    def counters(self) -> int: ...
     def plan(self) -> dict[str, int]: ...
-    def forward(self, call: Call, device: Device, together: bool) -> bool: ...
-    def backward(self, call: Call, gradients: Gradients, device: Device, together: bool) -> bool: ...
+    def table(self) -> list[PhaseCost]: ...
+    def forward(self, call: Call, device: Device, together: bool) -> None: ...
+    def backward(self, call: Call, gradients: Gradients, device: Device, together: bool) -> None: ...

@@ -37,8 +37,12 @@ class Backend:
     checking: str = "a few seconds"
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot compute tensors of this device type and dtype, or None."""
-        return self.why_not() or self.refuses(device, dtype)
+        """Why it cannot compute tensors of this device type and dtype, or None.
+
+        The tensors are looked at first: to ask CUDA anything initialises it, which fails in the forked workers of a
+        DataLoader.
+        """
+        return self.refuses(device, dtype) or self.why_not()
 
 
 def _on(expected: str) -> Callable[[str, torch.dtype], str | None]:
@@ -52,7 +56,7 @@ TABLE = {
     row.name: row
     for row in (
         Backend("cuda", cuda.why_not, cuda.refusal, cuda.forward, cuda.backward, unproven=True),
-        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "about a minute"),
+        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "one or two minutes"),
         Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward),
         Backend("reference", lambda: None, lambda device, dtype: None),
     )
@@ -73,8 +77,8 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 
 def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str | None:
-    """Why "auto" does not take it, or None. Nothing is asked of a GPU where the tensors are on none."""
-    reason = row.refuses(device, dtype) or row.why_not()
+    """Why "auto" does not take it, or None."""
+    reason = row.refusal(device, dtype)
     if reason is None and row.unproven and not verdicts.passed(row, device, index, dtype, reduced):
         if device == "cpu":
             return "its interpreter is for tests, and slow; it is used where it is named."

@@ -25,6 +25,8 @@ class Device:
     capability: int  # 80, 90, 100, ...; 0 where there is none
     multiprocessors: int
     shared_memory: int  # bytes that one program may use
+    ptxas: tuple[int, int] = (0, 0)  # version of the assembler that Triton uses for it
+    unfenced: bool = False  # Triton does not fence what cp.async writes before a tensor core reads it
 
 
 INTERPRETER = Device("interpreter", 0, 1, 1 << 30)
@@ -67,6 +69,8 @@ class Constants:
     precision: str  # of the products: "tf32" means tensor cores, whatever the dtype
     approximate_tanh: bool
     called: bool
+    hip: bool
+    fence: bool
     stream: bool
     length_step: int
     block_m: int
@@ -113,13 +117,20 @@ class Launch:
     work: int  # elements in the dtype of the features
     bits: int  # bytes of the dropout masks
     gate_values: int  # elements of float32
-    gradients: int  # elements of all parameters
+    gradients: int  # elements of all parameters but W_k and b_k
     parts: int  # of the rows, over which gradients of weights are summed apart; 0: each is one sum
+    key_gradients: int  # elements of all W_k and b_k
+    key_parts: int  # of the samples, over which those are summed apart
 
     @property
     def wide(self) -> int:
         """Elements of float32 in all."""
-        return self.gate_values + self.parts * self.gradients
+        return self.gate_values + self.parts * self.gradients + self.key_parts * self.key_gradients
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the last step adds sums of parts."""
+        return self.parts + self.key_parts > 0
 
 
 STREAM_FRAMES = 32
@@ -133,7 +144,11 @@ def streams(problem: Problem) -> bool:
 
 
 WAVES = 4
-"""Tasks of the first phase for each program of the grid, from which on more samples at once only take more memory."""
+"""Tasks that the products of rows make for each program of the grid with enough samples at once; half or twice as many
+samples will do, see chunk_of."""
+
+WAIT = 512
+"""Terms of a product's sum that a program could add up while the grid comes together between two phases."""
 
 MIXED = 1024
 """Elements of K that a warp makes in one task where C is streamed: sums are short there, and small tasks would wait."""
@@ -179,8 +194,9 @@ TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd len
     ("hip", "tf32"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
     ("hip", "single"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
 }
-"""Those with which no kernel spills a register; tests/test_triton_compiled.py sees to that. (Of four modalities and
-layers of their own, the backward may still put some bytes aside, once for a task: 8 with T = 8, 400 with T = 16.)
+"""Those with which no kernel spills a register, or on Hopper more than 40 bytes; tests/test_triton_compiled.py sees to
+that. (Of four modalities and layers of their own, the backward may still put some bytes aside, once for a task: 8 with
+T = 8, 400 with T = 16.)
 
 Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
 64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
@@ -213,18 +229,23 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
     return found.forward if not backward else found.streamed if streams(problem) else found.stored
 
 
+INLINING_PTXAS = (13, 3)
+"""The assembler from which on phases are inlined on Hopper: an older one may reuse registers that wgmma still reads."""
+
 TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64
 """Major capabilities on which Triton puts products into tensor memory, and of how many rows at least."""
 
 
-def calls(device: Device, tile: Tiles) -> bool:
+def calls(device: Device, tile: Tiles, precision: str) -> bool:
     """Whether phases are functions that are called, and not inlined: each then has all registers for itself.
 
     Triton has no tensor memory in such a function, and for AMD arguments beyond some number would go to memory. On
-    Hopper ptxas makes it wait for every wgmma (its remark C7510); two warpgroups still take turns, and copies go on.
+    Hopper ptxas makes it wait for every wgmma (its remark C7510).
     """
     tensor_memory = device.capability // 10 in TENSOR_MEMORY and max(tile.m, tile.w) >= TENSOR_MEMORY_ROWS
-    return device.kind != "hip" and not tensor_memory
+    wgmma = precision == "tf32" and tile.m >= 64
+    waiting = device.capability == 90 and device.ptxas >= INLINING_PTXAS and wgmma
+    return device.kind != "hip" and not tensor_memory and not waiting
 
 
 def constants(
@@ -246,6 +267,7 @@ def constants(
     columns = tile.n if aligned(problem) else 16
     rows, columns = (32, 128 if backward or dtype == torch.float32 else 256) if tile.warps == 8 else (16, columns)
     modalities, released = len(problem.widths), problem.released
+    precision = "tf32" if dtype != torch.float32 or tf32 else "ieee"
     overlay = not stream and not backward  # K and J are dead when H is written
     hidden = 0 if overlay else 4
     value = max(2, modalities) if overlay else 1
@@ -264,9 +286,11 @@ def constants(
         dropout=problem.dropout > 0,
         lengths=lengths,
         return_gates=return_gates,
-        precision="tf32" if dtype != torch.float32 or tf32 else "ieee",
+        precision=precision,
         approximate_tanh=dtype != torch.float32 and device.kind == "cuda",
-        called=calls(device, tile),
+        called=calls(device, tile, precision),
+        hip=device.kind == "hip",
+        fence=device.unfenced,
         stream=stream,
         length_step=next(step for step in (16, 8, 4, 2, 1) if problem.length % step == 0),
         block_m=tile.m,
@@ -311,6 +335,7 @@ def launch(
     chunk = chunk_of(problem, tile, programs)
     chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
     parts = parts_of(problem, compiled.block_w, programs, chunk) if weights else 0
+    key_parts = key_parts_of(problem, chunk, parts) if weights else 0
     steps = problem.iterations * (compiled.backward_phases if backward else phases) + 2 + backward
     d_logits = chunk * problem.length * len(problem.widths) * sum(problem.gate_ways) * backward
     return Launch(
@@ -319,12 +344,14 @@ def launch(
         tiles=tile,
         programs=programs,
         chunk=chunk,
-        steps=chunks * steps + (parts > 0),
+        steps=chunks * steps + (parts + key_parts > 0),
         work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2 + d_logits,
         bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=parameter_elements(problem) if weights else 0,
         parts=parts,
+        key_gradients=key_elements(problem) if weights else 0,
+        key_parts=key_parts,
     )
 
 
@@ -342,12 +369,20 @@ def gate_values(problem: Problem, chunk: int) -> int:
 
 
 def parameter_elements(problem: Problem) -> int:
-    """Elements of all parameters' gradients: each linear map begins at a multiple of 16, a gate is given a block."""
+    """Elements of the gradients of all parameters but W_k and b_k: each linear map begins at a multiple of 16, a gate
+    is given a block."""
     sizes = [
         (ways_block(problem) if name.startswith("gates") else rows) * (columns + problem.released)
         for name, rows, columns in expected_linears(problem)
+        if ".key" not in name
     ]
     return sum(-(-size // 16) * 16 for size in sizes)
+
+
+def key_elements(problem: Problem) -> int:
+    """The same of W_k and b_k."""
+    maps = (1 if problem.shared else problem.iterations) * len(problem.widths)
+    return maps * -(-problem.length * (problem.length + problem.released) // 16) * 16
 
 
 def ways_block(problem: Problem) -> int:
@@ -364,8 +399,27 @@ def parts_of(problem: Problem, block: int, programs: int, chunk: int) -> int:
     of_keys = len(problem.widths) * (-(-problem.length // block)) ** 2
     parts = round(programs / (weight_tiles(problem, block) + of_keys))
     parts = max(1, min(MOST_PARTS, parts, chunk * problem.length // FEWEST_ROWS))
-    one_sum = chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
-    return 0 if parts == 1 and one_sum else parts
+    return 0 if parts == 1 and is_one_sum(problem, chunk) else parts
+
+
+def is_one_sum(problem: Problem, chunk: int) -> bool:
+    """Whether one iteration of one chunk makes the whole gradient of a weight."""
+    return chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
+
+
+MOST_KEY_PARTS = 64
+"""Parts of the samples in the gradient of W_k: the reduction adds them one after another."""
+
+
+def key_parts_of(problem: Problem, chunk: int, parts: int) -> int:
+    """So many that a sum of W_k has about as many terms, d_m from each sample, as those of the other weights have rows.
+
+    With few frames W_k has one tile alone, and as one sum it would keep the whole grid waiting.
+    """
+    samples = round(chunk * problem.length / max(parts, 1) / max(problem.widths))
+    samples = max(1, samples, -(-chunk // MOST_KEY_PARTS))
+    of_keys = -(-chunk // samples)
+    return 0 if of_keys == 1 and is_one_sum(problem, chunk) else of_keys
 
 
 def weight_block(problem: Problem, tile: Tiles, programs: int) -> int:
@@ -387,9 +441,41 @@ def unit(problem: Problem, chunk: int) -> int:
 
 
 def chunk_of(problem: Problem, tile: Tiles, programs: int) -> int:
-    """How many samples to walk at once: enough to keep the grid busy, and all chunks about alike."""
-    rows = problem.length / tile.m
+    """How many samples to walk at once: of the sizes near ``enough`` (WAVES) that whose rounds of tasks end soonest.
+
+    All chunks are about alike. More than twice ``enough`` would only take memory, and that out of L2.
+    """
     columns = sum(-(-width // tile.n) for width in (problem.width, *problem.widths, *problem.widths))
-    enough = max(1, round(WAVES * programs / (rows * columns)))
-    chunks = -(-problem.batch // enough)
-    return -(-problem.batch // chunks)
+    enough = WAVES * programs * tile.m / (problem.length * columns)
+    least, most = (min(problem.batch, max(1, round(size))) for size in (enough / 2, 2 * enough))
+    near = {*range(least, most, max(1, round(enough / 8))), most}
+    sizes = {-(-problem.batch // -(-problem.batch // size)) for size in near}
+    return min(sizes, key=lambda size: (rounds(problem, tile, programs, size), -size))
+
+
+def rounds(problem: Problem, tile: Tiles, programs: int, chunk: int) -> int:
+    """Terms that the busiest program adds up in an iteration of all chunks, waiting between phases included."""
+    chunks, rest = divmod(problem.batch, chunk)
+    total = 0
+    for samples, times in ((chunk, chunks), (rest, 1)):
+        for phase in phases_of(problem, tile, samples) if samples else ():
+            longest = max(terms for _, terms in phase)
+            work = sum(tasks * terms for tasks, terms in phase)
+            total += times * (-(-work // (programs * longest)) * longest + WAIT)
+    return total
+
+
+def phases_of(problem: Problem, tile: Tiles, samples: int) -> list[list[tuple[int, int]]]:
+    """Of every phase of an iteration its kinds of tasks: how many there are, and how many terms each sums."""
+    length, width, widest = problem.length, problem.width, max(problem.widths)
+    rows, of_sample = -(-samples * length // tile.m), samples * -(-length // tile.m)
+    columns, all_columns = sum(-(-d_m // tile.n) for d_m in problem.widths), -(-width // tile.n)
+    project = [(rows * columns, widest), (of_sample * columns, length)] + problem.projected * [
+        (rows * all_columns, width)
+    ]
+    if streams(problem):
+        attend = [[(samples * len(problem.widths) * -(-width // tile.m), widest)]]
+    else:
+        of_correlations = samples * all_columns * sum(-(-d_m // tile.m) for d_m in problem.widths)
+        attend = [[(of_correlations, length)], [(of_sample * len(problem.widths) * all_columns, widest)]]
+    return [project, *attend, [(rows * columns, width)]]

@@ -6,12 +6,10 @@ They have not yet run on a GPU. Nothing here compiles, waits for the device, or 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from grjca_kernels import native
 from grjca_kernels.call import Call, Gradients
@@ -80,32 +78,23 @@ def backward(call: Call, gradients: Gradients) -> None:
     _start(call, launch, launch.backward, call, gradients)
 
 
-def _start(call: Call, launch: CudaLaunch, start: Callable[..., bool], *tensors: Any) -> None:
-    """All steps in one cooperative launch, on the current stream of the tensors' device.
+def _start(call: Call, launch: CudaLaunch, start: Callable[..., None], *tensors: Any) -> None:
+    """All steps in one cooperative launch, on the current stream of the device, or into the graph that it captures.
 
-    Where the driver refuses it, since something else holds a part of the GPU, every step becomes a launch of its own.
     What is allocated here may be freed before the kernel has run: memory is given out anew in the order of the stream.
+
+    Raises:
+        RuntimeError: if the driver refuses, for example since another process holds a part of the GPU.
     """
     device = call.iterates.device
     with torch.cuda.device(device):
         workspace = torch.empty(launch.workspace_bytes, dtype=torch.uint8, device=device)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        counters = _counters_of(launch, device, stream)
-        resources = workspace.data_ptr(), counters.data_ptr(), stream, device.index
-        if device not in _apart:
-            if start(*tensors, resources, True):
-                return
-            _apart.add(device)
-            warnings.warn(
-                f"grjca_kernels: {device} refuses one launch for all steps; each step is launched alone from now on, "
-                "with the same results but slower. Are other processes using this GPU?",
-                stacklevel=3,
-            )
-        start(*tensors, resources, False)
+        start(*tensors, (workspace.data_ptr(), stream, device.index), together)
 
 
-_apart: set[torch.device] = set()
-"""Devices on which every step is launched alone."""
+together = True
+"""Benchmarks set this to False, and every step is a launch of its own."""
 
 
 # ---- launches
@@ -137,21 +126,3 @@ def plan(
     return native.library.CudaLaunch(
         problem=native.problem_of(problem, dtype), tf32=tf32, backward=backward, weights=weights, resident=resident
     )
-
-
-MOST_COUNTERS = 4096
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters_of(launch: CudaLaunch, device: torch.device, stream: int) -> Tensor:
-    """Of the barriers: one set for each stream, since kernels of two streams may run at once.
-
-    They are 0, or 2^31, between launches. A graph under capture gets its own, which it clears at every replay: it may
-    be replayed on any stream.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(launch.counters, dtype=torch.int32, device=device)
-    key = device, stream
-    if key not in _counters or _counters[key].numel() < launch.counters:
-        _counters[key] = torch.zeros(max(MOST_COUNTERS, launch.counters), dtype=torch.int32, device=device)
-    return _counters[key]

@@ -1,10 +1,14 @@
 """Whether kernels compute what the reference does, on the very machine: the check behind verdicts.py.
 
-A check runs forward and backward of two problems that reach both dataflows of the kernels (C streamed, C stored), with
-every option on. Tensor by tensor, the error against derivation.py in float64 may be at most twice the error which
-derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of operator.md, with
-values measured by the largest element, and gradients as vectors, all of one kind together. A second run must give the
-same bits.
+A check runs forward and backward of a few problems (:func:`cases`), which reach both dataflows of the kernels and the
+tiles that users' widths get. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
+error which derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
+operator.md, with values measured by the largest element, and gradients as vectors, those of both modalities together. A
+second run must give the same bits.
+
+TF32 exists only in the operands of products. There derivation.py computes in float32 with operands cut to the 10 bits
+that tensor cores read: Triton leaves the rest to them, and CUDA C++, which rounds, is nearer to the truth. PyTorch's
+own TF32 rounds too, and may use none for small or odd matrices.
 
 A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
 In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
@@ -20,10 +24,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grjca_kernels import derivation
 from grjca_kernels.call import Call, Gradients
@@ -63,11 +68,27 @@ class Case:
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
-    """A GPU is kept busy: tiles are cut off by the edge, and a large batch passes through the workspace in chunks."""
+    """What is checked on a device."""
     if device.type == "cpu":  # the interpreter is slow
         return Case(1, 6, (5, 3), "hierarchical", True), Case(1, 33, (4, 3), "flat", False, 1)
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    return Case(3 * programs, 20, (72, 40), "hierarchical", True), Case(programs, 70, (72, 40), "flat", False)
+    return cases_of_gpu(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def cases_of_gpu(multiprocessors: int) -> tuple[Case, ...]:
+    """C streamed and stored, by large tiles, which are for widths that are multiples of 16, and by small ones.
+
+    Tiles depend on the widths, so two cases have those of "clip" and "long". Rows of W_k begin at multiples of 16 bytes
+    for 16 and 256 frames alone. Large batches pass through the workspace in chunks, and one sample has smaller tiles.
+    """
+    n = multiprocessors
+    return (
+        Case(3 * n, 20, (72, 40), "hierarchical", True),
+        Case(n, 35, (72, 40), "flat", False, 1),
+        Case(n // 2, 140, (160, 96), "flat", False),
+        Case(1, 140, (160, 96), "flat", False),
+        Case(16, 16, (512, 512), "dynamic", False, 1),
+        Case(8, 256, (512, 512), "none", False, 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -127,20 +148,23 @@ class Inputs:
         moved = self.map(lambda x: x.to(device, dtype))
         return replace(moved, lengths=self.lengths.to(device), seed=self.seed.to(device))
 
-    def half_an_ulp_away(self, generator: torch.Generator) -> Inputs:
+    def half_an_ulp_away(self, ulp: float, generator: torch.Generator) -> Inputs:
         def move(x: Tensor) -> Tensor:
             signs = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device) * 2 - 1
-            return (x.double() * (1 + signs * torch.finfo(x.dtype).eps / 2)).to(x.dtype)
+            return (x.double() * (1 + signs * ulp / 2)).to(x.dtype)
 
         return self.map(move)
 
 
-def make(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
-    """Numbers that ``dtype`` holds, as float64 on the CPU; absent frames hold NaN.
+def make(case: Case, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Inputs:
+    """Numbers that ``dtype`` holds, as float64 on the device; absent frames hold NaN.
 
     Random, but for means that decide relu. X is positive or negative by column. J is so too, and as K and V are
     positive on average, V C has the sign of J; so half of H is 0. The bias of U outweighs the rest, and where it lets
     something through, X is positive, so that no mix of the iterates is near 0.
+
+    What is random about K and V must not vanish in the sums over L and d_m, however long they are: else a term that is
+    missing would not show.
     """
     problem, generator = case.problem, torch.Generator("cpu").manual_seed(seed)
     length, width, frames, count = case.length, problem.width, (case.batch, case.length), len(case.widths)
@@ -161,8 +185,8 @@ def make(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
         x = math.sqrt(count / width) if t == 0 else 1  # frames of X^0 have the norm 1
         return Layer(
             linear(width, width, signs(width), 0.3, x),
-            tuple(linear(length, length, score, 2 * score, x) for _ in case.widths),
-            tuple(linear(d_m, d_m, 2 / d_m, 1 / d_m, x) for d_m in case.widths),
+            tuple(linear(length, length, score, 0.5 * score * math.sqrt(length), x) for _ in case.widths),
+            tuple(linear(d_m, d_m, 2 / d_m, 0.3 / math.sqrt(d_m), x) for d_m in case.widths),
             tuple(linear(d_m, width, signs(d_m), 0.2) for d_m in case.widths),
         )
 
@@ -185,7 +209,26 @@ def make(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
         lengths=lengths,
         seed=torch.tensor(SEED, device="cpu"),
     ).map(lambda x: x.to(dtype).double())
+    inputs = inputs.to(torch.device(device), torch.float64)
     return replace(inputs, iterates=computed_forward(derivation.forward, case, inputs)["X"].to(dtype).double())
+
+
+TF32_ULP = 2.0**-10
+
+
+class CutOperands(TorchDispatchMode):
+    """Cuts the operands of every product of float32 to the bits of TF32."""
+
+    PRODUCTS: ClassVar = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # -> the first operand
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = self.PRODUCTS.get(function._schema.name)
+        if first is not None:
+            args = (*args[:first], *map(self.cut, args[first : first + 2]), *args[first + 2 :])
+        return function(*args, **(kwargs or {}))
+
+    def cut(self, x: Tensor) -> Tensor:
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 # ---- a backend, or the derivation; results by name, gradients one vector for every kind
@@ -220,11 +263,15 @@ def computed_backward(backward: Callable[[Call, Gradients], None], case: Case, i
     return joined(problem, features, parameters)
 
 
+LINEAR = r"layers\[(\d+)\]\.(\w+).*"
+
+
 def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """One vector of float64, on the CPU, for every kind of gradient."""
+    """One vector of float64, on the CPU, for every kind of gradient, and of weights for every iteration: in the first
+    they are so small that they would not count beside the others."""
     names = [name for name, _ in expected_tensors(problem)]
     kinds = ["d features"] * len(features)
-    kinds += ["d gates" if name.startswith("gates") else f"d {re.split('[.[]', name)[2]}" for name in names]
+    kinds += ["d gates" if name.startswith("gates") else re.sub(LINEAR, r"d \2[\1]", name) for name in names]
     vectors: dict[str, list[Tensor]] = {}
     for kind, gradient in zip(kinds, (*features, *parameters), strict=True):
         vectors.setdefault(kind, []).append(gradient.cpu().double().flatten())
@@ -234,40 +281,42 @@ def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Te
 # ---- the check
 
 
+def in_tf32(dtype: torch.dtype, reduced: bool = False) -> bool:
+    """Whether products use TF32, by PyTorch's settings or as autocast is on: such kernels are other kernels."""
+    return dtype == torch.float32 and (reduced or allows_tf32())
+
+
 def precision(dtype: torch.dtype, reduced: bool = False) -> str:
-    """The dtype, and whether products of float32 use TF32, by PyTorch's settings or as autocast is on: such kernels are
-    other kernels."""
-    tf32 = dtype == torch.float32 and (reduced or allows_tf32())
-    return str(dtype).removeprefix("torch.") + (" with TF32" if tf32 else "")
+    """The dtype, and whether products of float32 use TF32."""
+    return str(dtype).removeprefix("torch.") + (" with TF32" if in_tf32(dtype, reduced) else "")
 
 
 def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
-    """Every tensor of one case: values, gradients, and whether a second run gives the same.
-
-    PyTorch in float16 sets the bound where products may be reduced.
-    """
-    exact, eagers = make(case, dtype, seed), torch.float16 if case.reduced else dtype
+    """Every tensor of one case: values, gradients, and whether a second run gives the same."""
+    exact, tf32 = make(case, dtype, seed, device), in_tf32(dtype, case.reduced)
     inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
-    first = exact.to(device, eagers)
-    draws = [first, *(first.half_an_ulp_away(generator) for _ in range(DRAWS - 1))]
+    ulp = TF32_ULP if tf32 else torch.finfo(dtype).eps
+    draws = [inputs, *(inputs.half_an_ulp_away(ulp, generator) for _ in range(DRAWS - 1))]
     where = f"L = {case.length}, {precision(dtype, case.reduced)}"
     sides: tuple[tuple[Callable[..., dict[str, Tensor]], Any, Any, float], ...] = (
         (computed_forward, derivation.forward, row.forward, math.inf),
         (computed_backward, derivation.backward, row.backward, 2),
     )
     for computed, derived, of_row, norm in sides:
-        truth, eager = computed(derived, case, exact), [computed(derived, case, draw) for draw in draws]
+        truth = computed(derived, case, exact)
+        with CutOperands() if tf32 else contextlib.nullcontext():
+            eager = [computed(derived, case, draw) for draw in draws]
         ours, again = (computed(of_row, case, inputs) for _ in range(2))
         for name, value in ours.items():
             worst = max(distance(draw[name], truth[name], norm) for draw in eager)
-            few = FEW * torch.finfo(eagers).eps * float(truth[name].norm(norm))
+            few = FEW * ulp * float(truth[name].norm(norm))
             yield Finding(where, name, distance(value, truth[name], norm), FACTOR * worst + few)
         changed = sum(not torch.equal(value, again[name]) for name, value in ours.items())
         yield Finding(where, "changed when repeated", changed, 0)
 
 
 def distance(x: Tensor, truth: Tensor, norm: float) -> float:
-    return float((x.cpu().double() - truth).norm(norm))
+    return float((x.cpu().double() - truth.cpu()).norm(norm))
 
 
 def check(

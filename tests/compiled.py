@@ -202,7 +202,9 @@ def call(build: Build) -> Compiling:
 
     triton.runtime.driver.set_active(Driver(build.target))
     dtype, tf32 = PRECISIONS[build.precision]
-    launch.device_of = lambda x: HARDWARE[build.target].device
+    device = HARDWARE[build.target].device
+    device = launch.as_compiled(device) if device.kind == "cuda" else device
+    launch.device_of = lambda x: device
     launch.allows_tf32 = lambda: tf32
     name = f"{build.direction}_kernel"
     original = getattr(launch, name)
@@ -247,13 +249,17 @@ def key_of(build: Build) -> str:
 
 
 def kernels_of_batches(target: str = "sm_90", precision: str = "bfloat16") -> dict[str, list[list[int]]]:
-    """For every model of ``NAMED`` and direction its batch sizes, those together that run the same kernel."""
+    """For every model of ``NAMED`` and direction its batch sizes, those together that run the same kernel.
+
+    Each with another dropout rate, if there is dropout: of 0.5 the threshold is 2^15.
+    """
     found = {}
     for case in NAMED:
         for direction in ("forward", "backward"):
             sharing: dict[str, list[int]] = {}
-            for batch in (1, 2, 3, 7, 12, 16, 31, 32, 64, 100, 512):
-                build = Build(target, precision, direction, replace(case, batch=batch), everything=False)
+            for i, batch in enumerate((1, 2, 3, 7, 12, 16, 31, 32, 64, 100, 512)):
+                varied = replace(case, batch=batch, dropout=(0.1, 0.3, 0.5)[i % 3] if case.dropout else 0.0)
+                build = Build(target, precision, direction, varied, everything=False)
                 sharing.setdefault(key_of(build), []).append(batch)
             found[f"{case}-{direction}"] = list(sharing.values())
     return found
@@ -277,6 +283,8 @@ def compile_one(build: Build) -> dict[str, Any]:
         "entries": len(re.findall(r"^\s*(?:\.visible )?\.(?:entry|amdhsa_kernel) ", code, re.MULTILINE)),
         "counters": len(set(atomics)),
         "atomics": len(atomics),
+        "stores": "cubin" in asm or waits_for_stores(code),
+        "fenced": fenced(code),
         "tanh": "tanh.approx" in code,
         "products": sorted(set(re.findall(PRODUCTS, code))),
     }
@@ -305,14 +313,37 @@ def _of_amdgcn(code: str) -> dict[str, Any]:
     return {"registers": notes["vgpr_count"], "spilled": {name: notes[name] for name in spilled}}
 
 
+def fenced(ptx: str) -> bool:
+    """Whether every wgmma that comes after a wait for cp.async comes after a fence, too."""
+    pending = False
+    for found in re.finditer(r"\b(cp\.async\.wait_group|fence\.proxy\.async|wgmma\.mma_async|tcgen05\.mma)\b", ptx):
+        if pending and found[1] in ("wgmma.mma_async", "tcgen05.mma"):
+            return False
+        pending = found[1] == "cp.async.wait_group" or (pending and found[1] != "fence.proxy.async")
+    return True
+
+
+def waits_for_stores(amdgcn: str) -> bool:
+    """Whether in every wave no more than local code stands between a wait for its stores and the barrier of the
+    program, before the atomic that tells the grid."""
+    before = amdgcn[: re.search(r"\b(?:global|flat)_atomic_\w+", amdgcn).start()].splitlines()  # type: ignore[union-attr]
+    barrier = max(i for i, line in enumerate(before) if "s_barrier" in line)
+    since = before[max(i for i, line in enumerate(before[:barrier]) if "vmcnt(0)" in line) : barrier]
+    return not any(re.search(r"(?:global|flat|buffer)_store|s_c?branch|^\S+:", line) for line in since)
+
+
 # ---- what must hold
+
+MOST_SPILLED = 40
+"""Bytes of a thread on Hopper. Phases that are called instead of inlined, or smaller tiles, would cost more."""
 
 
 def faults(build: Build, found: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a build, in words."""
     hardware, programs = HARDWARE[build.target], found["programs"]
+    most = MOST_SPILLED if build.target == "sm_90" else 0
     for name, number in found["spilled"].items():
-        if number:
+        if number > most:
             yield f"{name} is {number}: there are too few registers"
     if found["shared"] > hardware.device.shared_memory:
         yield f"{found['shared']} bytes of shared memory, {hardware.device.shared_memory} can be had"
@@ -327,6 +358,10 @@ def faults(build: Build, found: dict[str, Any]) -> Iterator[str]:
     if found["counters"] != 1 or found["atomics"] > 2:
         yield f"{found['atomics']} atomics on {found['counters']} addresses; the barrier needs two, on one"
     short = build.precision in ("bfloat16", "float16")
+    if not found["stores"]:
+        yield "a wave reaches the grid barrier before its stores are done"
+    if not found["fenced"]:
+        yield "no fence between cp.async and wgmma"
     if found["tanh"] != (short and hardware.device.kind == "cuda"):
         yield f"the approximate tanh is {'used' if found['tanh'] else 'not used'}"
     used = {instruction for pair in found["products"] for instruction in pair if instruction}

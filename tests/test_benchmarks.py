@@ -294,15 +294,35 @@ def test_a_goal_has_rows_that_decide_it():
 
 
 def test_whatever_is_measured_of_triton_is_measured_of_cuda():
-    """But other configurations, and tests apart: there is nothing to compile."""
+    """But other configurations, and slow tests: there is nothing to compile."""
     plans = {name: plan for name, (_, plan) in gpu.stages().items()}
-    of_triton = {row for name, plan in plans.items() if name not in ("variants", "slow tests") for row in plan}
+    of_triton = {row for name, plan in plans.items() if name not in ("variants", "slow tests triton") for row in plan}
     for row in of_triton:
         assert row.replace("fused", "cuda").replace("triton", "cuda") in of_triton
-    assert {row for name in ("environment", "sanitizer") for row in plans[name]} >= {
-        *(f"self-check {backend}" for backend in gpu.KERNELS.values()),
-        *(f"sanitizer {tool} {backend}" for backend in gpu.KERNELS.values() for tool in gpu.SANITIZERS),
-    }
+
+
+def test_a_first_hour():
+    """What comes first, and that each stage fits into a command of 10 minutes."""
+    plans = gpu.stages()
+    first = [
+        "installed",
+        "self-check cuda",
+        "self-check triton",
+        "phases",
+        "abaw",
+        "clip",
+        "compiled abaw B=12 forward",
+    ]
+    assert [*plans][:10] == [*first, "sanitizer", "tests cuda", "tests triton"]
+    assert max(most for most, _ in plans.values()) <= 540
+    assert [row.removeprefix("self-check cuda ") for row in plans["self-check cuda"][1]] == [*gpu.LAUNCHES]
+    for name, (_, plan) in plans.items():
+        compiled = [row for row in plan if " compiled " in row]
+        assert not compiled or (len(plan) == 1 and name.startswith("compiled")), "one compilation for a stage"
+    rows = [row for _, plan in plans.values() for row in plan]
+    assert len(rows) == len({*rows})
+    for name, batch in (("abaw", 12), ("abaw", 64), ("clip", 64), ("clip", 128)):
+        assert {f"{name} B={batch} phases {how}" for how in gpu.KERNELS} <= {*plans["phases"][1]}
 
 
 def test_the_plan_names_what_there_is():
@@ -392,8 +412,14 @@ def test_a_source_that_changes_has_another_name(tmp_path):
 def test_a_dry_run(tmp_path, capsys):
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "none.jsonl")]) == 0
     out = capsys.readouterr().out
-    order = ("self-check cuda", "tests cuda", "abaw B=12 bfloat16 cuda forward", "abaw B=12 bfloat16 fused forward")
-    order += ("clip B=64", "memory", "tests triton", "sanitizer memcheck cuda", "variants")
+    order = ("installed cuda", "self-check cuda", "abaw B=12 phases cuda", "abaw B=12 bfloat16 cuda forward")
+    order += (
+        "abaw B=12 bfloat16 compiled forward",
+        "sanitizer memcheck cuda",
+        "tests cuda",
+        "tests triton",
+        "variants",
+    )
     assert [*order] == sorted(order, key=out.index)
     assert "not measured" in out and not list(tmp_path.iterdir())
 
@@ -406,10 +432,115 @@ def test_without_a_gpu_nothing_is_timed(tmp_path, capsys):
         gpu.main(["--dry-run", "--only", "nothing"])
 
 
-def test_outcome_of_the_tests(tmp_path):
-    cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase>'
-    (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert gpu.outcome(tmp_path / "junit.xml") == {"kind": "tests", "passed": 1, "failed": ["b"], "skipped": 1}
+def test_what_is_not_installed_is_an_error_in_words(monkeypatch):
+    import grjca_kernels
+
+    monkeypatch.setattr(grjca_kernels, "backends", lambda: {"cuda": "it was built without nvcc.", "triton": None})
+    plan = gpu.stages()["installed"][1]
+    assert plan["installed triton"]() == {"kind": "installed", "backend": "triton"}
+    with pytest.raises(RuntimeError, match=r"the cuda backend cannot run here, .*: it was built without nvcc\."):
+        plan["installed cuda"]()
+
+
+class Stages:
+    """In place of subprocess.Popen: what a process of a stage would do, and how it would end."""
+
+    pid = 2**22 + 1  # of no process
+
+    def __init__(self, out, ends):
+        self.out, self.ends, self.ran = out, ends, []
+
+    def __call__(self, command, **options):
+        self.name = command[command.index("--stage") + 1]
+        assert command[command.index("--out") + 1] == str(self.out)
+        self.ran.append(self.name)
+        return self
+
+    def wait(self, seconds=None):
+        end = self.ends.get(self.name, 0)
+        if end is None and seconds is not None:
+            raise subprocess.TimeoutExpired(self.name, seconds)
+        return end
+
+
+def test_a_run_goes_on_after_a_stage_that_hangs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "gpu.jsonl"
+    stages = Stages(out, {"b": None, "c": -11})
+    monkeypatch.setattr(gpu.subprocess, "Popen", stages)
+    chosen = {name: (most, {name: dict}) for name, most in (("a", 1), ("b", 1), ("long", 1000), ("c", 1), ("d", 1))}
+    assert gpu.run_all(chosen, out, "abc", 60)
+    assert stages.ran == ["a", "b", "c", "d"] and "no time for long" in capsys.readouterr().out
+    assert [(row["row"], row["error"]) for row in ledger.read(out)] == [
+        ("stage b", "did not end within 1 s"),
+        ("stage c", "ended with -11"),
+    ]
+
+
+def test_a_run_ends_where_kernels_are_missing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "gpu.jsonl"
+    stages = Stages(out, {"installed": 1})
+    monkeypatch.setattr(gpu.subprocess, "Popen", stages)
+    assert not gpu.run_all({"installed": (1, {"a": dict}), "abaw": (1, {"b": dict})}, out, "abc", 60)
+    assert stages.ran == ["installed"] and "Not all that was to be measured is installed" in capsys.readouterr().out
+
+
+def test_a_self_check_that_hangs_in_one_precision(tmp_path, monkeypatch):
+    def logged(command, log, seconds):
+        precision = next(name for name in gpu.PRECISIONS if repr(name) in command[-1])
+        assert "'cuda'" in command[-1] and "'in one launch'" in command[-1] and log == tmp_path / "gpu.log"
+        said = {"tf32": "an error\ntf32: L = 20, Y[0]: error 1, 0.1 is allowed.", "float16": "a finding"}
+        return None, said.get(precision, f"a finding\n{precision}: passed\n")
+
+    monkeypatch.setattr(gpu, "logged", logged)
+    row = gpu.stages(tmp_path / "gpu.log")["self-check cuda"][1]["self-check cuda in one launch"]()
+    assert row["failed"] == {
+        "float16": "no verdict within 60 s",
+        "tf32": "L = 20, Y[0]: error 1, 0.1 is allowed.",
+    }
+
+
+def pytest_of(tmp_path, source, seconds, monkeypatch):
+    """The row of tests in a file of their own, and the log."""
+    file, log = tmp_path / "test_of_these.py", tmp_path / "gpu.log"
+    file.write_text(source)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
+    return gpu.tests("", "", seconds, log, str(file)), log.read_text()
+
+
+ENDS = """
+import os, pytest
+
+def test_first(): pass
+def test_that_hangs(): os._exit(1)  # as pytest-timeout ends a process, by --timeout-method=thread
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.mark.parametrize("name", ["a b", "c"])
+def test_wrong(name): assert name == "a b"
+def test_last(): pass
+"""
+
+
+def test_a_test_that_hangs_costs_itself(tmp_path, monkeypatch):
+    row, log = pytest_of(tmp_path, ENDS, 120, monkeypatch)
+    assert row == {"kind": "tests", "passed": 3, "failed": ["test_that_hangs", "test_wrong[c]"], "skipped": 1}
+    assert "test_last" in log
+
+
+def test_what_passed_before_the_time_was_up_is_recorded(tmp_path, monkeypatch):
+    source = "import time\ndef test_first(): pass\ndef test_that_hangs(): time.sleep(1000)\n"
+    row, log = pytest_of(tmp_path, source, 20, monkeypatch)
+    assert row == {"kind": "tests", "passed": 1, "failed": [], "skipped": 0, "error": "cut off after 20 s"}
+    assert "test_first" in log
+
+
+def test_what_a_command_says_is_in_the_log(tmp_path):
+    log = tmp_path / "gpu.log"
+    log.write_text("before\n")
+    code = "import os, sys; print(os.environ['A'], flush=True); sys.exit(3)"
+    assert gpu.logged([sys.executable, "-c", code], log, 60, A="b") == (3, "b\n")
+    code = "import time; print('here', flush=True); time.sleep(1000)"
+    assert gpu.logged([sys.executable, "-c", code], log, 5) == (None, "here\n")
+    assert log.read_text() == "before\nb\nhere\n"
 
 
 def test_report_of_a_gpu(published):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from cases import CASES, Case, describe, make
-from compiled import HARDWARE, PRECISIONS
+from compiled import HARDWARE, NAMED, PRECISIONS
 from grjca_kernels import config
 from grjca_kernels import problem as problems
 from grjca_kernels.config import Constants, Launch
@@ -91,6 +91,21 @@ def test_phases_are_called_where_triton_can(problem: Problem, precision: str, de
         assert c.called == (device != "gfx942" and not in_tensor_memory)
 
 
+@pytest.mark.parametrize("ptxas, inlined", [((12, 8), False), ((13, 2), False), ((13, 3), True), ((14, 0), True)])
+def test_phases_are_inlined_where_wgmma_would_wait(ptxas: tuple[int, int], inlined: bool) -> None:
+    for name, dtype, wgmma in (
+        ("sm_90", torch.bfloat16, True),
+        ("sm_90", torch.float32, False),
+        ("sm_80", torch.bfloat16, False),
+    ):
+        device = replace(DEVICES[name], ptxas=ptxas)
+        for case in NAMED:
+            for backward in (False, True):
+                problem = named(case.name, case.batch)
+                launch = config.launch(problem, dtype, device, backward=backward, tf32=False, lengths=False)
+                assert launch.constants.called != (inlined and wgmma)
+
+
 @examples(max_examples=100)
 @OVER_ALL
 def test_batches_and_lengths_share_what_is_compiled(problem: Problem, precision: str, device: str, flag: bool) -> None:
@@ -156,8 +171,8 @@ def backward_phases(c: Constants) -> Iterator[Phase]:
             reads = [joint, "key", "value", "d_attended"]
             yield Phase(reads, ["d_value", "d_key", "d_joint"], in_place=[d_state(t)])
         else:
-            yield Phase(["d_attended", "correlation", "value"], ["d_value", "d_correlation"])
-            yield Phase(["key", joint, "d_correlation"], ["d_joint", "d_key"])
+            yield Phase(["d_attended", "correlation", "value"], ["d_value", "d_score"])
+            yield Phase(["key", joint, "d_score"], ["d_joint", "d_key"])
         reads = ["d_value", "d_joint", "d_key", d_state(t + 1), state(t)]
         yield Phase(reads, [], in_place=[d_state(t)])
     yield Phase(["initial", d_state(0)], [])
@@ -184,7 +199,7 @@ def places(launch: Launch, problem: Problem) -> dict[str, tuple[int, int]]:
     found = {name: (getattr(c, f"slot_{name}") * unit, size) for name, size in sizes.items()}
     found |= {d_state(t): ((c.slot_d_state + t % 2) * unit, activation) for t in range(c.iterations + 1)}
     found["correlation"] = c.slots * unit, square
-    found["d_correlation"] = c.slots * unit + square, square
+    found["d_score"] = c.slots * unit + square, square
     found["d_logits"] = c.slots * unit + c.correlations * square, rows * c.modalities * c.ways
     return {name: (begin, begin + size) for name, (begin, size) in found.items()}
 
@@ -210,7 +225,7 @@ def test_the_workspace_holds_what_is_alive(problem: Problem, precision: str, dev
     both = zip(launches(problem, precision, device, flag), (forward_phases, backward_phases), strict=True)
     for launch, phases_of in both:
         phases, chunks = list(phases_of(launch.constants)), -(-problem.batch // launch.chunk)
-        assert launch.steps == chunks * len(phases) + (launch.parts > 0), "the reduction comes once"
+        assert launch.steps == chunks * len(phases) + launch.reduced, "the reduction comes once"
         check_workspace(phases, places(launch, problem), launch.work)
         values = launch.chunk * problem.length * len(problem.widths) * sum(problem.gate_ways)
         assert launch.gate_values >= values and launch.gate_values % 64 == 0
@@ -235,28 +250,87 @@ def test_an_overlap_is_found() -> None:
 def test_every_parameter_has_room(case: Case) -> None:
     """Linear maps one after another, each at a multiple of 16, a gate as if it had 16 ways, or 32."""
     inputs = make(case, torch.float32)
+    keys = [linear for layer in inputs.layers for linear in layer.key]
     linears = [
         *(layer.query for layer in inputs.layers if layer.query is not None),
-        *(linear for layer in inputs.layers for group in layer[1:] for linear in group),
+        *(linear for layer in inputs.layers for group in (layer.value, layer.output) for linear in group),
     ]
-    elements = [sum(x.numel() for x in linear if x is not None) for linear in linears]
+    of_keys, elements = ([sum(x.numel() for x in y if x is not None) for y in of] for of in (keys, linears))
     block = 16 if case.iterations < 16 else 32
     elements += [block * (gate.weight.shape[1] + (gate.bias is not None)) for of_m in inputs.gates for gate in of_m]
-    assert config.parameter_elements(describe(case, inputs)) == sum(-(-n // 16) * 16 for n in elements)
-    assert len(elements) * (2 if case.form == "released" else 1) == len(inputs.parameters)
+    problem = describe(case, inputs)
+    assert config.parameter_elements(problem) == sum(-(-n // 16) * 16 for n in elements)
+    assert config.key_elements(problem) == sum(-(-n // 16) * 16 for n in of_keys)
+    assert (len(elements) + len(keys)) * (2 if case.form == "released" else 1) == len(inputs.parameters)
 
 
 @examples(max_examples=300)
 @OVER_ALL
 def test_parts_of_the_rows(problem: Problem, precision: str, device: str, flag: bool) -> None:
     forward, backward = launches(problem, precision, device, flag)
-    assert forward.parts == 0 and forward.wide == forward.gate_values
+    assert not forward.reduced and forward.wide == forward.gate_values
     if not flag:
-        assert backward.parts == 0 and backward.wide == backward.gate_values
+        assert not backward.reduced and backward.wide == backward.gate_values
         return
     rows = backward.chunk * problem.length
-    assert 0 <= backward.parts <= config.MOST_PARTS
+    assert 0 <= backward.parts <= config.MOST_PARTS and 0 <= backward.key_parts <= config.MOST_KEY_PARTS
     assert backward.parts <= 1 or rows // backward.parts >= config.FEWEST_ROWS
-    if backward.parts == 0:
+    assert backward.key_parts <= backward.chunk
+    if 0 in (backward.parts, backward.key_parts):
         assert backward.chunk == problem.batch and backward.constants.layers == problem.iterations, "not one sum"
-    assert backward.wide == backward.gate_values + backward.parts * config.parameter_elements(problem)
+    of_parts = backward.parts * config.parameter_elements(problem)
+    assert backward.wide == backward.gate_values + of_parts + backward.key_parts * config.key_elements(problem)
+
+
+H100 = DEVICES["sm_90"]
+
+
+def named(name: str, batch: int) -> Problem:
+    case = next(case for case in NAMED if case.name == name)
+    return Problem(
+        batch, case.length, case.widths, case.iterations, case.gating, case.form, case.dropout, case.temperature,
+        case.normalize, case.shared, case.joint,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [12, 31, 64, 512])
+def test_the_sum_of_w_k_is_as_long_as_the_others(batch: int) -> None:
+    """With few frames W_k has one tile for each modality: as one sum it would be the last task of the grid by far."""
+    problem = named("clip", batch)
+    launch = config.launch(problem, torch.bfloat16, H100, backward=True, tf32=False, lengths=False, weights=True)
+    rows = launch.chunk * problem.length / max(1, launch.parts)
+    samples = -(-launch.chunk // launch.key_parts)
+    assert samples * max(problem.widths) <= max(1.5 * rows, max(problem.widths))
+    assert launch.key_parts * config.key_elements(problem) * 4 <= 2**20, "bytes of its sums"
+
+
+# ---- chunks
+
+
+@examples(max_examples=300)
+@OVER_ALL
+def test_chunks_are_alike(problem: Problem, precision: str, device: str, flag: bool) -> None:
+    """And no larger than need be to keep the grid busy, twice over."""
+    for launch in launches(problem, precision, device, flag):
+        chunks = -(-problem.batch // launch.chunk)
+        assert launch.chunk == -(-problem.batch // chunks)
+        columns = sum(-(-d // launch.tiles.n) for d in (problem.width, *problem.widths, *problem.widths))
+        tasks = (launch.chunk - 0.5) * problem.length / launch.tiles.m * columns
+        assert launch.chunk == 1 or tasks <= 2 * config.WAVES * launch.programs
+
+
+def test_chunks_leave_few_programs_idle() -> None:
+    """Of the H100's 132, in every phase: three samples of "long" would be 192 tasks, which are two rounds."""
+    problem = named("long", 8)
+    launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
+    assert launch.chunk in (2, 4)
+    for phase in config.phases_of(problem, launch.tiles, launch.chunk):
+        tasks = sum(tasks for tasks, _ in phase)
+        assert tasks / launch.programs / -(-tasks // launch.programs) > 0.95
+    for name in ("abaw", "clip", "light", "long"):
+        for batch in (8, 12, 31, 64, 100, 512):
+            problem = named(name, batch)
+            launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
+            chosen = config.rounds(problem, launch.tiles, launch.programs, launch.chunk)
+            for chunk in {1, launch.chunk // 2, launch.chunk // 3 + 1} - {0}:
+                assert chosen <= config.rounds(problem, launch.tiles, launch.programs, chunk)

@@ -184,10 +184,19 @@ def test_chunks(case, set_chunk, dataflow):
     Case("parts-shared-paper", 3, 9, (3, 2), 2, "none", "paper", shared=True),
 ], ids=str)  # fmt: skip
 def test_parts_of_the_rows(case, monkeypatch, set_chunk):
-    """Three parts, of which the last is smaller or empty, in chunks of two samples and one."""
+    """Three parts, of which the last is smaller or empty, in chunks of two samples and one; of W_k one part."""
     monkeypatch.setattr(config, "parts_of", lambda *_: 3)
+    monkeypatch.setattr(config, "key_parts_of", lambda *_: 1)
     set_chunk(2)
     check(case)
+
+
+@mark.parametrize("parts, key_parts", [(0, 3), (2, 5), (2, 0)])
+def test_parts_of_the_samples(parts, key_parts, monkeypatch, dataflow):
+    """The sums of W_k have parts of their own, of which some may be empty."""
+    monkeypatch.setattr(config, "parts_of", lambda *_: parts)
+    monkeypatch.setattr(config, "key_parts_of", lambda *_: key_parts)
+    check(Case("key-parts", 4, 3, (17, 2), 1, "dynamic", lengths=(3, 1, 0, 2)))
 
 
 # ---- dtypes
@@ -306,6 +315,72 @@ def test_a_concatenation_is_the_outputs_side_by_side():
     ours = torch.autograd.grad(y, inputs.features, gradient)
     theirs = torch.autograd.grad(pair, inputs.features, gradient.split(MOST.widths, dim=-1))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@mark.parametrize("moved", ["features", "parameters", "lengths and seed"])
+def test_addresses_that_are_not_aligned(moved, monkeypatch):
+    """Parts of other tensors: they give the same, and kernels see multiples of 16 bytes all the same."""
+    from grjca_kernels.triton import launch
+
+    case, seen, addressed = replace(MOST, dropout=0.3), [], launch._addressed
+
+    def behind(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    def noting(*arguments):
+        found = addressed(*arguments)
+        seen.append([address % launch.ALIGNED for address in found[2]])
+        return found
+
+    monkeypatch.setattr(launch, "_addressed", noting)
+    inputs = make(case, torch.float32)
+    expected = run(function, case, inputs)
+    if moved == "features":
+        changed = inputs.map(lambda x: behind(x) if x.dim() == 3 else x)
+    elif moved == "parameters":
+        changed = inputs.map(lambda x: x if x.dim() == 3 else behind(x))
+    else:
+        changed = replace(inputs, lengths=behind(inputs.lengths))
+    without, seen = seen[-1], []
+    seed = behind(torch.tensor([SEED]))[0] if moved == "lengths and seed" else SEED
+    assert_same_results(run(function, case, changed, seed=seed), expected)
+    assert seen[0] != seen[1], "the forward's arguments, and what the kernel is given"
+    assert seen[-1] == without, "a kernel for other alignments"
+
+
+def test_a_refused_launch_says_what_to_do(monkeypatch):
+    from grjca_kernels.triton import launch
+
+    class Refused:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *arguments, **options):
+            assert options["launch_cooperative_grid"]
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    monkeypatch.setattr(launch, "forward_kernel", Refused())
+    expected = r"refuses a launch whose programs wait for one another \(Triton Error.*choose backend='cuda' or 'ref"
+    with pytest.raises(RuntimeError, match=expected):
+        call(function, PLAIN, make(PLAIN, torch.float32))
+
+
+def test_the_barrier_counts_from_zero_in_memory_of_its_own(monkeypatch):
+    """Nothing is kept between calls: a CUDA graph's pool of memory has no room for that."""
+    from grjca_kernels.triton import launch
+
+    counters = []
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: counters.append(arguments[5].clone())
+
+    monkeypatch.setattr(launch, "forward_kernel", Noting())
+    for _ in range(2):
+        call(function, PLAIN, make(PLAIN, torch.float32))
+    assert [counter.tolist() for counter in counters] == [[0], [0]]
+    assert not any(isinstance(value, Tensor) for value in vars(launch).values())
+    assert not [name for name, value in vars(launch).items() if isinstance(value, dict) and not name.startswith("__")]
 
 
 # ---- lengths, NaN and Inf

@@ -1,4 +1,4 @@
-"""The Triton kernels for every architecture: they compile, spill nothing, and fit. tests/compiled.py compiles them."""
+"""The Triton kernels for every architecture: they compile, spill next to nothing, and fit."""
 
 from __future__ import annotations
 
@@ -45,14 +45,24 @@ def test_compiles_and_fits(build: compiled.Build, lines: dict[str, dict[str, Any
 
 
 GOOD = {
-    "rows": 64, "warps": 4, "programs": 2, "shared": 100 * 1024, "registers": 248, "spilled": {"STACK": 0, "LOCAL": 0},
-    "entries": 1, "counters": 1, "atomics": 2, "tanh": True, "products": [["wgmma", ""], ["mma.sync", ""]],
+    "rows": 64, "warps": 4, "programs": 2, "shared": 100 * 1024, "registers": 248,
+    "spilled": {"STACK": 0, "LOCAL": 0}, "entries": 1, "counters": 1, "atomics": 2, "stores": True, "fenced": True,
+    "tanh": True, "products": [["wgmma", ""], ["mma.sync", ""]],
 }  # fmt: skip
 BAD = [
-    {"spilled": {"STACK": 8, "LOCAL": 0}}, {"shared": 114 * 1024}, {"shared": 228 * 1024, "programs": 1},
+    {"spilled": {"STACK": 48, "LOCAL": 0}}, {"shared": 114 * 1024}, {"shared": 228 * 1024, "programs": 1},
     {"registers": 255, "warps": 8}, {"warps": 32, "registers": 24, "programs": 3}, {"entries": 2}, {"counters": 2},
-    {"counters": 0, "atomics": 0}, {"atomics": 3}, {"tanh": False}, {"products": [["mma.sync", ""]]}, {"products": []},
+    {"counters": 0, "atomics": 0}, {"atomics": 3}, {"tanh": False}, {"stores": False}, {"fenced": False},
+    {"products": [["mma.sync", ""]]}, {"products": []},
 ]  # fmt: skip
+
+
+def test_a_few_spilled_bytes_are_allowed_on_hopper() -> None:
+    found = {**GOOD, "spilled": {"STACK": compiled.MOST_SPILLED, "LOCAL": 0}}
+    build = compiled.Build("sm_90", "bfloat16", "forward", compiled.STORED)
+    assert not list(compiled.faults(build, found))
+    others = {**found, "programs": 1, "shared": 64 * 1024, "products": [["mma.sync", ""]]}
+    assert len(list(compiled.faults(replace(build, target="sm_80"), others))) == 1
 
 
 @pytest.mark.parametrize("change", BAD, ids=str)
@@ -72,7 +82,7 @@ def test_true_float32_is_not_rounded() -> None:
     assert list(compiled.faults(replace(build, precision="tf32"), {**found, "products": []}))
 
 
-def test_another_batch_is_not_another_kernel() -> None:
+def test_another_batch_or_dropout_rate_is_not_another_kernel() -> None:
     """Triton compiles anew for an argument that becomes 1, or a multiple of 16; the last batch of an epoch is small."""
     found = json.loads(run(["-c", "import compiled, json; print(json.dumps(compiled.kernels_of_batches()))"]))
     assert {name: sharing for name, sharing in found.items() if len(sharing) > 1} == {}

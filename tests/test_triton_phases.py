@@ -83,10 +83,10 @@ def phases(case: Case, stream: bool, backward: bool) -> list[tuple[str, int]]:
         one = ["project", *(["attend"] if stream else ["correlate", "attend_stored"]), "output"]
         middle = [(name, t) for t in range(case.iterations) for name in one]
         return [("initial", 0), *middle, ("gate", 0)]
-    one = ["recompute", *(["attend"] if stream else ["correlate", "attend_stored"])]
-    one += ["output_backward"] * (case.form == "released") + ["attended_and_weights"]
-    one += ["correlation_backward"] if stream else ["correlation_backward_stored", "key_joint_backward"]
-    middle = [(name, t) for t in reversed(range(case.iterations)) for name in (*one, "inputs_and_weights")]
+    one = ["project_and_states", *(["attend"] if stream else ["correlate", "attend_stored"])]
+    one += ["output_backward"] * (case.form == "released") + ["attend_backward"]
+    one += ["correlate_backward"] if stream else ["correlate_backward_stored", "key_joint_backward"]
+    middle = [(name, t) for t in reversed(range(case.iterations)) for name in (*one, "project_backward")]
     return [("initial", 0), ("gates_backward", 0), *middle, ("initial_backward", 0), ("reduce", 0)]
 
 
@@ -103,8 +103,8 @@ def alone(case: Case, dataflow: str):
         assert len(names) == launched.steps
         steps.append([])
         for i, (name, t) in enumerate(names):
-            counter, options = torch.zeros(1, dtype=torch.int32), launch.options(launched, together=False)
-            kernel[(1,)](arguments, others, batch, i, i + 1, counter, launched.constants, **options)
+            counter = torch.zeros(1, dtype=torch.int32)
+            kernel[(1,)](arguments, others, batch, i, i + 1, counter, launched.constants, **launch.options(launched))
             assert not counter.any(), "a phase alone waits for nobody"
             left = arguments.work.clone(), arguments.iterates.clone()
             steps[-1].append(Step(name, t, launched, arguments.shape.unit, *left))
@@ -114,6 +114,7 @@ def alone(case: Case, dataflow: str):
         patch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
         patch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
         patch.setattr(config, "parts_of", lambda *_: 2)
+        patch.setattr(config, "key_parts_of", lambda *_: 2)
         result = run(function, case, make(case, torch.float32))
     return result, *steps
 
@@ -121,10 +122,11 @@ def alone(case: Case, dataflow: str):
 @mark.parametrize("dataflow", FRAMES)
 @mark.parametrize("case", CASES, ids=str)
 def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
-    """The same bits: what is launched where the driver refuses a grid that waits for itself."""
+    """The same bits: the benchmarks time steps alone."""
     monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
     monkeypatch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
     monkeypatch.setattr(config, "parts_of", lambda *_: 2)
+    monkeypatch.setattr(config, "key_parts_of", lambda *_: 2)
     assert_same_results(alone(case, dataflow)[0], run(function, case, make(case, torch.float32)))
 
 
@@ -226,14 +228,14 @@ def truth_and_draws(case: Case):
 
 LEAVES = {
     "project": ("joint", "value", "key"),
-    "recompute": ("joint", "value", "key"),
+    "project_and_states": ("joint", "value", "key"),
     "correlate": ("correlation",),
     "attend": ("hidden",),
     "attend_stored": ("hidden",),
     "output_backward": ("d_update",),
-    "attended_and_weights": ("d_attended",),
-    "correlation_backward": ("d_value", "d_joint", "d_key"),
-    "correlation_backward_stored": ("d_value",),
+    "attend_backward": ("d_attended",),
+    "correlate_backward": ("d_value", "d_joint", "d_key"),
+    "correlate_backward_stored": ("d_value",),
     "key_joint_backward": ("d_joint", "d_key"),
 }
 """Phase -> the activations that it leaves behind."""
@@ -248,9 +250,11 @@ def left_by(step: Step, case: Case) -> list[tuple[str, Tensor, int]]:
         return [("state", step.iterates[step.t].flatten(0, 1), step.t + 1)]
     if step.phase == "gates_backward":
         return [("d_gated", step.slot("d_state", width, last % 2), last)]
-    if step.phase == "inputs_and_weights":
+    if step.phase == "project_backward":
         return [("d_state", step.slot("d_state", width, step.t % 2), step.t)]
-    of_gates = [("d_gated", step.slot("d_state", width, step.t % 2), step.t)] if step.phase == "recompute" else []
+    of_gates = (
+        [("d_gated", step.slot("d_state", width, step.t % 2), step.t)] if step.phase == "project_and_states" else []
+    )
     names = [name for name in LEAVES[step.phase] if name != "joint" or case.projected]
     wide = ("hidden", "d_attended")
     slots = [(name, step.slot(name, width * len(case.widths) if name in wide else width), step.t) for name in names]
@@ -336,7 +340,7 @@ def bits_kernel(a, p_bits, p_to, sample, t, m, row, column, ROWS: tl.constexpr, 
 def test_the_mask_bit_for_bit(seed, sample, t, m, row, column, p):
     """A tile at any place of C_m, transposed; and of U_m, over two samples."""
     a = Arguments(**dict.fromkeys(Arguments._fields, 0))._replace(
-        seed=torch.tensor(seed), scalars=Scalars(1.0, 1.0, dropout.threshold(p), 1 / (1 - p))
+        seed=torch.tensor(seed), scalars=Scalars(1.0, 1.0, 2 * dropout.threshold(p) + 1, 1 / (1 - p))
     )
     of = {"iteration": t, "modality": m, "shape": (sample + 2, row + 32, column + 16), "dtype": torch.float32}
     factors = torch.empty(16, 32)

@@ -1,8 +1,11 @@
 """Verdicts of the self-check: what is remembered of them, what is said, and where a check may run."""
 
+import ast
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -35,7 +38,7 @@ def test_records_exist():
 def test_a_report_prints_every_tensor_and_a_verdict(capsys, monkeypatch):
     assert grjca_kernels.self_check("cpu", "cpu")
     *lines, verdict = capsys.readouterr().out.splitlines()
-    assert verdict == "The cpu kernels passed on the CPU." and len(lines) == 3 * (13 + 11)
+    assert verdict == "The cpu kernels passed on the CPU." and len(lines) == 3 * (17 + 11)
     monkeypatch.setitem(TABLE, "cpu", forward_with(lambda outputs, iterates, gates: outputs[0].neg_()))
     assert not grjca_kernels.self_check("cpu")
     printed = capsys.readouterr().out
@@ -350,3 +353,56 @@ def test_while_compiling(gpu, monkeypatch):
     assert gpu.checks == 1
     for name, value in f().items():
         assert torch.equal(compiled[name], value), name
+
+
+# ---- CUDA is left alone where tensors are on the CPU
+
+IN_A_WORKER = """
+import torch
+from torch.utils.data import DataLoader
+from grjca_kernels import GatedRJCAFused, backends, native
+
+def asked(*arguments, **options):
+    raise AssertionError("CUDA was asked")
+
+for name in ("is_available", "init", "_lazy_init", "current_device", "device_count", "get_device_capability"):
+    setattr(torch.cuda, name, asked)
+for name in ("get_device_properties", "is_current_stream_capturing"):
+    setattr(torch.cuda, name, asked)
+native.library.cuda_why_not = asked
+
+class Samples:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        said = {}
+        for name in ("auto", "cpu", "reference", "cuda", "triton"):
+            try:
+                block = GatedRJCAFused(3, 2, 4, backend=name)
+                said[name] = str(block(torch.randn(1, 4, 3), torch.randn(1, 4, 2))[0].isfinite().all().item())
+            except RuntimeError as error:
+                said[name] = str(error)
+        said["next"] = next(name for name, reason in backends("cpu").items() if reason is None)
+        return said
+
+for workers, context in ((1, "fork"), (0, None)):
+    print(*DataLoader(Samples(), batch_size=None, num_workers=workers, multiprocessing_context=context))
+"""
+
+
+@mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+def test_nothing_is_asked_of_cuda_for_tensors_of_the_cpu():
+    """It would be initialised, and raise in the forked workers of a DataLoader."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment.pop("GRJCA_BACKEND", None)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_WORKER], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    refused = "cannot run: it computes on cuda tensors, and these are on cpu."
+    for line in done.stdout.splitlines():
+        said = ast.literal_eval(line)
+        assert said["auto"] == said["cpu"] == said["reference"] == "True" and said["next"] == "cpu"
+        assert refused in said["cuda"] and refused in said["triton"]
+    assert len(done.stdout.splitlines()) == 2

@@ -92,7 +92,7 @@ struct Backward {
     forward.project_joint();
     transpose_joint(forward);
     forward.pack_joint();
-    forward.mix_time();
+    forward.project_key();
     forward.project_value();
     forward.attend();
     output_backward(forward);

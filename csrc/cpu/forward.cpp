@@ -146,7 +146,7 @@ void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs
           p, samples, w.weights[p.shared ? 0 : t], a, tensors.seed, t, w.split.threads_each, scratch, w.scratch_step};
       iteration.project_joint();
       iteration.pack_joint();
-      iteration.mix_time();
+      iteration.project_key();
       iteration.project_value();
       iteration.attend();
       R* const update = a.value;  // V is not needed any more

@@ -109,7 +109,7 @@ struct Iteration {
   }
 
   // K_m = X_m^T W_k^T + b_k, kept transposed [L, d_m] and already divided by sqrt(d).
-  void mix_time() const {
+  void project_key() const {
     const R scale = key_scale(p);
     each_modality_panel([&](int64_t b, int m, int64_t column, int64_t columns, int thread) {
       R* const panel = thread_scratch(thread);

@@ -8,6 +8,7 @@
 namespace grjca::cuda {
 
 constexpr int kThreads = 128;
+constexpr int kSharing = 2;        // blocks of a multiprocessor: one computes while the other waits
 constexpr int kTile = 128;         // most rows and columns of a tile
 constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of so many rows
 constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
@@ -16,8 +17,25 @@ constexpr int kMaxParameters = kMaxIterations * 2 * (3 * kMaxModalities + 1) + 2
 // Activations of the workspace, [samples, frames, d] each; where one is dead, another may stand.
 struct Slots {
   int joint, key, value, initial, hidden;
-  int d_attended, d_update, d_value, d_joint, d_key, d_state;  // of the backward; d_state takes two
+  int d_attended, d_update, d_value, d_joint, d_key, d_state, d_mixture;  // of the backward; d_state takes two
   int count;
+};
+
+// The phases: one table of names, in the order of a launch. What each computes is said where its tasks are.
+//
+// The first six are the forward. The backward begins with initial and gates_backward, computes for every iteration from
+// the last what the forward computed (up to H, and with relu U), and then runs backward.
+#define GRJCA_PHASES(f)                                                                               \
+  f(initial) f(project) f(correlate) f(attend) f(output) f(gate) f(gates_backward) f(output_backward) \
+      f(attend_backward) f(correlate_backward) f(key_joint_backward) f(project_backward) f(initial_backward) f(reduce)
+#define GRJCA_NAME(name) name,
+enum class Phase : uint8_t { GRJCA_PHASES(GRJCA_NAME) };
+#undef GRJCA_NAME
+constexpr int kMostPhases = 8;  // of an iteration
+
+// Rows and columns of a tile, at most.
+struct Tile {
+  int rows, columns;
 };
 
 // A pure function of the problem and the device: plan.h.
@@ -25,15 +43,18 @@ struct Plan {
   int width, widths[kMaxModalities], offsets[kMaxModalities];
   int blocks, teams, team_blocks;  // a team of blocks walks through its samples alone, `chunk` of them at a time
   int chunk, chunks, frames;       // frames: L rounded up to kRowGroup
-  int tile_rows, tile_columns, tile_weights;
+  int tile_weights;
   bool streamed;
   bool backward;
   int phases, steps;  // of an iteration, and of one chunk of a team
+  Phase order[kMostPhases];
+  Tile tile[kMostPhases];
   Slots slots;
   int64_t slot;                                                  // elements of an activation
   int64_t team_bytes, correlations, d_scores, values, d_logits;  // of a team's workspace, and where in it
   int parts;                        // of the rows, whose gradients of weights stand apart; 0: each is one sum
   int64_t gradients, gradients_at;  // elements of all, and where the sums of the parts stand
+  int64_t counters_at;              // behind them
   int64_t workspace_bytes;
   float key_scale, kept, kept_inverse;  // 1 / sqrt(d); 1 / (1 - p), and the other way round
   uint32_t threshold;
@@ -48,7 +69,7 @@ struct Common {
   const uint64_t* seed;
   void* iterates;      // [T, B, L, d]
   char* workspace;     // 16-byte aligned
-  uint32_t* counters;  // one for each team, and one for all
+  uint32_t* counters;  // one for each team, and one for all; 0 before the launch
   int first_step, last_step;
 };
 
@@ -72,6 +93,8 @@ static_assert(sizeof(ForwardArguments) <= 32764 && sizeof(BackwardArguments) <= 
 // `rank`.
 struct Team {
   int step, number, rank, size, first, count, t;
+  Phase phase;
+  Tile tile;
 };
 
 GRJCA_BOTH int tiles(int n, int tile) { return (n + tile - 1) / tile; }
@@ -111,7 +134,8 @@ GRJCA_DEVICE void barrier(uint32_t* counter, int rank, int blocks) {
   block_barrier();
   if (blocks > 1 && this_thread().index == 0) {
     const uint32_t old = add_and_fetch_old(counter, rank == 0 ? 0x80000000u - static_cast<uint32_t>(blocks - 1) : 1u);
-    while (((old ^ read_acquire(counter)) & 0x80000000u) == 0) pause();
+    while (((old ^ read_relaxed(counter)) & 0x80000000u) == 0) pause();
+    fence();  // not in the loop: each would empty the L1 that another block computes from
   }
   block_barrier();
 }

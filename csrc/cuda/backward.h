@@ -9,11 +9,11 @@
 namespace grjca::cuda {
 
 // What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer.
-GRJCA_DEVICE int attended_and_weights_tasks(const BackwardArguments& a, const Team& team) {
+GRJCA_DEVICE int attend_backward_tasks(const BackwardArguments& a, const Team& team) {
   return output_weights_tasks(a) + attended_tasks(a, team);
 }
 template <class T, class M>
-GRJCA_DEVICE void attended_and_weights_task(const BackwardArguments& a, const Team& team, int i) {
+GRJCA_DEVICE void attend_backward_task(const BackwardArguments& a, const Team& team, int i) {
   const int of_weights = output_weights_tasks(a);
   if (i < of_weights)
     output_weights_task<T, M>(a, team, i);
@@ -26,11 +26,11 @@ GRJCA_DEVICE void attended_and_weights_task(const BackwardArguments& a, const Te
 GRJCA_DEVICE int all_weights_tasks(const BackwardArguments& a, const Team& team) {
   return linear_weights_tasks(a, team) + key_weights_tasks(a);
 }
-GRJCA_DEVICE int inputs_and_weights_tasks(const BackwardArguments& a, const Team& team) {
+GRJCA_DEVICE int project_backward_tasks(const BackwardArguments& a, const Team& team) {
   return all_weights_tasks(a, team) + input_tasks(a, team);
 }
 template <class T, class M>
-GRJCA_DEVICE void inputs_and_weights_task(const BackwardArguments& a, const Team& team, int i) {
+GRJCA_DEVICE void project_backward_task(const BackwardArguments& a, const Team& team, int i) {
   const int of_linear = linear_weights_tasks(a, team), of_weights = all_weights_tasks(a, team);
   if (i < of_linear)
     linear_weights_task<T, M>(a, team, i);
@@ -41,48 +41,37 @@ GRJCA_DEVICE void inputs_and_weights_task(const BackwardArguments& a, const Team
 }
 
 template <class T, class M>
-GRJCA_DEVICE void iteration_backward(const BackwardArguments& a, int step, int phase) {
-  const bool streamed = a.plan.streamed;
-  const int of_update = streamed ? 2 : 3, of_attended = of_update + a.p.released;  // the paper form has no relu of U
-  const auto share = [&](auto tasks, auto task) { share_out(a, step, tasks, task); };
-  if (phase == 0) {
-    share(project_tasks, project_task<T, M>);
-    const Team team = team_of(a, step);
-    states_backward<T>(a, team, team.t);
-  } else if (phase == a.plan.phases - 1) {
-    share(inputs_and_weights_tasks, inputs_and_weights_task<T, M>);
-  } else if (phase == of_attended) {
-    share(attended_and_weights_tasks, attended_and_weights_task<T, M>);
-  } else if (phase == of_update) {
-    share(output_tasks, output_backward_task<T, M>);
-  } else if (streamed) {
-    if (phase == 1)
-      share(attend_tasks, attend_task<T, M>);
-    else
-      share(correlation_backward_tasks, correlation_backward_task<T, M>);
-  } else if (phase == 1) {
-    share(correlate_tasks, correlate_task<T, M>);
-  } else if (phase == 2) {
-    share(attend_stored_tasks, attend_stored_task<T, M>);
-  } else if (phase == of_attended + 1) {
-    share(correlation_backward_stored_tasks, correlation_backward_stored_task<T, M>);
-  } else {
-    share(key_joint_backward_tasks, key_joint_backward_task<T, M>);
-  }
-}
-
-template <class T, class M>
 GRJCA_DEVICE void backward_step(const BackwardArguments& a, int step) {
-  const int i = step % a.plan.steps;
-  if (i == 0) {
-    initial<T>(a, team_of(a, step));
-  } else if (i == 1) {
-    gates_backward<T>(a, team_of(a, step));
-    states_backward<T>(a, team_of(a, step), a.p.iterations);
-  } else if (i == a.plan.steps - 1) {
-    initial_backward<T>(a, team_of(a, step), a.d_features);
-  } else {
-    iteration_backward<T, M>(a, step, (i - 2) % a.plan.phases);
+  const auto share = [&](auto tasks, auto task) { share_out(a, step, tasks, task); };
+  const bool streamed = a.plan.streamed;
+  const Team team = team_of(a, step);
+  switch (team.phase) {
+    case Phase::initial:
+      return initial<T>(a, team);
+    case Phase::gates_backward:
+      gates_backward<T>(a, team);
+      return states_backward<T>(a, team, a.p.iterations);
+    case Phase::project:
+      share(project_tasks, project_task<T, M>);
+      return states_backward<T>(a, team_of(a, step), team_of(a, step).t);
+    case Phase::correlate:
+      return share(correlate_tasks, correlate_task<T, M>);
+    case Phase::attend:
+      if (streamed) return share(attend_tasks, attend_task<T, M>);
+      return share(attend_stored_tasks, attend_stored_task<T, M>);
+    case Phase::output_backward:
+      return share(output_tasks, output_backward_task<T, M>);
+    case Phase::attend_backward:
+      return share(attend_backward_tasks, attend_backward_task<T, M>);
+    case Phase::correlate_backward:
+      if (streamed) return share(correlate_backward_tasks, correlate_backward_task<T, M>);
+      return share(correlate_backward_stored_tasks, correlate_backward_stored_task<T, M>);
+    case Phase::key_joint_backward:
+      return share(key_joint_backward_tasks, key_joint_backward_task<T, M>);
+    case Phase::project_backward:
+      return share(project_backward_tasks, project_backward_task<T, M>);
+    default:
+      return initial_backward<T>(a, team, a.d_features);
   }
 }
 

@@ -23,22 +23,38 @@ struct alignas(16) Words {
   uint32_t words[4];
 };
 
-// n of them from `from` on, with `step` elements between two; the others are 0.
+// Columns as they stand in memory, so that nothing waits for them before they are used.
 template <class T>
-GRJCA_DEVICE Columns<T> load_columns(const T* from, int n, int64_t step = 1) {
-  Columns<T> to;
-  if (n >= kColumns<T> && step == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const Words all = *reinterpret_cast<const Words*>(from);
+struct StoredColumns {
+  Words all;
+
+  GRJCA_DEVICE Columns<T> wide() const {
+    Columns<T> to;
     to.each([&](float& x, int i) {
       if constexpr (sizeof(T) == 2)
         x = widen(T{static_cast<uint16_t>(all.words[i / 2] >> i % 2 * 16)});
       else
         x = float_of(all.words[i]);
     });
-  } else {
-    to.each([&](float& x, int i) { x = i < n ? widen(from[i * step]) : 0; });
+    return to;
   }
+};
+
+// n of them from `from` on, with `step` elements between two; the others are 0.
+template <class T>
+GRJCA_DEVICE StoredColumns<T> load_stored(const T* from, int n, int64_t step = 1) {
+  if (n >= kColumns<T> && step == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0)
+    return {*reinterpret_cast<const Words*>(from)};
+  constexpr int kOfWord = 4 / sizeof(T);
+  StoredColumns<T> to{};
+  GRJCA_UNROLL
+  for (int i = 0; i < kColumns<T>; ++i)
+    to.all.words[i / kOfWord] |= (i < n ? bits_of(from[i * step]) : 0) << i % kOfWord * 16;
   return to;
+}
+template <class T>
+GRJCA_DEVICE Columns<T> load_columns(const T* from, int n, int64_t step = 1) {
+  return load_stored(from, n, step).wide();
 }
 
 template <class T>
@@ -87,9 +103,13 @@ GRJCA_DEVICE T* element(const View& view, int sample, int frame, int column) {
   return static_cast<T*>(view.data) + sample * view.sample + frame * view.frame + column * view.column;
 }
 template <class T>
-GRJCA_DEVICE Columns<T> load_columns(const View& view, int sample, int frame, int column, int width) {
+GRJCA_DEVICE StoredColumns<T> load_stored(const View& view, int sample, int frame, int column, int width) {
   if (!view.data || column >= width) return {};
-  return load_columns(element<T>(view, sample, frame, column), width - column, view.column);
+  return load_stored(element<T>(view, sample, frame, column), width - column, view.column);
+}
+template <class T>
+GRJCA_DEVICE Columns<T> load_columns(const View& view, int sample, int frame, int column, int width) {
+  return load_stored<T>(view, sample, frame, column, width).wide();
 }
 template <class T>
 GRJCA_DEVICE void store_columns(const View& view, int sample, int frame, int column, int width,

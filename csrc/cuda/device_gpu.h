@@ -142,11 +142,13 @@ GRJCA_DEVICE uint32_t add_and_fetch_old(uint32_t* counter, uint32_t n) {
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
   return old;
 }
-GRJCA_DEVICE uint32_t read_acquire(const uint32_t* counter) {
+GRJCA_DEVICE uint32_t read_relaxed(const uint32_t* counter) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
+// What was released by whoever wrote what this thread has read relaxed is visible from here on.
+GRJCA_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 GRJCA_DEVICE void pause() {}
 
 }  // namespace grjca::cuda

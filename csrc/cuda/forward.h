@@ -9,23 +9,22 @@ namespace grjca::cuda {
 
 template <class T, class M>
 GRJCA_DEVICE void forward_step(const ForwardArguments& a, int step) {
-  const Plan& plan = a.plan;
-  const int i = step % plan.steps, phase = (i - 1) % plan.phases;
   const auto share = [&](auto tasks, auto task) { share_out(a, step, tasks, task); };
-  if (i == 0) {
-    initial<T>(a, team_of(a, step));
-  } else if (i == plan.steps - 1) {
-    gate<T>(a, team_of(a, step), a.to);
-  } else if (phase == 0) {
-    share(project_tasks, project_task<T, M>);
-  } else if (phase == plan.phases - 1) {
-    share(output_tasks, output_task<T, M>);
-  } else if (plan.streamed) {
-    share(attend_tasks, attend_task<T, M>);
-  } else if (phase == 1) {
-    share(correlate_tasks, correlate_task<T, M>);
-  } else {
-    share(attend_stored_tasks, attend_stored_task<T, M>);
+  const Team team = team_of(a, step);
+  switch (team.phase) {
+    case Phase::initial:
+      return initial<T>(a, team);
+    case Phase::project:
+      return share(project_tasks, project_task<T, M>);
+    case Phase::correlate:
+      return share(correlate_tasks, correlate_task<T, M>);
+    case Phase::attend:
+      if (a.plan.streamed) return share(attend_tasks, attend_task<T, M>);
+      return share(attend_stored_tasks, attend_stored_task<T, M>);
+    case Phase::output:
+      return share(output_tasks, output_task<T, M>);
+    default:
+      return gate<T>(a, team, a.to);
   }
 }
 
@@ -36,8 +35,10 @@ GRJCA_DEVICE void forward_kernel(const ForwardArguments& a) {
   for (int step = a.first_step; step < a.last_step; ++step) {
     if (team_of(a, step).count <= 0) return;
     forward_step<T, ForwardMath<T, kExact>>(a, step);
-    const int number = block_index() / a.plan.team_blocks, rank = block_index() % a.plan.team_blocks;
-    if (step + 1 < a.last_step) barrier(a.counters + number, rank, a.plan.team_blocks);
+    if (step + 1 < a.last_step) {
+      const Team team = team_of(a, step);
+      barrier(a.counters + team.number, team.rank, team.size);
+    }
   }
 }
 

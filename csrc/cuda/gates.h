@@ -8,6 +8,7 @@
 namespace grjca::cuda {
 
 constexpr int kMaxWays = kMaxIterations + 1;  // of a gate
+constexpr int kAtOnce = 4;                    // ways that are loaded before the first is used
 
 GRJCA_BOTH constexpr int first_way(int g) { return g * (g + 3) / 2; }
 GRJCA_BOTH int state_of_gate(const Problem& p, int g) {  // t of the X^t that gate g is computed from
@@ -71,45 +72,17 @@ struct Frame {
                                     (((t - 1) * a.p.batch + team.first + s) * a.p.length + l) * a.plan.width;
     return x + a.plan.offsets[m];
   }
-  GRJCA_DEVICE Columns<T> state(int t, int c) const { return load_columns(state_row(t) + c, width - c); }
+  GRJCA_DEVICE StoredColumns<T> stored_state(int t, int c) const { return load_stored(state_row(t) + c, width - c); }
+  GRJCA_DEVICE Columns<T> state(int t, int c) const { return stored_state(t, c).wide(); }
 
   GRJCA_DEVICE const T* gate_parameter(int g, int bias) const { return parameter<T>(a, index_of(a).gate(m, g) + bias); }
+  GRJCA_DEVICE StoredColumns<T> gate_weights(int g, int way, int c) const {
+    return load_stored(gate_parameter(g, 0) + static_cast<int64_t>(way) * width + c, width - c);
+  }
 
   template <class F>
   GRJCA_DEVICE void each_columns(F f) const {
     grjca::cuda::each_columns<T>(me, width, f);
-  }
-
-  // G = softmax((x W_g^T + b_g) / tau) of every gate.
-  GRJCA_DEVICE Ways values() const {
-    Ways all{me};
-    GRJCA_LOOP
-    for (int g = 0; g < a.p.gates(); ++g) {
-      const int ways = a.p.ways(g);
-      const T* const weight = gate_parameter(g, 0);
-      float logits[kMaxWays] = {};
-      each_columns([&](int c) {
-        const Columns<T> x = state(state_of_gate(a.p, g), c);
-        GRJCA_UNROLL
-        for (int w = 0; w < kMaxWays; ++w)
-          if (w < ways) logits[w] += dot(x, load_columns(weight + static_cast<int64_t>(w) * width + c, width - c));
-      });
-      float greatest = 0, total = 0;
-      GRJCA_UNROLL
-      for (int w = 0; w < kMaxWays; ++w)
-        if (w < ways) {
-          const float bias = a.p.released ? widen(gate_parameter(g, 1)[w]) : 0;
-          logits[w] = (sum_of_warp(logits[w]) + bias) / static_cast<float>(a.p.temperature);
-          greatest = w == 0 || greatest < logits[w] ? logits[w] : greatest;
-        }
-      GRJCA_UNROLL
-      for (int w = 0; w < kMaxWays; ++w)
-        if (w < ways) total += logits[w] = exponential(logits[w] - greatest);
-      GRJCA_UNROLL
-      for (int w = 0; w < kMaxWays; ++w)
-        if (w < ways) all.set(first_way(g) + w, logits[w] / total);
-    }
-    return all;
   }
 
   // Of "hierarchical": sum_s S^t_s X^s for s = 0..t, whose relu is Z^t.
@@ -124,55 +97,123 @@ struct Frame {
     return sum;
   }
 
-  // What way i of the last gate chooses.
+  // What way i of the last gate chooses: X^t for this t, or with "hierarchical" Z^(i+1).
+  GRJCA_DEVICE int state_of_way(int i) const { return a.p.gating == Gating::dynamic && i > 0 ? a.p.iterations : i; }
   GRJCA_DEVICE Columns<T> choice(const Ways& values, int i, int c) const {
-    if (hierarchical) {
-      Columns<T> z = stage(values, i + 1, c);
-      z.each([](float& x, int) { x = relu(x); });
-      return z;
-    }
-    return state(a.p.gating == Gating::dynamic && i > 0 ? a.p.iterations : i, c);
+    if (!hierarchical) return state(state_of_way(i), c);
+    Columns<T> z = stage(values, i + 1, c);
+    z.each([](float& x, int) { x = relu(x); });
+    return z;
   }
 
   // sum_i G_i choice_i, whose relu is Y.
   GRJCA_DEVICE Columns<T> mixture(const Ways& values, int c) const {
     Columns<T> sum;
-    const auto add = [&](int i) {
+    const int ways = a.p.ways(last_gate());
+    const auto add = [&](int i, Columns<T> x) {
       const float value = values.get(last_way() + i);
-      Columns<T> x = choice(values, i, c);
       x.each([&](float& y, int k) { sum.x[k] += value * y; });
     };
-    const int ways = a.p.ways(last_gate());
     if (hierarchical) {
       GRJCA_LOOP
-      for (int i = 0; i < ways; ++i) add(i);
-    } else {
-      GRJCA_UNROLL_BY(4)  // four loads at once
-      for (int i = 0; i < ways; ++i) add(i);
+      for (int i = 0; i < ways; ++i) add(i, choice(values, i, c));
+      return sum;
+    }
+    GRJCA_LOOP
+    for (int first = 0; first < ways; first += kAtOnce) {
+      StoredColumns<T> x[kAtOnce];
+      GRJCA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        x[i] = first + i < ways ? stored_state(state_of_way(first + i), c) : StoredColumns<T>{};
+      GRJCA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        if (first + i < ways) add(first + i, x[i].wide());
     }
     return sum;
   }
 };
 
-// Y_m, and the gate values if asked for.
+// G = softmax((x W_g^T + b_g) / tau) of every gate, for some frames.
+template <class T, int kFrames>
+GRJCA_DEVICE void gate_values(const Frame<T> (&frames)[kFrames], const bool (&present)[kFrames], Ways (&to)[kFrames]) {
+  const Common& a = frames[0].a;
+  GRJCA_LOOP
+  for (int g = 0; g < a.p.gates(); ++g) {
+    const int ways = a.p.ways(g);
+    float logits[kFrames][kMaxWays] = {};
+    int widest = 0;
+    for (const Frame<T>& frame : frames) widest = widest < frame.width ? frame.width : widest;
+    each_columns<T>(frames[0].me, widest, [&](int c) {
+      StoredColumns<T> x[kFrames];
+      GRJCA_UNROLL
+      for (int n = 0; n < kFrames; ++n)
+        x[n] = present[n] ? frames[n].stored_state(state_of_gate(a.p, g), c) : StoredColumns<T>{};
+      GRJCA_UNROLL
+      for (int first = 0; first < kMaxWays; first += kAtOnce)
+        if (first < ways) {
+          StoredColumns<T> weights[kFrames][kAtOnce];
+          GRJCA_UNROLL
+          for (int n = 0; n < kFrames; ++n) {
+            GRJCA_UNROLL
+            for (int w = first; w < first + kAtOnce; ++w)
+              weights[n][w - first] = w < ways ? frames[n].gate_weights(g, w, c) : StoredColumns<T>{};
+          }
+          GRJCA_UNROLL
+          for (int n = 0; n < kFrames; ++n) {
+            GRJCA_UNROLL
+            for (int w = first; w < first + kAtOnce && w < kMaxWays; ++w)
+              if (w < ways) logits[n][w] += dot(x[n].wide(), weights[n][w - first].wide());
+          }
+        }
+    });
+    GRJCA_UNROLL
+    for (int n = 0; n < kFrames; ++n) {
+      float (&of)[kMaxWays] = logits[n];
+      float greatest = 0, total = 0;
+      GRJCA_UNROLL
+      for (int w = 0; w < kMaxWays; ++w)
+        if (w < ways) {
+          const float bias = a.p.released ? widen(frames[n].gate_parameter(g, 1)[w]) : 0;
+          of[w] = (sum_of_warp(of[w]) + bias) / static_cast<float>(a.p.temperature);
+          greatest = w == 0 || greatest < of[w] ? of[w] : greatest;
+        }
+      GRJCA_UNROLL
+      for (int w = 0; w < kMaxWays; ++w)
+        if (w < ways) total += of[w] = exponential(of[w] - greatest);
+      GRJCA_UNROLL
+      for (int w = 0; w < kMaxWays; ++w)
+        if (w < ways) to[n].set(first_way(g) + w, present[n] ? of[w] / total : 0);
+    }
+  }
+}
+
+// Y_m, and the gate values if asked for. A warp takes two frames at a time: for more it has not registers enough.
 template <class T>
 GRJCA_DEVICE void gate(const Common& a, const Team& team, const ForwardOutputs& to) {
-  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
-    const Frame<T> frame(a, team, me, s, l, m);
-    const int sample = team.first + s;
-    const bool present = l < frames_of(a, sample), gated = a.p.gates() > 0;
-    Ways values = present ? frame.values() : Ways{me};
-    const View& y = to.outputs[m];
-    frame.each_columns([&](int c) {
-      Columns<T> sum;
-      if (present) sum = gated ? frame.mixture(values, c) : frame.state(a.p.iterations, c);
-      if (gated) sum.each([](float& x, int) { x = relu(x); });
-      store_columns(y, sample, l, c, frame.width, sum);
-    });
-    if (to.gates[m].data)
-      values.each([&](float& x, int w) {
-        if (w < a.p.all_ways()) *element<T>(to.gates[m], sample, l, w) = narrow_to<T>(x);
+  each_frames<2>(a, team, [&](const Thread& me, const FrameAt(&at)[2]) {
+    const Frame<T> frames[2] = {{a, team, me, at[0].s, at[0].l, at[0].m}, {a, team, me, at[1].s, at[1].l, at[1].m}};
+    Ways values[2] = {{me}, {me}};
+    bool present[2];
+    GRJCA_UNROLL
+    for (int n = 0; n < 2; ++n) present[n] = at[n].exists && at[n].l < frames_of(a, team.first + at[n].s);
+    gate_values<T>(frames, present, values);
+    const bool gated = a.p.gates() > 0;
+    GRJCA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const Frame<T>& frame = frames[n];
+      const int sample = team.first + frame.s;
+      if (!at[n].exists) continue;
+      frame.each_columns([&](int c) {
+        Columns<T> sum;
+        if (present[n]) sum = gated ? frame.mixture(values[n], c) : frame.state(a.p.iterations, c);
+        if (gated) sum.each([](float& x, int) { x = relu(x); });
+        store_columns(to.outputs[frame.m], sample, frame.l, c, frame.width, sum);
       });
+      if (to.gates[frame.m].data)
+        values[n].each([&](float& x, int w) {
+          if (w < a.p.all_ways()) *element<T>(to.gates[frame.m], sample, frame.l, w) = narrow_to<T>(x);
+        });
+    }
   });
 }
 

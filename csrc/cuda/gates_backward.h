@@ -34,20 +34,26 @@ struct FrameBackward : Frame<T> {
       : Frame<T>(args, team_, thread, s_, l_, m_), b(args), sample(team_.first + s_) {}
 
   // Of a gradient that the caller passed; zeros if there is none.
-  GRJCA_DEVICE Columns<T> incoming(const View& view, int64_t step, int c) const {
+  GRJCA_DEVICE StoredColumns<T> incoming(const View& view, int64_t step, int c) const {
     View from = view;
     if (view.data) from.data = static_cast<T*>(view.data) + step;
-    return load_columns<T>(from, sample, l, c, width);
+    return load_stored<T>(from, sample, l, c, width);
   }
 
-  // d Y_m through its relu.
-  GRJCA_DEVICE Columns<T> d_mixture(const Ways& values, int c) const {
-    Columns<T> d = incoming(b.d_outputs[m], 0, c);
-    if (a.p.gates() > 0) {
+  // d Y_m through its relu, where gates_backward has stored it.
+  GRJCA_DEVICE T* d_mixture_row() const {
+    return slot<T>(a, team, a.plan.slots.d_mixture) + this->row() * a.plan.width + a.plan.offsets[m];
+  }
+  GRJCA_DEVICE StoredColumns<T> stored_d_mixture(int c) const {
+    return a.p.gates() > 0 ? load_stored(d_mixture_row() + c, width - c) : incoming(b.d_outputs[m], 0, c);
+  }
+  GRJCA_DEVICE void store_d_mixture(const Ways& values) const {
+    this->each_columns([&](int c) {
+      Columns<T> d = incoming(b.d_outputs[m], 0, c).wide();
       const Columns<T> y = this->mixture(values, c);
       d.each([&](float& x, int i) { x = where_positive(y.x[i], x); });
-    }
-    return d;
+      store_columns(d_mixture_row() + c, width - c, 1, d);
+    });
   }
 
   // Of "hierarchical": the gradient by Z^t before its relu; d is the one by the sum that Y is relu of.
@@ -61,14 +67,22 @@ struct FrameBackward : Frame<T> {
   // Through the softmax of gate g, whose ways these are.
   GRJCA_DEVICE void logits(const Ways& values, int g, T* to) const {
     const int ways = a.p.ways(g);
-    const bool of_stage = hierarchical && g < a.p.iterations;
+    const bool of_stage = hierarchical && g < a.p.iterations, of_stages = hierarchical && !of_stage;
     float d_values[kMaxWays] = {};
     this->each_columns([&](int c) {
-      Columns<T> d = d_mixture(values, c);
+      Columns<T> d = stored_d_mixture(c).wide();
       if (of_stage) d = d_stage(values, g + 1, c, d);
       GRJCA_UNROLL
-      for (int w = 0; w < kMaxWays; ++w)
-        if (w < ways) d_values[w] += dot(of_stage ? this->state(w, c) : this->choice(values, w, c), d);
+      for (int first = 0; first < kMaxWays; first += kAtOnce) {
+        StoredColumns<T> x[kAtOnce];
+        GRJCA_UNROLL
+        for (int w = first; w < first + kAtOnce; ++w)
+          x[w - first] =
+              w < ways && !of_stages ? this->stored_state(of_stage ? w : this->state_of_way(w), c) : StoredColumns<T>{};
+        GRJCA_UNROLL
+        for (int w = first; w < first + kAtOnce && w < kMaxWays; ++w)
+          if (w < ways) d_values[w] += dot(of_stages ? this->choice(values, w, c) : x[w - first].wide(), d);
+      }
     });
     float along = 0;
     GRJCA_UNROLL
@@ -87,10 +101,23 @@ struct FrameBackward : Frame<T> {
       }
   }
 
+  // What state_gradient wants of memory.
+  struct Incoming {
+    StoredColumns<T> mixture, iterate;
+  };
+  GRJCA_DEVICE Incoming load(int t, int c) const {
+    Incoming to{};
+    if (c >= width) return to;
+    to.mixture = stored_d_mixture(c);
+    if (t > 0) to.iterate = incoming(b.d_iterates[m], (t - 1) * b.d_iterates_step[m], c);
+    return to;
+  }
+
   // d X_m^t but for what the iterations add.
-  GRJCA_DEVICE Columns<T> state_gradient(const Ways& values, const Ways& d_logits, int t, int c) const {
+  GRJCA_DEVICE Columns<T> state_gradient(const Ways& values, const Ways& d_logits, int t, int c,
+                                         const Incoming& loaded) const {
     const int last = a.p.iterations;
-    const Columns<T> d_y = d_mixture(values, c);
+    const Columns<T> d_y = loaded.mixture.wide();
     Columns<T> d;
     const auto add = [&](float factor, Columns<T> x) { x.each([&](float& y, int i) { d.x[i] += factor * y; }); };
     if (a.p.gating == Gating::none) {
@@ -107,11 +134,9 @@ struct FrameBackward : Frame<T> {
     for (int g = 0; g < a.p.gates(); ++g)
       if (state_of_gate(a.p, g) == t) {
         GRJCA_LOOP
-        for (int w = 0; w < a.p.ways(g); ++w)
-          add(d_logits.get(first_way(g) + w),
-              load_columns(this->gate_parameter(g, 0) + static_cast<int64_t>(w) * width + c, width - c));
+        for (int w = 0; w < a.p.ways(g); ++w) add(d_logits.get(first_way(g) + w), this->gate_weights(g, w, c).wide());
       }
-    if (t > 0) add(1, incoming(b.d_iterates[m], (t - 1) * b.d_iterates_step[m], c));
+    add(1, loaded.iterate.wide());
     return d;
   }
 };
@@ -132,13 +157,18 @@ GRJCA_DEVICE void gates_backward(const BackwardArguments& a, const Team& team) {
     const FrameBackward<T> frame(a, team, me, s, l, m);
     const bool present = l < frames_of(a, team.first + s);
     const int ways = a.p.all_ways(), lane = me.lane();
-    Ways values = present ? frame.values() : Ways{me};
+    const Frame<T> one[1] = {frame};
+    const bool is_present[1] = {present};
+    Ways computed[1] = {{me}};
+    gate_values<T>(one, is_present, computed);
+    Ways& values = computed[0];
     float* const to = values_of(a, team, frame.row(), m);
     values.each([&](float& x, int way) {
       if (way < ways) to[way] = x;
     });
     T* const d_logits = d_logits_of<T>(a, team, frame.row(), m);
     if (present) {
+      frame.store_d_mixture(values);
       GRJCA_LOOP
       for (int g = 0; g < a.p.gates(); ++g) frame.logits(values, g, d_logits);
     } else {
@@ -152,17 +182,32 @@ template <class T>
 GRJCA_DEVICE void states_backward(const BackwardArguments& a, const Team& team, int t) {
   T* const to = writable(d_state<T>(a, team, t), 0);
   warp_barrier();
-  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
-    const FrameBackward<T> frame(a, team, me, s, l, m);
-    const bool present = l < frames_of(a, team.first + s);
+  each_frames<2>(a, team, [&](const Thread& me, const FrameAt(&at)[2]) {
+    const FrameBackward<T> frames[2] = {{a, team, me, at[0].s, at[0].l, at[0].m},
+                                        {a, team, me, at[1].s, at[1].l, at[1].m}};
     const int ways = a.p.all_ways();
-    const Ways values = load_ways(me, values_of(a, team, frame.row(), m), ways);
-    const Ways d_logits = load_ways(me, d_logits_of<T>(a, team, frame.row(), m), ways);
-    T* const row = to + frame.row() * a.plan.width + a.plan.offsets[m];
-    frame.each_columns([&](int c) {
-      Columns<T> d;
-      if (present) d = frame.state_gradient(values, d_logits, t, c);
-      store_columns(row + c, frame.width - c, 1, d);
+    Ways values[2] = {{me}, {me}}, d_logits[2] = {{me}, {me}};
+    bool present[2];
+    int widest = 0;
+    GRJCA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      present[n] = at[n].exists && at[n].l < frames_of(a, team.first + at[n].s);
+      widest = widest < frames[n].width ? frames[n].width : widest;
+      if (!present[n]) continue;
+      values[n] = load_ways(me, values_of(a, team, frames[n].row(), at[n].m), ways);
+      d_logits[n] = load_ways(me, d_logits_of<T>(a, team, frames[n].row(), at[n].m), ways);
+    }
+    each_columns<T>(me, widest, [&](int c) {
+      typename FrameBackward<T>::Incoming loaded[2];
+      GRJCA_UNROLL
+      for (int n = 0; n < 2; ++n) loaded[n] = present[n] ? frames[n].load(t, c) : typename FrameBackward<T>::Incoming{};
+      GRJCA_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        if (!at[n].exists) continue;
+        Columns<T> d;
+        if (present[n]) d = frames[n].state_gradient(values[n], d_logits[n], t, c, loaded[n]);
+        store_columns(to + frames[n].row() * a.plan.width + a.plan.offsets[at[n].m] + c, frames[n].width - c, 1, d);
+      }
     });
   });
 }

@@ -58,48 +58,107 @@ GRJCA_DEVICE ParameterIndex index_of(const Common& a) { return {a.p}; }
 
 // ---- X^0
 
-// max(|x|, 1e-12) of a frame; 1 unless normalising.
-template <class T>
-GRJCA_DEVICE float norm_of_frame(const Common& a, const Thread& me, int sample, int frame, int m) {
-  if (!a.p.normalize) return 1;
-  float squares = 0;
-  each_columns<T>(me, a.plan.widths[m], [&](int c) {
-    const Columns<T> x = load_columns<T>(a.features[m], sample, frame, c, a.plan.widths[m]);
-    squares += dot(x, x);
-  });
-  const float norm = square_root(sum_of_warp(squares));
-  return norm < 1e-12f ? 1e-12f : norm;
-}
+constexpr int kFramesAtOnce = 4;  // of a warp: it waits once for all of them
 
-// f(thread, sample within the chunk, frame, modality) for every frame, by a warp each.
-template <class F>
-GRJCA_DEVICE void each_frame(const Common& a, const Team& team, F f) {
+// Frame l of sample s of the chunk, columns of modality m.
+struct FrameAt {
+  int s, l, m;
+  bool exists;
+};
+
+// f(thread, so many frames) until all frames of all modalities have been taken, by a warp each time.
+template <int kFrames, class F>
+GRJCA_DEVICE void each_frames(const Common& a, const Team& team, F f) {
   const int modalities = a.p.modalities, length = static_cast<int>(a.p.length);
   const Thread me = this_thread();
-  const int warps = kThreads / kWarp, frames = team.count * length;
+  const int warps = team.size * (kThreads / kWarp), all = team.count * length * modalities;
   GRJCA_LOOP
-  for (int i = team.rank * warps + me.warp(); i < frames * modalities; i += team.size * warps) {
-    const int row = i / modalities;
-    f(me, row / length, row % length, i % modalities);
+  for (int i = team.rank * (kThreads / kWarp) + me.warp(); i < all; i += kFrames * warps) {
+    FrameAt frames[kFrames];
+    GRJCA_UNROLL
+    for (int n = 0; n < kFrames; ++n) {
+      const int j = i + n * warps, row = j / modalities;
+      frames[n] = {row / length, row % length, j % modalities, j < all};
+    }
+    f(me, frames);
   }
 }
+
+// The same for one at a time: f(thread, sample within the chunk, frame, modality).
+template <class F>
+GRJCA_DEVICE void each_frame(const Common& a, const Team& team, F f) {
+  each_frames<1>(a, team, [&](const Thread& me, const FrameAt(&at)[1]) { f(me, at[0].s, at[0].l, at[0].m); });
+}
+
+// Frames whose X^0, or the gradient by it, a warp computes.
+template <class T>
+struct Initial {
+  const Common& a;
+  const Team& team;
+  const Thread& me;
+  const FrameAt (&frames)[kFramesAtOnce];
+
+  GRJCA_DEVICE int sample(const FrameAt& at) const { return team.first + at.s; }
+  GRJCA_DEVICE int width(const FrameAt& at) const { return a.plan.widths[at.m]; }
+  GRJCA_DEVICE bool present(const FrameAt& at) const { return at.exists && at.l < frames_of(a, sample(at)); }
+  // Where it stands in an activation.
+  GRJCA_DEVICE int64_t place(const FrameAt& at) const {
+    return static_cast<int64_t>(at.s * a.plan.frames + at.l) * a.plan.width + a.plan.offsets[at.m];
+  }
+
+  // f(its number, a frame) for each, again for the next columns from c on: load(c, f) gives them, and use what it gave.
+  template <class L, class U>
+  GRJCA_DEVICE void each(L load, U use) const {
+    int widest = 0;
+    for (const FrameAt& at : frames) widest = widest < width(at) ? width(at) : widest;
+    each_columns<T>(me, widest, [&](int c) {
+      decltype(load(frames[0], c)) loaded[kFramesAtOnce];
+      GRJCA_UNROLL
+      for (int n = 0; n < kFramesAtOnce; ++n) loaded[n] = load(frames[n], c);
+      GRJCA_UNROLL
+      for (int n = 0; n < kFramesAtOnce; ++n) use(frames[n], n, c, loaded[n]);
+    });
+  }
+
+  GRJCA_DEVICE StoredColumns<T> feature(const FrameAt& at, int c) const {
+    if (!present(at)) return {};
+    return load_stored<T>(a.features[at.m], sample(at), at.l, c, width(at));
+  }
+  GRJCA_DEVICE StoredColumns<T> of(const T* activation, const FrameAt& at, int c) const {
+    if (!present(at) || c >= width(at)) return {};
+    return load_stored(activation + place(at) + c, width(at) - c);
+  }
+
+  // max(|x|, 1e-12); 1 unless normalising.
+  GRJCA_DEVICE void norms(float (&to)[kFramesAtOnce]) const {
+    GRJCA_UNROLL
+    for (float& norm : to) norm = 0;
+    if (a.p.normalize)
+      each([&](const FrameAt& at, int c) { return feature(at, c); },
+           [&](const FrameAt&, int n, int, const StoredColumns<T>& x) { to[n] += dot(x.wide(), x.wide()); });
+    GRJCA_UNROLL
+    for (float& norm : to) {
+      norm = square_root(sum_of_warp(norm));
+      norm = !a.p.normalize ? 1 : norm < 1e-12f ? 1e-12f : norm;
+    }
+  }
+};
 
 // X^0: absent frames cleared, every frame divided by its norm if asked for.
 template <class T>
 GRJCA_DEVICE void initial(const Common& a, const Team& team) {
   T* const to = slot<T>(a, team, a.plan.slots.initial);
-  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
-    const int sample = team.first + s;
-    const bool present = l < frames_of(a, sample);
-    const float norm = present ? norm_of_frame<T>(a, me, sample, l, m) : 1;
-    const int width = a.plan.widths[m];
-    T* const row = to + static_cast<int64_t>(s * a.plan.frames + l) * a.plan.width + a.plan.offsets[m];
-    each_columns<T>(me, width, [&](int c) {
-      Columns<T> x;
-      if (present) x = load_columns<T>(a.features[m], sample, l, c, width);
-      x.each([&](float& y, int) { y /= norm; });
-      store_columns(row + c, width - c, 1, x);
-    });
+  each_frames<kFramesAtOnce>(a, team, [&](const Thread& me, const FrameAt(&frames)[kFramesAtOnce]) {
+    const Initial<T> all{a, team, me, frames};
+    float norms[kFramesAtOnce];
+    all.norms(norms);
+    all.each([&](const FrameAt& at, int c) { return all.feature(at, c); },
+             [&](const FrameAt& at, int n, int c, const StoredColumns<T>& loaded) {
+               if (!at.exists || c >= all.width(at)) return;
+               Columns<T> x = loaded.wide();
+               x.each([&](float& y, int) { y /= norms[n]; });
+               store_columns(to + all.place(at) + c, all.width(at) - c, 1, x);
+             });
   });
 }
 
@@ -108,7 +167,7 @@ GRJCA_DEVICE void initial(const Common& a, const Team& team) {
 // A bias by columns, or 0.
 template <class T>
 GRJCA_DEVICE Pair bias_of(const T* bias, int column, bool both) {
-  return bias ? load_pair(bias + column, both) : Pair{0, 0};
+  return bias ? load_pair(bias + column, both).wide() : Pair{0, 0};
 }
 
 // Adds a bias by columns and stores a tile, [rows, columns] of a row-major matrix that begins at `to`.
@@ -128,13 +187,13 @@ GRJCA_DEVICE void linear_task(const Common& a, const Team& team, int i, int of_j
   const bool of_joint = i < of_joint_tasks;
   ModalityTile tile;
   if (of_joint) {
-    const int column = i / row_tiles * plan.tile_columns;
-    tile = {0, column, least(plan.tile_columns, plan.width - column)};
+    const int column = i / row_tiles * team.tile.columns;
+    tile = {0, column, least(team.tile.columns, plan.width - column)};
   } else {
     i -= of_joint_tasks;
-    tile = modality_tile(plan, i / row_tiles, plan.tile_columns);
+    tile = modality_tile(plan, i / row_tiles, team.tile.columns);
   }
-  const int row = i % row_tiles * plan.tile_rows, rows = least(plan.tile_rows, team.count * plan.frames - row);
+  const int row = i % row_tiles * team.tile.rows, rows = least(team.tile.rows, team.count * plan.frames - row);
   const int offset = of_joint ? 0 : plan.offsets[tile.m], inputs = of_joint ? plan.width : plan.widths[tile.m];
   const int weight = of_joint ? index.query(team.t) : index.value(team.t, tile.m);
   const Matrix<T> w{parameter<T>(a, weight), inputs};
@@ -151,9 +210,9 @@ GRJCA_DEVICE void linear_task(const Common& a, const Team& team, int i, int of_j
 template <class T, class M>
 GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_tiles) {
   const Plan& plan = a.plan;
-  const int length = static_cast<int>(a.p.length), row = i % row_tiles * plan.tile_rows, s = i / row_tiles % team.count;
-  const ModalityTile tile = modality_tile(plan, i / row_tiles / team.count, plan.tile_columns);
-  const int rows = least(plan.tile_rows, length - row), present = frames_of(a, team.first + s);
+  const int length = static_cast<int>(a.p.length), row = i % row_tiles * team.tile.rows, s = i / row_tiles % team.count;
+  const ModalityTile tile = modality_tile(plan, i / row_tiles / team.count, team.tile.columns);
+  const int rows = least(team.tile.rows, length - row), present = frames_of(a, team.first + s);
   const int weight = index_of(a).key(team.t, tile.m), column = plan.offsets[tile.m] + tile.column;
   const Matrix<T> w{parameter<T>(a, weight), length};
   SumsOf<M> sums;
@@ -163,8 +222,9 @@ GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_til
   const T* const bias = a.p.released ? parameter<T>(a, weight + 1) + row : nullptr;
   finish(
       sums, rows, tile.columns, [](int, int) { return 0; },
-      [&](int, int r, int c, float x0, float x1, bool both) {
-        const float b = bias ? widen(bias[r]) : 0;
+      [&](int, int r, int, bool) { return bias ? load_pair(bias + r, false) : Stored<T>{}; },
+      [&](int, const Stored<T>& of_row, int r, int c, float x0, float x1, bool both) {
+        const float b = of_row.wide().x;
         const bool exists = row + r < present;
         store_pair(to + static_cast<int64_t>(r) * plan.width + c, exists ? (x0 + b) * plan.key_scale : 0,
                    exists ? (x1 + b) * plan.key_scale : 0, both);
@@ -173,17 +233,17 @@ GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_til
 
 // All that needs only X^t: J = X W_q^T + b_q where it is projected, V_m = X_m W_v^T + b_v, and K_m.
 GRJCA_DEVICE int row_tiles_of(const Common& a, const Team& team) {
-  return tiles(team.count * a.plan.frames, a.plan.tile_rows);
+  return tiles(team.count * a.plan.frames, team.tile.rows);
 }
 GRJCA_DEVICE int joint_tasks(const Common& a, const Team& team) {
-  return a.p.projected ? row_tiles_of(a, team) * tiles(a.plan.width, a.plan.tile_columns) : 0;
+  return a.p.projected ? row_tiles_of(a, team) * tiles(a.plan.width, team.tile.columns) : 0;
 }
 GRJCA_DEVICE int linear_tasks(const Common& a, const Team& team) {
-  return joint_tasks(a, team) + row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);
+  return joint_tasks(a, team) + row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
 GRJCA_DEVICE int project_tasks(const Common& a, const Team& team) {
-  return linear_tasks(a, team) + team.count * tiles(static_cast<int>(a.p.length), a.plan.tile_rows) *
-                                     modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);
+  return linear_tasks(a, team) + team.count * tiles(static_cast<int>(a.p.length), team.tile.rows) *
+                                     modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
 
 template <class T, class M>
@@ -192,7 +252,7 @@ GRJCA_DEVICE void project_task(const Common& a, const Team& team, int i) {
   if (i < of_linear)
     linear_task<T, M>(a, team, i, joint_tasks(a, team), row_tiles_of(a, team));
   else
-    key_task<T, M>(a, team, i - of_linear, tiles(static_cast<int>(a.p.length), a.plan.tile_rows));
+    key_task<T, M>(a, team, i - of_linear, tiles(static_cast<int>(a.p.length), team.tile.rows));
 }
 
 // ---- C and H, stored
@@ -208,18 +268,17 @@ GRJCA_DEVICE float stored_correlation(float score, bool kept, float factor) {
 }
 
 GRJCA_DEVICE int correlate_tasks(const Common& a, const Team& team) {
-  return team.count * modality_tiles(a.plan, a.p.modalities, a.plan.tile_rows) *
-         tiles(a.plan.width, a.plan.tile_columns);
+  return team.count * modality_tiles(a.plan, a.p.modalities, team.tile.rows) * tiles(a.plan.width, team.tile.columns);
 }
 
 template <class T, class M>
 GRJCA_DEVICE void correlate_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int column_tiles = tiles(plan.width, plan.tile_columns);
-  const int row_tiles = modality_tiles(plan, a.p.modalities, plan.tile_rows);
-  const int s = i / column_tiles / row_tiles, column = i % column_tiles * plan.tile_columns;
-  const ModalityTile tile = modality_tile(plan, i / column_tiles % row_tiles, plan.tile_rows);  // of rows, here
-  const int rows = tile.columns, columns = least(plan.tile_columns, plan.width - column);
+  const int column_tiles = tiles(plan.width, team.tile.columns);
+  const int row_tiles = modality_tiles(plan, a.p.modalities, team.tile.rows);
+  const int s = i / column_tiles / row_tiles, column = i % column_tiles * team.tile.columns;
+  const ModalityTile tile = modality_tile(plan, i / column_tiles % row_tiles, team.tile.rows);  // of rows, here
+  const int rows = tile.columns, columns = least(team.tile.columns, plan.width - column);
   const int row = plan.offsets[tile.m] + tile.column;
   SumsOf<M> sums;
   product<T, M, Major::outer, Major::outer>(sums, sample_of(activation<T>(a, team, plan.slots.key), s).from(0, row),
@@ -238,18 +297,18 @@ GRJCA_DEVICE void correlate_task(const Common& a, const Team& team, int i) {
 
 // H_m = relu(tanh(V_m C_m)).
 GRJCA_DEVICE int attend_stored_tasks(const Common& a, const Team& team) {
-  return team.count * a.p.modalities * tiles(static_cast<int>(a.p.length), a.plan.tile_rows) *
-         tiles(a.plan.width, a.plan.tile_columns);
+  return team.count * a.p.modalities * tiles(static_cast<int>(a.p.length), team.tile.rows) *
+         tiles(a.plan.width, team.tile.columns);
 }
 
 template <class T, class M>
 GRJCA_DEVICE void attend_stored_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int length = static_cast<int>(a.p.length), row_tiles = tiles(length, plan.tile_rows);
-  const int column_tiles = tiles(plan.width, plan.tile_columns), hidden_width = a.p.modalities * plan.width;
+  const int length = static_cast<int>(a.p.length), row_tiles = tiles(length, team.tile.rows);
+  const int column_tiles = tiles(plan.width, team.tile.columns), hidden_width = a.p.modalities * plan.width;
   const int s = i / column_tiles / row_tiles / a.p.modalities, m = i / column_tiles / row_tiles % a.p.modalities;
-  const int row = i / column_tiles % row_tiles * plan.tile_rows, rows = least(plan.tile_rows, length - row);
-  const int column = i % column_tiles * plan.tile_columns, columns = least(plan.tile_columns, plan.width - column);
+  const int row = i / column_tiles % row_tiles * team.tile.rows, rows = least(team.tile.rows, length - row);
+  const int column = i % column_tiles * team.tile.columns, columns = least(team.tile.columns, plan.width - column);
   const Matrix<T> c{correlation<T>(a, team, s), plan.width};
   SumsOf<M> sums;
   product<T, M, Major::terms, Major::outer>(
@@ -274,10 +333,12 @@ struct OutputRows {
   Kept kept;
 };
 
-// f(OutputRows, row, column, x0, x1, whether there are both) for a tile of H_m W_h^T + b_h from a row of the chunk and
-// a column of modality m on, before relu and dropout; not for frames beyond L.
-template <class T, class M, class F>
-GRJCA_DEVICE void project_output(const Common& a, const Team& team, int row, const ModalityTile& tile, int rows, F f) {
+// f(OutputRows, what load(OutputRows, row, column, whether there are both) gave, row, column, x0, x1, whether there are
+// both) for a tile of H_m W_h^T + b_h from a row of the chunk and a column of modality m on, before relu and dropout;
+// not for frames beyond L.
+template <class T, class M, class L, class F>
+GRJCA_DEVICE void project_output(const Common& a, const Team& team, int row, const ModalityTile& tile, int rows, L load,
+                                 F f) {
   const Plan& plan = a.plan;
   const int weight = index_of(a).output(team.t, tile.m), length = static_cast<int>(a.p.length);
   const Matrix<T> w{parameter<T>(a, weight), plan.width};
@@ -300,14 +361,17 @@ GRJCA_DEVICE void project_output(const Common& a, const Team& team, int row, con
             drops ? Mask::at(a, team.t, tile.m, Site::output, sample).kept_pair(of.frame, tile.column + c) : kAllKept;
         return of;
       },
-      [&](const OutputRows& of, int r, int c, float x0, float x1, bool both) {
-        if (of.frame + r % 8 < length) f(of, r, c, x0 + of.bias.x, x1 + of.bias.y, both);
+      [&](const OutputRows& of, int r, int c, bool both) {
+        return of.frame + r % 8 < length ? load(of, r, c, both) : Stored<T>{};
+      },
+      [&](const OutputRows& of, const Stored<T>& loaded, int r, int c, float x0, float x1, bool both) {
+        if (of.frame + r % 8 < length) f(of, loaded.wide(), r, c, x0 + of.bias.x, x1 + of.bias.y, both);
       });
 }
 
 // X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent frames stay 0.
 GRJCA_DEVICE int output_tasks(const Common& a, const Team& team) {
-  return row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);
+  return row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
 
 template <class T, class M>
@@ -316,21 +380,24 @@ GRJCA_DEVICE void output_task(const Common& a, const Team& team, int i) {
   const int row_tiles = row_tiles_of(a, team);
   const Matrix<T> x = state<T>(a, team, team.t), next = state<T>(a, team, team.t + 1);
   const bool released = a.p.released;
-  const ModalityTile tile = modality_tile(plan, i / row_tiles, plan.tile_columns);
-  const int row = i % row_tiles * plan.tile_rows, rows = least(plan.tile_rows, team.count * plan.frames - row);
+  const ModalityTile tile = modality_tile(plan, i / row_tiles, team.tile.columns);
+  const int row = i % row_tiles * team.tile.rows, rows = least(team.tile.rows, team.count * plan.frames - row);
   const int column = plan.offsets[tile.m] + tile.column;
-  project_output<T, M>(a, team, row, tile, rows,
-                       [&](const OutputRows& of, int r, int c, float x0, float x1, bool both) {
-                         if (released) {
-                           x0 = relu(x0) * of.kept.factor(of.kept.first(r), plan.kept);
-                           x1 = relu(x1) * of.kept.factor(of.kept.second(r), plan.kept);
-                         }
-                         const int l = of.frame + r % 8;
-                         const bool present = l < of.present;
-                         const Pair old = load_pair(x.data + of.sample * x.sample + l * x.row + column + c, both);
-                         T* const to = const_cast<T*>(next.data) + of.sample * next.sample + l * next.row + column + c;
-                         store_pair(to, old.x + (present ? x0 : 0), old.y + (present ? x1 : 0), both);
-                       });
+  project_output<T, M>(
+      a, team, row, tile, rows,
+      [&](const OutputRows& of, int r, int c, bool both) {
+        return load_pair(x.data + of.sample * x.sample + (of.frame + r % 8) * x.row + column + c, both);
+      },
+      [&](const OutputRows& of, const Pair& old, int r, int c, float x0, float x1, bool both) {
+        if (released) {
+          x0 = relu(x0) * of.kept.factor(of.kept.first(r), plan.kept);
+          x1 = relu(x1) * of.kept.factor(of.kept.second(r), plan.kept);
+        }
+        const int l = of.frame + r % 8;
+        const bool present = l < of.present;
+        T* const to = const_cast<T*>(next.data) + of.sample * next.sample + l * next.row + column + c;
+        store_pair(to, old.x + (present ? x0 : 0), old.y + (present ? x1 : 0), both);
+      });
 }
 
 }  // namespace grjca::cuda

@@ -43,36 +43,37 @@ template <class T, class M>
 GRJCA_DEVICE void output_backward_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
   const int row_tiles = row_tiles_of(a, team);
-  const ModalityTile tile = modality_tile(plan, i / row_tiles, plan.tile_columns);
-  const int row = i % row_tiles * plan.tile_rows, rows = least(plan.tile_rows, team.count * plan.frames - row);
+  const ModalityTile tile = modality_tile(plan, i / row_tiles, team.tile.columns);
+  const int row = i % row_tiles * team.tile.rows, rows = least(team.tile.rows, team.count * plan.frames - row);
   const int column = plan.offsets[tile.m] + tile.column;
   const T* const d_next = writable(d_state<T>(a, team, team.t + 1), row) + column;
   T* const to = writable(d_update<T>(a, team, team.t), row) + column;
-  project_output<T, M>(a, team, row, tile, rows,
-                       [&](const OutputRows& of, int r, int c, float x0, float x1, bool both) {
-                         const int64_t at = static_cast<int64_t>(r) * plan.width + c;
-                         const bool present = of.frame + r % 8 < of.present;
-                         const Pair d = load_pair(d_next + at, both);
-                         const float y0 = where_positive(x0, d.x * of.kept.factor(of.kept.first(r), plan.kept));
-                         const float y1 = where_positive(x1, d.y * of.kept.factor(of.kept.second(r), plan.kept));
-                         store_pair(to + at, present ? y0 : 0, present ? y1 : 0, both);
-                       });
+  const auto place = [&](int r, int c) { return static_cast<int64_t>(r) * plan.width + c; };
+  project_output<T, M>(
+      a, team, row, tile, rows,
+      [&](const OutputRows&, int r, int c, bool both) { return load_pair(d_next + place(r, c), both); },
+      [&](const OutputRows& of, const Pair& d, int r, int c, float x0, float x1, bool both) {
+        const bool present = of.frame + r % 8 < of.present;
+        const float y0 = where_positive(x0, d.x * of.kept.factor(of.kept.first(r), plan.kept));
+        const float y1 = where_positive(x1, d.y * of.kept.factor(of.kept.second(r), plan.kept));
+        store_pair(to + place(r, c), present ? y0 : 0, present ? y1 : 0, both);
+      });
 }
 
 GRJCA_DEVICE int attended_tasks(const Common& a, const Team& team) {
   const Plan& plan = a.plan;
-  return tiles(team.count * plan.frames, plan.tile_rows) * a.p.modalities * tiles(plan.width, plan.tile_columns);
+  return tiles(team.count * plan.frames, team.tile.rows) * a.p.modalities * tiles(plan.width, team.tile.columns);
 }
 
 // d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells.
 template <class T, class M>
 GRJCA_DEVICE void attended_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int row_tiles = tiles(team.count * plan.frames, plan.tile_rows);
-  const int column_tiles = tiles(plan.width, plan.tile_columns);
-  const int row = i % row_tiles * plan.tile_rows, rows = least(plan.tile_rows, team.count * plan.frames - row);
-  const int column = i / row_tiles % column_tiles * plan.tile_columns, m = i / row_tiles / column_tiles;
-  const int columns = least(plan.tile_columns, plan.width - column);
+  const int row_tiles = tiles(team.count * plan.frames, team.tile.rows);
+  const int column_tiles = tiles(plan.width, team.tile.columns);
+  const int row = i % row_tiles * team.tile.rows, rows = least(team.tile.rows, team.count * plan.frames - row);
+  const int column = i / row_tiles % column_tiles * team.tile.columns, m = i / row_tiles / column_tiles;
+  const int columns = least(team.tile.columns, plan.width - column);
   const Matrix<T> w{parameter<T>(a, index_of(a).output(team.t, m)), plan.width};
   SumsOf<M> sums;
   product<T, M, Major::terms, Major::outer>(sums, d_update<T>(a, team, team.t).from(row, plan.offsets[m]),
@@ -83,10 +84,14 @@ GRJCA_DEVICE void attended_task(const Common& a, const Team& team, int i) {
   const bool released = a.p.released;
   finish(
       sums, rows, columns, [&](int r, int) { return static_cast<int>(a.p.length) - (row + r) % plan.frames; },
-      [&](int exist, int r, int c, float x0, float x1, bool both) {
+      [&](int exist, int r, int c, bool both) {
+        const T* const from = hidden.data + at + static_cast<int64_t>(r) * hidden.row + c;
+        return r % 8 < exist ? load_pair(from, both) : Stored<T>{};
+      },
+      [&](int exist, const Stored<T>& loaded, int r, int c, float x0, float x1, bool both) {
         if (r % 8 >= exist) return;
         const int64_t place = static_cast<int64_t>(r) * hidden.row + c;
-        const Pair h = load_pair(hidden.data + at + place, both);
+        const Pair h = loaded.wide();
         if (released) {
           x0 *= 1 - h.x * h.x;
           x1 *= 1 - h.y * h.y;
@@ -101,10 +106,10 @@ GRJCA_DEVICE void attended_task(const Common& a, const Team& team, int i) {
 template <class T, class M>
 GRJCA_DEVICE void value_backward(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int length = static_cast<int>(a.p.length), row_tiles = tiles(length, plan.tile_rows);
-  const int s = i / row_tiles % team.count, row = i % row_tiles * plan.tile_rows;
-  const ModalityTile tile = modality_tile(plan, i / row_tiles / team.count, plan.tile_columns);
-  const int rows = least(plan.tile_rows, length - row), column = plan.offsets[tile.m] + tile.column;
+  const int length = static_cast<int>(a.p.length), row_tiles = tiles(length, team.tile.rows);
+  const int s = i / row_tiles % team.count, row = i % row_tiles * team.tile.rows;
+  const ModalityTile tile = modality_tile(plan, i / row_tiles / team.count, team.tile.columns);
+  const int rows = least(team.tile.rows, length - row), column = plan.offsets[tile.m] + tile.column;
   const Matrix<T> c{correlation<T>(a, team, s), plan.width};
   SumsOf<M> sums;
   product<T, M, Major::terms, Major::terms>(sums, sample_of(d_attended<T>(a, team), s).from(row, tile.m * plan.width),
@@ -125,9 +130,9 @@ GRJCA_DEVICE float slope_of_stored(float c, float d, const Plan& plan) {
 template <class T, class M>
 GRJCA_DEVICE void score_backward(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int column_tiles = tiles(plan.width, plan.tile_columns), column = i % column_tiles * plan.tile_columns;
-  const int s = i / column_tiles % team.count, columns = least(plan.tile_columns, plan.width - column);
-  const ModalityTile tile = modality_tile(plan, i / column_tiles / team.count, plan.tile_rows);  // of rows, here
+  const int column_tiles = tiles(plan.width, team.tile.columns), column = i % column_tiles * team.tile.columns;
+  const int s = i / column_tiles % team.count, columns = least(team.tile.columns, plan.width - column);
+  const ModalityTile tile = modality_tile(plan, i / column_tiles / team.count, team.tile.rows);  // of rows, here
   const int row = plan.offsets[tile.m] + tile.column, rows = tile.columns;
   SumsOf<M> sums;
   product<T, M, Major::outer, Major::outer>(sums, sample_of(activation<T>(a, team, plan.slots.value), s).from(0, row),
@@ -138,23 +143,24 @@ GRJCA_DEVICE void score_backward(const Common& a, const Team& team, int i) {
   T* const to = d_score<T>(a, team, s) + at;
   finish(
       sums, rows, columns, [](int, int) { return 0; },
-      [&](int, int r, int c, float x0, float x1, bool both) {
+      [&](int, int r, int c, bool both) { return load_pair(from + static_cast<int64_t>(r) * plan.width + c, both); },
+      [&](int, const Stored<T>& loaded, int r, int c, float x0, float x1, bool both) {
         const int64_t place = static_cast<int64_t>(r) * plan.width + c;
-        const Pair stored = load_pair(from + place, both);
+        const Pair stored = loaded.wide();
         store_pair(to + place, slope_of_stored(stored.x, x0, plan), slope_of_stored(stored.y, x1, plan), both);
       });
 }
 
 GRJCA_DEVICE int value_backward_tasks(const Common& a, const Team& team) {
-  return team.count * tiles(static_cast<int>(a.p.length), a.plan.tile_rows) *
-         modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);
+  return team.count * tiles(static_cast<int>(a.p.length), team.tile.rows) *
+         modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
-GRJCA_DEVICE int correlation_backward_stored_tasks(const Common& a, const Team& team) {
+GRJCA_DEVICE int correlate_backward_stored_tasks(const Common& a, const Team& team) {
   return value_backward_tasks(a, team) + correlate_tasks(a, team);
 }
 
 template <class T, class M>
-GRJCA_DEVICE void correlation_backward_stored_task(const Common& a, const Team& team, int i) {
+GRJCA_DEVICE void correlate_backward_stored_task(const Common& a, const Team& team, int i) {
   const int of_value = value_backward_tasks(a, team);
   if (i < of_value)
     value_backward<T, M>(a, team, i);
@@ -166,8 +172,8 @@ GRJCA_DEVICE void correlation_backward_stored_task(const Common& a, const Team& 
 template <class T, class M>
 GRJCA_DEVICE void joint_backward_stored(const Common& a, const Team& team, int s, int row, int column) {
   const Plan& plan = a.plan;
-  const int rows = least(plan.tile_rows, static_cast<int>(a.p.length) - row);
-  const int columns = least(plan.tile_columns, plan.width - column);
+  const int rows = least(team.tile.rows, static_cast<int>(a.p.length) - row);
+  const int columns = least(team.tile.columns, plan.width - column);
   const Matrix<T> d{d_score<T>(a, team, s), plan.width};
   SumsOf<M> sums;
   product<T, M, Major::terms, Major::outer>(sums, sample_of(activation<T>(a, team, plan.slots.key), s).from(row, 0),
@@ -181,8 +187,8 @@ GRJCA_DEVICE void joint_backward_stored(const Common& a, const Team& team, int s
 template <class T, class M>
 GRJCA_DEVICE void key_backward_stored(const Common& a, const Team& team, int s, int row, int column) {
   const Plan& plan = a.plan;
-  const int rows = least(plan.tile_rows, static_cast<int>(a.p.length) - row);
-  const int columns = least(plan.tile_columns, plan.width - column), present = frames_of(a, team.first + s);
+  const int rows = least(team.tile.rows, static_cast<int>(a.p.length) - row);
+  const int columns = least(team.tile.columns, plan.width - column), present = frames_of(a, team.first + s);
   const Matrix<T> d{d_score<T>(a, team, s), plan.width};
   SumsOf<M> sums;
   product<T, M, Major::terms, Major::terms>(sums, sample_of(joint<T>(a, team, team.t), s).from(row, 0),
@@ -198,17 +204,16 @@ GRJCA_DEVICE void key_backward_stored(const Common& a, const Team& team, int s, 
 }
 
 GRJCA_DEVICE int key_joint_backward_tasks(const Common& a, const Team& team) {
-  return 2 * team.count * tiles(static_cast<int>(a.p.length), a.plan.tile_rows) *
-         tiles(a.plan.width, a.plan.tile_columns);
+  return 2 * team.count * tiles(static_cast<int>(a.p.length), team.tile.rows) * tiles(a.plan.width, team.tile.columns);
 }
 
 template <class T, class M>
 GRJCA_DEVICE void key_joint_backward_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int row_tiles = tiles(static_cast<int>(a.p.length), plan.tile_rows);
-  const int column_tiles = tiles(plan.width, plan.tile_columns), tasks = team.count * row_tiles * column_tiles;
-  const int s = i % tasks / column_tiles / row_tiles, row = i % tasks / column_tiles % row_tiles * plan.tile_rows;
-  const int column = i % column_tiles * plan.tile_columns;
+  const int row_tiles = tiles(static_cast<int>(a.p.length), team.tile.rows);
+  const int column_tiles = tiles(plan.width, team.tile.columns), tasks = team.count * row_tiles * column_tiles;
+  const int s = i % tasks / column_tiles / row_tiles, row = i % tasks / column_tiles % row_tiles * team.tile.rows;
+  const int column = i % column_tiles * team.tile.columns;
   if (i < tasks)
     joint_backward_stored<T, M>(a, team, s, row, column);
   else
@@ -220,12 +225,12 @@ GRJCA_DEVICE void key_joint_backward_task(const Common& a, const Team& team, int
 // Tiles of rows end with a sample only where W_k needs it.
 GRJCA_DEVICE int input_row_tiles(const Common& a, const Team& team) {
   const Plan& plan = a.plan;
-  return plan.streamed ? tiles(team.count * plan.frames, plan.tile_rows)
-                       : team.count * tiles(static_cast<int>(a.p.length), plan.tile_rows);
+  return plan.streamed ? tiles(team.count * plan.frames, team.tile.rows)
+                       : team.count * tiles(static_cast<int>(a.p.length), team.tile.rows);
 }
 
 GRJCA_DEVICE int input_tasks(const Common& a, const Team& team) {
-  return input_row_tiles(a, team) * modality_tiles(a.plan, a.p.modalities, a.plan.tile_columns);
+  return input_row_tiles(a, team) * modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
 
 struct InputTile {
@@ -235,10 +240,10 @@ struct InputTile {
 GRJCA_DEVICE InputTile input_tile(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
   const int length = static_cast<int>(a.p.length), row_tiles = input_row_tiles(a, team);
-  const ModalityTile tile = modality_tile(plan, i / row_tiles, plan.tile_columns);
-  const int per_sample = tiles(length, plan.tile_rows), s = plan.streamed ? 0 : i % row_tiles / per_sample;
-  const int l = (plan.streamed ? i % row_tiles : i % row_tiles % per_sample) * plan.tile_rows;
-  const int rows = least(plan.tile_rows, (plan.streamed ? team.count * plan.frames : length) - l);
+  const ModalityTile tile = modality_tile(plan, i / row_tiles, team.tile.columns);
+  const int per_sample = tiles(length, team.tile.rows), s = plan.streamed ? 0 : i % row_tiles / per_sample;
+  const int l = (plan.streamed ? i % row_tiles : i % row_tiles % per_sample) * team.tile.rows;
+  const int rows = least(team.tile.rows, (plan.streamed ? team.count * plan.frames : length) - l);
   return {tile, s, l, s * plan.frames + l, rows, plan.offsets[tile.m] + tile.column};
 }
 
@@ -278,19 +283,31 @@ GRJCA_DEVICE void input_sums(const S& sums, const Common& a, const Team& team, i
   struct Rows {
     int frame, present;
   };
+  struct Terms {
+    Stored<T> of_gates, residual, of_joint;
+  };
   finish(
       sums, at.rows, columns,
       [&](int r, int) {
         const int sample = (at.row + r) / plan.frames;
         return Rows{at.row + r - sample * plan.frames, frames_of(a, team.first + sample)};
       },
-      [&](const Rows& of, int r, int c, float x0, float x1, bool both) {
+      [&](const Rows& of, int r, int c, bool both) {
+        const int64_t place = static_cast<int64_t>(r) * plan.width + c;
+        Terms terms{};
+        if (of.frame + r % 8 >= length) return terms;
+        terms.of_gates = load_pair(to + place, both);
+        terms.residual = load_pair(next + place, both);
+        if (d_joint) terms.of_joint = load_pair(d_joint + place, both);
+        return terms;
+      },
+      [&](const Rows& of, const Terms& loaded, int r, int c, float x0, float x1, bool both) {
         const int frame = of.frame + r % 8;
         if (frame >= length) return;
         const int64_t place = static_cast<int64_t>(r) * plan.width + c;
         const bool present = frame < of.present;
-        const Pair of_gates = load_pair(to + place, both), residual = load_pair(next + place, both);
-        const Pair of_joint = d_joint ? load_pair(d_joint + place, both) : Pair{0, 0};
+        const Pair of_gates = loaded.of_gates.wide(), residual = loaded.residual.wide();
+        const Pair of_joint = loaded.of_joint.wide();
         store_pair(to + place, present ? x0 + of_gates.x + residual.x + of_joint.x : 0,
                    present ? x1 + of_gates.y + residual.y + of_joint.y : 0, both);
       });
@@ -311,27 +328,26 @@ template <class T>
 GRJCA_DEVICE void initial_backward(const Common& a, const Team& team, const View (&to)[kMaxModalities]) {
   const T* const d_initial = d_state<T>(a, team, 0).data;
   const T* const x_initial = slot<T>(a, team, a.plan.slots.initial);
-  each_frame(a, team, [&](const Thread& me, int s, int l, int m) {
-    if (!to[m].data) return;
-    const int sample = team.first + s, width = a.plan.widths[m];
-    const int64_t row = static_cast<int64_t>(s * a.plan.frames + l) * a.plan.width + a.plan.offsets[m];
-    const bool present = l < frames_of(a, sample);
-    const float norm = present ? norm_of_frame<T>(a, me, sample, l, m) : 1;
-    float along = 0;
-    if (a.p.normalize && present) {
-      each_columns<T>(me, width, [&](int c) {
-        along += dot(load_columns(d_initial + row + c, width - c), load_columns(x_initial + row + c, width - c));
-      });
-      along = norm <= 1e-12f ? 0 : sum_of_warp(along);
-    }
-    each_columns<T>(me, width, [&](int c) {
-      Columns<T> d;
-      if (present) d = load_columns(d_initial + row + c, width - c);
-      if (a.p.normalize) {
-        const Columns<T> x = load_columns(x_initial + row + c, width - c);
-        d.each([&](float& y, int i) { y = (y - along * x.x[i]) / norm; });
-      }
-      store_columns(to[m], sample, l, c, width, d);
+  struct Both {
+    StoredColumns<T> d, x;
+  };
+  each_frames<kFramesAtOnce>(a, team, [&](const Thread& me, const FrameAt(&frames)[kFramesAtOnce]) {
+    const Initial<T> all{a, team, me, frames};
+    const auto load = [&](const FrameAt& at, int c) {
+      return Both{all.of(d_initial, at, c), a.p.normalize ? all.of(x_initial, at, c) : StoredColumns<T>{}};
+    };
+    float norms[kFramesAtOnce], along[kFramesAtOnce] = {};
+    all.norms(norms);
+    if (a.p.normalize)
+      all.each(load, [&](const FrameAt&, int n, int, const Both& of) { along[n] += dot(of.d.wide(), of.x.wide()); });
+    GRJCA_UNROLL
+    for (int n = 0; n < kFramesAtOnce; ++n) along[n] = norms[n] <= 1e-12f ? 0 : sum_of_warp(along[n]);
+    all.each(load, [&](const FrameAt& at, int n, int c, const Both& of) {
+      if (!at.exists || !to[at.m].data) return;
+      Columns<T> d = of.d.wide();
+      const Columns<T> x = of.x.wide();
+      d.each([&](float& y, int i) { y = (y - along[n] * x.x[i]) / norms[n]; });
+      store_columns(to[at.m], all.sample(at), at.l, c, all.width(at), d);
     });
   });
 }

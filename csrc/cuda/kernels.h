@@ -1,13 +1,7 @@
 // The kernels of one precision, as launch.cu sees them: forward.cu and backward.cu are compiled once for each.
 #pragma once
 
-#include "fragment.h"
-
-namespace grjca::cuda {
-
-constexpr int kSharing = 2;  // blocks of a multiprocessor: one computes while the other waits
-
-}  // namespace grjca::cuda
+#include "arguments.h"
 
 // `Element`: what tensors hold. kExact: for float, whether products are of true float32, or of TF32. Two addresses that
 // the CUDA runtime launches.

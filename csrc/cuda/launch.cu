@@ -75,6 +75,17 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 
 // ---- launches
 
+// While it lives, this thread may load kernels although a stream is being captured: nothing of that enters the graph.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 void set_common(Common& a, const Problem& p, const Plan& plan, const Tensors& t, const Resources& r) {
   a.p = p;
   a.plan = plan;
@@ -84,12 +95,12 @@ void set_common(Common& a, const Problem& p, const Plan& plan, const Tensors& t,
   a.seed = r.seed;
   a.iterates = t.iterates;
   a.workspace = static_cast<char*>(r.workspace);
-  a.counters = static_cast<uint32_t*>(r.counters);
+  a.counters = reinterpret_cast<uint32_t*>(a.workspace + plan.counters_at);
 }
 
-// Whether the driver took it: it takes all steps together only if the device can hold all blocks at once.
+// The driver takes all steps together only if the device can hold all blocks at once.
 template <class Arguments>
-bool launch(const void* kernel, Arguments& a, int steps, const Resources& r) {
+void launch(const void* kernel, Arguments& a, int steps, const Resources& r) {
   check(cudaSetDevice(r.device), "choosing the device");
   const auto start = [&](auto call, int first, int last) {
     a.first_step = first;
@@ -101,15 +112,18 @@ bool launch(const void* kernel, Arguments& a, int steps, const Resources& r) {
   if (!r.together) {
     for (int step = 0; step < steps; ++step)
       check(start([](auto... x) { return cudaLaunchKernel(x...); }, step, step + 1), "launching a step");
-    return true;
+    return;
   }
+  check(cudaMemsetAsync(a.counters, 0, (a.plan.teams + 1) * sizeof(uint32_t), static_cast<cudaStream_t>(r.stream)),
+        "clearing the barriers' counters");
   const cudaError_t error = start([](auto... x) { return cudaLaunchCooperativeKernel(x...); }, 0, steps);
   if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
     cudaGetLastError();
-    return false;
+    throw std::runtime_error(
+        "CUDA: this GPU does not take all steps in one cooperative launch, as something else holds a part of it (" +
+        std::string(cudaGetErrorName(error)) + "). Is another process limiting it (MPS)? Choose another backend.");
   }
   check(error, "launching the kernel");
-  return true;
 }
 
 }  // namespace
@@ -118,16 +132,19 @@ std::string why_not() {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
     return "no NVIDIA driver is found (libcuda.so.1); install one, or choose another backend.";
-  if (driver / 1000 < CUDART_VERSION / 1000)
-    return "it was built with CUDA " + version(CUDART_VERSION) + ", and the NVIDIA driver here supports CUDA " +
-           version(driver) +
-           " at most; update the driver, or install this package again with CUDACXX naming an nvcc "
-           "of CUDA " +
-           std::to_string(driver / 1000) + ".";
+  // A driver runs what any toolkit of its major version made, but only from 12.1 on it takes more than 4 KB of
+  // arguments.
+  const int needed = std::max(CUDART_VERSION / 1000 * 1000, 12010);
+  if (driver < needed)
+    return "it was built with CUDA " + version(CUDART_VERSION) + " and needs a driver of CUDA " + version(needed) +
+           " or later, and the NVIDIA driver here supports CUDA " + version(driver) +
+           " at most; update the driver, or install this package again with CUDACXX naming an older nvcc, of 12.1 or "
+           "later.";
   return "";
 }
 
 int resident(Dtype dtype, bool tf32, bool backward, int device) {
+  const Relaxed during_capture;
   const void* const kernel = kernels_of(dtype, tf32).of(backward).address();
   int blocks = 0, multiprocessors = 0;
   check(cudaSetDevice(device), "choosing the device");
@@ -140,8 +157,24 @@ int resident(Dtype dtype, bool tf32, bool backward, int device) {
   return blocks * multiprocessors;
 }
 
+std::vector<PhaseCost> described(const std::vector<planning::Row>& rows) {
+#define GRJCA_NAME(name) #name,
+  static const char* const names[] = {GRJCA_PHASES(GRJCA_NAME)};
+#undef GRJCA_NAME
+  std::vector<PhaseCost> all;
+  for (const planning::Row& row : rows)
+    all.push_back({names[static_cast<int>(row.phase)], row.tile.rows, row.tile.columns, row.times, row.cost.tasks,
+                   row.cost.turns, row.cost.trips, row.cost.bytes, row.cost.clocks / costs::kClock * 1e6});
+  return all;
+}
+
+std::vector<PhaseCost> table(const Problem& p, bool backward, bool weights, const OtherKernels& other) {
+  return described(planning::table_of(p, backward, weights, other));
+}
+
 struct Launch::Parts {
   Problem p;
+  Target target;
   Plan plan;
   const Kernels& kernels;
   bool backward, weights;
@@ -156,21 +189,20 @@ Launch::Launch(const Problem& p, bool tf32, bool backward, bool weights, int res
   const Plan plan = backward ? plan_backward(p, target, weights) : plan_forward(p, target);
   const int steps =
       backward ? plan.chunks * plan.steps + (plan.parts > 0) : tiles(plan.chunks, plan.teams) * plan.steps;
-  parts_ = std::make_shared<const Parts>(Parts{p, plan, kernels, backward, weights, steps});
+  parts_ = std::make_shared<const Parts>(Parts{p, target, plan, kernels, backward, weights, steps});
 }
 
 size_t Launch::workspace_bytes() const { return parts_->plan.workspace_bytes; }
-int Launch::counters() const { return parts_->plan.teams + 1; }
 
-bool Launch::forward(const Tensors& t, const ForwardOutputs& to, const Resources& r) const {
+void Launch::forward(const Tensors& t, const ForwardOutputs& to, const Resources& r) const {
   if (parts_->backward) throw std::invalid_argument("this launch was planned for the backward.");
   ForwardArguments a{};
   set_common(a, parts_->p, parts_->plan, t, r);
   a.to = to;
-  return launch(parts_->kernels.forward.address(), a, parts_->steps, r);
+  launch(parts_->kernels.forward.address(), a, parts_->steps, r);
 }
 
-bool Launch::backward(const Tensors& t, const BackwardTensors& g, const Resources& r) const {
+void Launch::backward(const Tensors& t, const BackwardTensors& g, const Resources& r) const {
   if (!parts_->backward) throw std::invalid_argument("this launch was planned for the forward.");
   BackwardArguments a{};
   set_common(a, parts_->p, parts_->plan, t, r);
@@ -182,7 +214,11 @@ bool Launch::backward(const Tensors& t, const BackwardTensors& g, const Resource
   std::copy_n(g.parameters, ParameterIndex{parts_->p}.count(), a.d_parameters);
   a.weights = parts_->weights;
   place_gradients(a);
-  return launch(parts_->kernels.backward.address(), a, parts_->steps, r);
+  launch(parts_->kernels.backward.address(), a, parts_->steps, r);
+}
+
+std::vector<PhaseCost> Launch::table() const {
+  return described(planning::table(parts_->plan, parts_->p, parts_->target));
 }
 
 #define GRJCA_NUMBER(name) {#name, static_cast<int64_t>(plan.name)}
@@ -197,8 +233,6 @@ std::vector<std::pair<const char*, int64_t>> Launch::numbers() const {
       GRJCA_NUMBER(chunk),
       GRJCA_NUMBER(chunks),
       GRJCA_NUMBER(frames),
-      GRJCA_NUMBER(tile_rows),
-      GRJCA_NUMBER(tile_columns),
       GRJCA_NUMBER(tile_weights),
       GRJCA_NUMBER(streamed),
       GRJCA_NUMBER(phases),
@@ -214,6 +248,7 @@ std::vector<std::pair<const char*, int64_t>> Launch::numbers() const {
       GRJCA_NUMBER(gradients),
       GRJCA_NUMBER(gradients_at),
       GRJCA_NUMBER(threshold),
+      GRJCA_NUMBER(counters_at),
       GRJCA_NUMBER(workspace_bytes),
       {"all_steps", parts_->steps},
       {"threads", kThreads},

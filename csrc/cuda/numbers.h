@@ -12,6 +12,9 @@ GRJCA_DEVICE T narrow_to(float x) {
   return y;
 }
 
+GRJCA_DEVICE uint32_t bits_of(BFloat16 x) { return x.bits; }
+GRJCA_DEVICE uint32_t bits_of(Float16 x) { return x.bits; }
+
 // Two elements as one word, the first in its low half.
 template <class T>
 GRJCA_DEVICE uint32_t pack(float low, float high) {

@@ -1,14 +1,11 @@
 // The launch: a pure function of the problem and of how many blocks can be resident. Host only.
-//
-// No GPU has measured any of it. Costs are counted in clocks of an H200: tensor cores by mma.sync reach about 1200
-// multiplications per clock and multiprocessor, L2 gives a multiprocessor 24 bytes per clock, and two blocks share
-// both.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
-#include "weights_backward.h"
+#include "costs.h"
 
 namespace grjca::cuda {
 
@@ -21,59 +18,13 @@ struct Target {
 
 namespace planning {
 
-constexpr double kProducts = 600, kBytes = 12, kTanh = 8;  // of a block, per clock
-constexpr double kTask = 1500, kBarrier = 2500;            // clocks
-constexpr int64_t kMostBytes = 512 << 20;                  // of workspace, unless one sample takes more
+constexpr int64_t kMostBytes = 512 << 20;  // of workspace, unless one sample takes more
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Clocks of phases, whose tasks a team shares out.
-struct Cost {
-  const Plan& plan;
-  int bytes;
-  double clocks = 0, work = 0, longest = 0;
-
-  void add(double tasks, double clocks_of_one) {
-    work += tasks * (kTask + clocks_of_one);
-    longest = std::max(longest, kTask + clocks_of_one);
-  }
-  // So many tiles, rows x columns x terms each.
-  void add(double tasks, double rows, double columns, double terms) {
-    add(tasks, std::max(rows * columns * terms / kProducts, (rows + columns) * terms * bytes / kBytes));
-  }
-
-  // A phase ends when its last task does: between when all blocks are busy to the end and one task later.
-  void end_phase() {
-    const int blocks = plan.team_blocks;
-    clocks += work <= blocks * longest ? longest : work / blocks + longest / 2;
-    clocks += blocks > 1 ? kBarrier : 0;
-    work = longest = 0;
-  }
-};
-
-inline double cost_of_iteration(const Problem& p, const Plan& plan, int bytes) {
-  Cost cost{plan, bytes};
-  const int length = static_cast<int>(p.length), tile = plan.tile_columns, s = std::min<int64_t>(plan.chunk, p.batch);
-  const double rows = std::min(s * plan.frames, plan.tile_rows), frames = std::min(plan.frames, plan.tile_rows);
-  const double row_tiles = tiles(s * plan.frames, plan.tile_rows), frame_tiles = tiles(length, plan.tile_rows);
-  const double columns = modality_tiles(plan, p.modalities, tile), all_columns = tiles(plan.width, tile);
-  const double width = static_cast<double>(plan.width) / p.modalities;
-  cost.add(row_tiles * all_columns, rows, tile, plan.width);  // J
-  cost.add(row_tiles * columns, rows, tile, width);           // V
-  cost.add(s * frame_tiles * columns, frames, tile, length);  // K
-  cost.end_phase();
-  if (plan.streamed) {
-    cost.add(s * p.modalities * tiles(plan.width, kStreamRows),
-             std::max(kStreamRows * width / kTanh, 2 * plan.frames * width * bytes / kBytes));
-  } else {
-    cost.add(s * all_columns * modality_tiles(plan, p.modalities, plan.tile_rows), plan.tile_rows, tile, length);  // C
-    cost.end_phase();
-    cost.add(s * p.modalities * frame_tiles * all_columns, frames, tile, width);  // H
-  }
-  cost.end_phase();
-  cost.add(row_tiles * columns, rows, tile, plan.width);  // U
-  cost.end_phase();
-  return cost.clocks;
+inline costs::Grid grid_of(const Plan& plan, const Target& target) {
+  const double barrier = plan.team_blocks == 1 ? 0 : plan.teams == 1 ? costs::kGridBarrier : costs::kBarrier;
+  return {plan.team_blocks, plan.teams, tiles(target.resident, kSharing), barrier};
 }
 
 inline Plan common(const Problem& p) {
@@ -107,32 +58,172 @@ inline void share_out(Plan& plan, const Problem& p, const Target& target, int ch
   plan.blocks = plan.teams * plan.team_blocks;
 }
 
-// The cheapest tiles, and unless `chunk` is given about the cheapest number of samples at once: of two that differ by
-// less than a tenth the one that takes less memory.
-inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk) {
+// f(index of a parameter, its elements) for all of them.
+template <class F>
+void each_parameter(const Problem& p, F f) {
+  const ParameterIndex index{p};
+  const auto linear = [&](int i, int64_t outputs, int64_t inputs) {
+    f(i, outputs * inputs);
+    if (p.released) f(i + 1, outputs);
+  };
+  for (int t = 0; t < p.layers(); ++t) {
+    if (p.projected) linear(index.query(t), p.width(), p.width());
+    for (int m = 0; m < p.modalities; ++m) linear(index.key(t, m), p.length, p.length);
+    for (int m = 0; m < p.modalities; ++m) linear(index.value(t, m), p.widths[m], p.widths[m]);
+    for (int m = 0; m < p.modalities; ++m) linear(index.output(t, m), p.widths[m], p.width());
+  }
+  for (int m = 0; m < p.modalities; ++m)
+    for (int g = 0; g < p.gates(); ++g) linear(index.gate(m, g), p.ways(g), p.widths[m]);
+}
+
+inline int64_t elements_of_gradients(const Problem& p) {
+  int64_t all = 0;
+  each_parameter(p, [&](int, int64_t n) { all += rounded(n, kPlaceUnit); });
+  return all;
+}
+
+// One step of the plan's table: a phase with its tiles, and how often every team comes to it.
+struct Row {
+  Phase phase;
+  Tile tile;
+  double times;
+  costs::PhaseCost cost;
+};
+
+inline std::vector<Row> table(const Plan& plan, const Problem& p, const costs::Phases& phases,
+                              const costs::Grid& grid) {
+  const double rounds = tiles(plan.chunks, plan.teams);
+  std::vector<Row> rows;
+  const auto add = [&](Phase phase, double times, Tile tile = {0, 0}) {
+    const Tile any = {tile.rows ? tile.rows : kTile, tile.columns ? tile.columns : kTile};
+    rows.push_back({phase, tile, times, costs::cost_of(phases.of(phase, any), grid)});
+  };
+  add(Phase::initial, rounds);
+  if (plan.backward) add(Phase::gates_backward, rounds);
+  for (int i = 0; i < plan.phases; ++i) add(plan.order[i], rounds * p.iterations, plan.tile[i]);
+  add(plan.backward ? Phase::initial_backward : Phase::gate, rounds);
+  if (plan.parts > 0) add(Phase::reduce, 1);
+  return rows;
+}
+
+inline std::vector<Row> table(const Plan& plan, const Problem& p, const Target& target) {
+  const costs::Phases phases(p, plan, target.bytes, target.rows, parts_of(plan));
+  return table(plan, p, phases, grid_of(plan, target));
+}
+
+inline double clocks_of(const std::vector<Row>& rows) {
+  double clocks = 0;
+  for (const Row& row : rows) clocks += row.times * row.cost.clocks;
+  return clocks;
+}
+
+// The cheapest tiles of phase i of an iteration, and their clocks.
+inline double choose_tile(Plan& plan, int i, const costs::Phases& phases, const costs::Grid& grid, int most_rows) {
+  double least = INFINITY;
+  for (int columns = kTile; columns >= 64; columns /= 2)
+    for (int rows = most_rows; rows >= 64; rows -= 16) {
+      const double clocks = costs::cost_of(phases.of(plan.order[i], {rows, columns}), grid).clocks;
+      if (clocks < least) {
+        least = clocks;
+        plan.tile[i] = {rows, columns};
+      }
+    }
+  return least;
+}
+
+inline bool sums_weights(Phase phase) { return phase == Phase::attend_backward || phase == Phase::project_backward; }
+
+// The cheapest tiles of the gradients of weights and parts of the rows, none with fewer than 256. Without parts, all
+// samples and iterations make one sum.
+inline void choose_weights(Plan& plan, const Problem& p, const Target& target, int parts) {
+  const bool one_sum = plan.chunks == 1 && !(p.shared && p.iterations > 1);
+  const int most = std::max(1, std::min(8, plan.chunk * plan.frames / 256));
   double least = INFINITY;
   Plan best = plan;
-  const int batch = static_cast<int>(p.batch);
-  for (int s = chunk ? std::min(chunk, batch) : 1;; s = std::min(2 * s, batch)) {
-    double cheapest = INFINITY;
-    Plan of_chunk = plan;
-    share_out(of_chunk, p, target, s);
-    Plan tried = of_chunk;
-    for (tried.tile_rows = 64; tried.tile_rows <= target.rows; tried.tile_rows += 16)
-      for (tried.tile_columns = 64; tried.tile_columns <= kTile; tried.tile_columns *= 2) {
-        const double cost = cost_of_iteration(p, tried, target.bytes) * tiles(tried.chunks, tried.teams);
-        if (cost < cheapest) {
-          cheapest = cost;
-          of_chunk = tried;
-        }
+  for (int tile = std::min(kTile, target.rows); tile >= 64; tile -= 32)
+    for (int n = parts < 0 ? 1 : parts; n <= (parts < 0 ? most : parts); n = 2 * n + (n == 0)) {
+      Plan tried = plan;
+      tried.tile_weights = tile;
+      tried.parts = parts < 0 && n == 1 && one_sum ? 0 : n;
+      const costs::Phases phases(p, tried, target.bytes, target.rows, parts_of(tried));
+      const costs::Grid grid = grid_of(tried, target);
+      double clocks = tried.parts > 0 ? costs::cost_of(phases.of(Phase::reduce, {kTile, kTile}), grid).clocks : 0;
+      for (int i = 0; i < plan.phases; ++i)
+        if (sums_weights(plan.order[i]))
+          clocks += plan.chunks * p.iterations * choose_tile(tried, i, phases, grid, target.rows);
+      if (clocks < least) {
+        least = clocks;
+        best = tried;
       }
-    if (cheapest < 0.9 * least) {
-      least = cheapest;
-      best = of_chunk;
     }
+  plan = best;
+}
+
+// The cheapest tiles, and unless `chunk` is given about the cheapest number of samples at once: of two that differ by
+// less than a tenth the one that takes less memory. `parts`: -1 for a choice.
+inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk, bool weights, int parts) {
+  double least = INFINITY;
+  Plan best = plan, largest = plan;
+  const int batch = static_cast<int>(p.batch);
+  if (weights) plan.gradients = elements_of_gradients(p);
+  for (int s = chunk ? std::min(chunk, batch) : 1;; s = std::min(2 * s, batch)) {
+    Plan tried = plan;
+    share_out(tried, p, target, s);
+    const costs::Phases phases(p, tried, target.bytes, target.rows, parts_of(tried));
+    for (int i = 0; i < tried.phases; ++i) choose_tile(tried, i, phases, grid_of(tried, target), target.rows);
+    const double clocks = clocks_of(table(tried, p, target));
+    if (clocks < 0.9 * least) {
+      least = clocks;
+      best = tried;
+    }
+    largest = tried;
     if (chunk || s == batch || bytes_of_samples(plan, target.bytes, 2 * s) > kMostBytes) break;
   }
+  if (weights) {  // of the largest chunk too: weights want many rows
+    choose_weights(best, p, target, parts);
+    if (best.chunk != largest.chunk) {
+      choose_weights(largest, p, target, parts);
+      if (clocks_of(table(largest, p, target)) < 0.9 * clocks_of(table(best, p, target))) best = largest;
+    }
+  }
   plan = best;
+}
+
+// Those that are there: output_backward is not in the paper form, which has no relu of U, and a streamed C stands
+// nowhere.
+inline void set_order(Plan& plan, const Problem& p) {
+  using P = Phase;
+  const auto set = [&](std::initializer_list<Phase> order) {
+    for (const Phase phase : order) {
+      const bool stored_only = phase == P::correlate || phase == P::key_joint_backward;
+      if (!(stored_only && plan.streamed) && (p.released || phase != P::output_backward))
+        plan.order[plan.phases++] = phase;
+    }
+  };
+  if (plan.backward)
+    set({P::project, P::correlate, P::attend, P::output_backward, P::attend_backward, P::correlate_backward,
+         P::key_joint_backward, P::project_backward});
+  else
+    set({P::project, P::correlate, P::attend, P::output});
+  plan.steps = p.iterations * plan.phases + 2 + plan.backward;
+}
+
+// What other kernels cost that run these phases.
+inline std::vector<Row> table_of(const Problem& p, bool backward, bool weights, const OtherKernels& other) {
+  Plan plan = common(p);
+  plan.backward = backward;
+  set_order(plan, p);
+  plan.frames = static_cast<int>(p.length);
+  plan.chunk = other.chunk;
+  plan.chunks = tiles(static_cast<int>(p.batch), other.chunk);
+  plan.teams = 1;
+  plan.blocks = plan.team_blocks = other.programs;
+  plan.tile_weights = other.tile_weights;
+  plan.parts = other.parts;
+  plan.gradients = weights ? elements_of_gradients(p) : 0;
+  std::fill_n(plan.tile, plan.phases, Tile{other.rows, other.columns});
+  const costs::Phases phases(p, plan, p.dtype == Dtype::float32 ? 4 : 2, other.rows, other.key_parts);
+  return table(plan, p, phases, {other.programs, 1, other.multiprocessors, costs::kGridBarrier});
 }
 
 // What stands behind the activations in the workspace of a team.
@@ -154,7 +245,8 @@ inline void lay_out(Plan& plan, const Problem& p, int bytes) {
   }
   plan.team_bytes = at;
   plan.gradients_at = at * plan.teams;
-  plan.workspace_bytes = plan.gradients_at + plan.parts * plan.gradients * 4;
+  plan.counters_at = plan.gradients_at + plan.parts * plan.gradients * 4;
+  plan.workspace_bytes = plan.counters_at + (plan.teams + 1) * 4;
 }
 
 }  // namespace planning
@@ -162,8 +254,7 @@ inline void lay_out(Plan& plan, const Problem& p, int bytes) {
 // `chunk`: samples at once, 0 for a choice.
 inline Plan plan_forward(const Problem& p, const Target& target, int chunk = 0) {
   Plan plan = planning::common(p);
-  plan.phases = plan.streamed ? 3 : 4;
-  plan.steps = p.iterations * plan.phases + 2;
+  planning::set_order(plan, p);
   // Stored, K and J are dead when H is written.
   const int value = plan.streamed ? 2 : std::max(2, p.modalities), initial = value + 1;
   plan.slots.joint = 0;
@@ -172,57 +263,21 @@ inline Plan plan_forward(const Problem& p, const Target& target, int chunk = 0) 
   plan.slots.initial = initial;
   plan.slots.hidden = plan.streamed ? initial + 1 : 0;
   plan.slots.count = plan.streamed ? initial + 1 + p.modalities : initial + 1;
-  planning::choose(plan, p, target, chunk);
+  planning::choose(plan, p, target, chunk, false, 0);
   planning::lay_out(plan, p, target.bytes);
   return plan;
-}
-
-// f(index of a parameter, its elements) for all of them.
-template <class F>
-void each_parameter(const Problem& p, F f) {
-  const ParameterIndex index{p};
-  const auto linear = [&](int i, int64_t outputs, int64_t inputs) {
-    f(i, outputs * inputs);
-    if (p.released) f(i + 1, outputs);
-  };
-  for (int t = 0; t < p.layers(); ++t) {
-    if (p.projected) linear(index.query(t), p.width(), p.width());
-    for (int m = 0; m < p.modalities; ++m) linear(index.key(t, m), p.length, p.length);
-    for (int m = 0; m < p.modalities; ++m) linear(index.value(t, m), p.widths[m], p.widths[m]);
-    for (int m = 0; m < p.modalities; ++m) linear(index.output(t, m), p.widths[m], p.width());
-  }
-  for (int m = 0; m < p.modalities; ++m)
-    for (int g = 0; g < p.gates(); ++g) linear(index.gate(m, g), p.ways(g), p.widths[m]);
-}
-
-// Parts of the rows in the gradients of the weights: so many that those of one phase keep the grid busy, but none with
-// fewer than 256 rows; 0 if all samples and iterations make one sum.
-inline int parts_of_rows(const Plan& plan, const Problem& p) {
-  const int length = static_cast<int>(p.length);
-  int tasks =
-      p.modalities * weight_tiles(plan, length, length, false) + weight_tiles(plan, plan.width, plan.width, false);
-  for (int m = 0; m < p.modalities; ++m) tasks += weight_tiles(plan, plan.widths[m], plan.widths[m], false);
-  const int most = std::min(8, plan.chunk * plan.frames / 256),
-            parts = std::max(1, std::min(plan.blocks / tasks, most));
-  const bool one_sum = plan.chunks == 1 && !(p.shared && p.iterations > 1);
-  return parts == 1 && one_sum ? 0 : parts;
 }
 
 // The same of the backward; `weights`: whether any gradient of a parameter is wanted; `parts`: -1 for a choice.
 inline Plan plan_backward(const Problem& p, const Target& target, bool weights, int chunk = 0, int parts = -1) {
   Plan plan = planning::common(p);
   plan.backward = true;
-  plan.phases = (plan.streamed ? 5 : 7) + p.released;
-  plan.steps = p.iterations * plan.phases + 3;
-  plan.tile_weights = std::min(plan.width >= 512 ? kTile : 64, target.rows);
+  planning::set_order(plan, p);
+  plan.tile_weights = 64;
   // H is dead when d J and d K are written, d_update when d V is.
   const int m = p.modalities;
-  plan.slots = {0, 2, 1, 3, 4, 4 + m, 4 + 2 * m, 4 + 2 * m, 4, 5, 5 + 2 * m, 7 + 2 * m};
-  planning::choose(plan, p, target, chunk);
-  if (weights) {
-    plan.parts = parts < 0 ? parts_of_rows(plan, p) : parts;
-    each_parameter(p, [&](int, int64_t n) { plan.gradients += planning::rounded(n, kPlaceUnit); });
-  }
+  plan.slots = {0, 2, 1, 3, 4, 4 + m, 4 + 2 * m, 4 + 2 * m, 4, 5, 5 + 2 * m, 7 + 2 * m, 7 + 2 * m + (p.gates() > 0)};
+  planning::choose(plan, p, target, chunk, weights, parts);
   planning::lay_out(plan, p, target.bytes);
   return plan;
 }
@@ -230,7 +285,7 @@ inline Plan plan_backward(const Problem& p, const Target& target, bool weights, 
 // Where the sums of every gradient stand.
 inline void place_gradients(BackwardArguments& a) {
   int64_t at = 0;
-  each_parameter(a.p, [&](int i, int64_t n) {
+  planning::each_parameter(a.p, [&](int i, int64_t n) {
     a.places[i] = static_cast<uint32_t>(at);
     a.sizes[i] = static_cast<uint32_t>(n);
     at += planning::rounded(n, kPlaceUnit);

@@ -1,6 +1,6 @@
 // A tile of a matrix product: up to 128 x 128 sums in the registers of a block, operands through a ring of stages in
-// shared memory. Fragments that lie wholly beyond the edge are neither loaded nor multiplied, so a tile may have any
-// size.
+// shared memory. Of small tiles, fragments that lie wholly beyond the edge are neither loaded nor multiplied, so a
+// tile may have any size.
 #pragma once
 
 #include "fragment.h"
@@ -77,8 +77,9 @@ struct Loader {
   GRJCA_DEVICE bool exists(int i) const { return flags >> (8 + i) & 1; }
   GRJCA_DEVICE int bytes() const { return static_cast<int>(flags >> 16); }
 
-  GRJCA_DEVICE void begin(const Thread& me, const Matrix<T>& from, int outer, int n_terms) {
-    const int line = me.index / kChunks, chunk = me.index % kChunks * kChunk, last = (outer + 15) / 16 * 16;
+  // Rows or columns up to `last` are filled, with zeros beyond `outer`.
+  GRJCA_DEVICE void begin(const Thread& me, const Matrix<T>& from, int outer, int last, int n_terms) {
+    const int line = me.index / kChunks, chunk = me.index % kChunks * kChunk;
     matrix = from;
     place = line * kWidth + chunk;
     flags = static_cast<uint32_t>(matrix.alignment()) << 16;
@@ -209,20 +210,30 @@ GRJCA_DEVICE void multiply_stage(SumsOf<M>& sums, const T* a, const T* b, int ro
   }
 }
 
+GRJCA_BOTH int up_to_fragments(int n) { return (n + 15) / 16 * 16; }
+
+// Whether a tile is computed up to M::kRows x kTile, with zeros: without a branch for each fragment, the loop over
+// terms is unrolled. What comes from L2, and not the tensor cores, is what a tile waits for, so half as much again is
+// free.
+template <class M>
+GRJCA_BOTH bool computed_whole(int rows, int columns) {
+  return 3 * rows * columns >= 2 * M::kRows * kTile;
+}
+
 // sums += A B, of which rows x columns are wanted, M::kRows x kTile at most; A is [rows, terms], B [terms, columns].
 // The matrices in memory are A or, where not the terms are contiguous, its transpose; B's transpose, or B.
 template <class T, class M, Major kA, Major kB, bool kGrouped = false>
 GRJCA_DEVICE void product(SumsOf<M>& sums, const Matrix<T>& a, const Matrix<T>& b, int rows, int columns, int terms) {
   Loader<T, kA, M::kRows, kGrouped> load_a;
   Loader<T, kB, kTile, kGrouped> load_b;
-  load_a.begin(sums.me, a, rows, terms);
-  load_b.begin(sums.me, b, columns, terms);
+  const bool whole = computed_whole<M>(rows, columns);
+  load_a.begin(sums.me, a, rows, whole ? M::kRows : up_to_fragments(rows), terms);
+  load_b.begin(sums.me, b, columns, whole ? kTile : up_to_fragments(columns), terms);
   char* const shared = shared_memory();
   const auto stage = [shared](int step, int operand) {
     return reinterpret_cast<T*>(shared + (step % kStages * 2 + operand) * kStageBytes);
   };
   const int steps = tiles(terms, kTerms<T>);
-  const bool whole = rows > M::kRows - 16 && columns > kTile - 16;
   block_barrier();  // whoever used shared memory before is done
   GRJCA_LOOP
   for (int step = 1 - kStages; step < steps; ++step) {  // the first ones only load: the code for it is there once
@@ -267,11 +278,13 @@ GRJCA_DEVICE void store_pair(T* to, float x0, float x1, bool both) {
 
 constexpr int kSumsLine = kTile + 8;  // floats in shared memory, so that a fragment's rows lie in different banks
 
-// f(prepare(row, column), row, column, two neighbours in a row, whether the second exists) for every row and every
-// other column; prepare is called for rows 8 k only, and serves the eight from there on. By way of shared memory, so
-// that neighbouring threads have neighbouring columns, and the code is there once and not for every fragment.
-template <class S, class P, class F>
-GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, F f) {
+// f(prepared, loaded, row, column, two neighbours in a row, whether the second exists) for every row and every other
+// column. prepare(row, column) is called for rows 8 k only, and serves the eight from there on; load(prepared, row,
+// column, whether the second exists) is called for all eight before f is for the first: a thread waits once for what
+// comes from L2, and not eight times. By way of shared memory, so that neighbouring threads have neighbouring columns,
+// and the code is there once and not for every fragment.
+template <class S, class P, class L, class F>
+GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, L load, F f) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int g = sums.me.g(), t = sums.me.t();
   block_barrier();  // all have multiplied what is in the stages
@@ -290,28 +303,53 @@ GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, F f) {
   GRJCA_LOOP
   for (int i = sums.me.index; i < pairs * groups; i += kThreads) {
     const int row = i / pairs * 8, column = i % pairs * 2;
+    const bool both = column + 1 < columns;
     const auto prepared = prepare(row, column);
+    using Loaded = decltype(load(prepared, row, column, both));
+    Loaded loaded[8];
     GRJCA_UNROLL
-    for (int r = row; r < row + 8; ++r)
-      if (r < rows) {
-        const Pair x = read_shared(reinterpret_cast<const Pair*>(shared + r * kSumsLine + column));
-        f(prepared, r, column, x.x, x.y, column + 1 < columns);
+    for (int k = 0; k < 8; ++k)  // always written, or the compiler needs memory
+      loaded[k] = row + k < rows ? load(prepared, row + k, column, both) : Loaded{};
+    GRJCA_UNROLL
+    for (int k = 0; k < 8; ++k)
+      if (row + k < rows) {
+        const Pair x = read_shared(reinterpret_cast<const Pair*>(shared + (row + k) * kSumsLine + column));
+        f(prepared, loaded[k], row + k, column, x.x, x.y, both);
       }
   }
 }
 
+struct Nothing {};
+template <class S, class P, class F>
+GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, F f) {
+  finish(
+      sums, rows, columns, prepare, [](const auto&, int, int, bool) { return Nothing{}; },
+      [&](const auto& prepared, Nothing, int r, int c, float x0, float x1, bool both) {
+        f(prepared, r, c, x0, x1, both);
+      });
+}
+
+// Two neighbours as they stand in memory, so that nothing waits for them before they are used.
 template <class T>
-GRJCA_DEVICE Pair load_pair(const T* from, bool both) {
-  if (both && reinterpret_cast<uintptr_t>(from) % (2 * sizeof(T)) == 0) {
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
-      return {widen(T{static_cast<uint16_t>(word)}), widen(T{static_cast<uint16_t>(word >> 16)})};
-    } else {
-      const uint64_t words = *reinterpret_cast<const uint64_t*>(from);
-      return {float_of(static_cast<uint32_t>(words)), float_of(static_cast<uint32_t>(words >> 32))};
-    }
+struct Stored {
+  uint32_t first, second;  // 16-bit types: both in `first`
+
+  GRJCA_DEVICE Pair wide() const {
+    if constexpr (sizeof(T) == 2)
+      return {widen(T{static_cast<uint16_t>(first)}), widen(T{static_cast<uint16_t>(first >> 16)})};
+    else
+      return {float_of(first), float_of(second)};
   }
-  return {widen(from[0]), both ? widen(from[1]) : 0.0f};
+};
+
+template <class T>
+GRJCA_DEVICE Stored<T> load_pair(const T* from, bool both) {
+  if constexpr (sizeof(T) == 2) {
+    if (both && reinterpret_cast<uintptr_t>(from) % 4 == 0) return {*reinterpret_cast<const uint32_t*>(from), 0};
+    return {bits_of(from[0]) | (both ? bits_of(from[1]) << 16 : 0), 0};
+  } else {
+    return {bits_of(from[0]), both ? bits_of(from[1]) : 0};
+  }
 }
 
 }  // namespace grjca::cuda

@@ -8,8 +8,8 @@ namespace grjca::cuda {
 
 constexpr int kStreamRows = kThreads / kWarp * 16;  // of a task
 constexpr int kStreamTile = 64;                     // columns at once
-// In shared memory frames are lines: first up to two blocks for the rows of the task, then two stages of two blocks of
-// columns.
+// In shared memory frames are lines: first one block for the rows of the task, or two, then the stages of two blocks of
+// columns each.
 template <int kColumns>
 constexpr int kFrameLine = kColumns + 8;
 constexpr int kStreamLine = kFrameLine<kStreamTile>, kRowsLine = kFrameLine<kStreamRows>;
@@ -18,11 +18,35 @@ template <class T>
 GRJCA_DEVICE T* rows_block(int i) {
   return reinterpret_cast<T*>(shared_memory()) + i * kStreamFrames * kRowsLine;
 }
-template <class T>
-GRJCA_DEVICE T* columns_block(int stage, int i) {
-  return rows_block<T>(2) + (stage % 2 * 2 + i) * kStreamFrames * kStreamLine;
+// Stages that fit: with two alone, what comes from L2 is waited for at every step.
+template <class T, int kRowsBlocks>
+constexpr int kStreamStages = sizeof(T) == 2 ? 4 : 4 - kRowsBlocks;
+template <class T, int kRowsBlocks>
+GRJCA_DEVICE T* columns_block(int step, int i) {
+  return rows_block<T>(kRowsBlocks) + (step % kStreamStages<T, kRowsBlocks> * 2 + i) * kStreamFrames * kStreamLine;
 }
-static_assert(kStreamFrames * (2 * kRowsLine + 4 * kStreamLine) * 4 <= kSharedBytes, "shared memory");
+constexpr int stream_bytes(int rows_blocks, int stages, int bytes) {
+  return kStreamFrames * (rows_blocks * kRowsLine + stages * 2 * kStreamLine) * bytes;
+}
+static_assert(stream_bytes(1, 3, 4) <= kSharedBytes && stream_bytes(2, 2, 4) <= kSharedBytes &&
+                  stream_bytes(2, 4, 2) <= kSharedBytes,
+              "shared memory");
+
+// multiply(step) for every step, with load(step) so many steps ahead; what was loaded before comes with the first.
+template <class T, int kRowsBlocks, class L, class F>
+GRJCA_DEVICE void in_stages(int steps, L load, F multiply) {
+  constexpr int kAhead = kStreamStages<T, kRowsBlocks> - 1;
+  GRJCA_LOOP
+  for (int step = -kAhead; step < steps; ++step) {  // as in `product`
+    if (step >= 0) {
+      copy_wait<kAhead - 1>();
+      block_barrier();
+    }
+    if (step + kAhead < steps) load(step + kAhead);
+    copy_commit();
+    if (step >= 0) multiply(step);
+  }
+}
 
 // f(row, column, two neighbours in a row) for what this lane has of two fragments side by side.
 template <class F>
@@ -87,25 +111,18 @@ GRJCA_DEVICE void attend_task(const Common& a, const Team& team, int i) {
   const Mask mask = drops ? Mask::at(a, team.t, m, Site::correlation, team.first + s) : Mask{};
   const auto load = [&](int step) {
     const int c = step * kStreamTile;
-    load_frames<kStreamTile>(me, columns_block<T>(step, 0), k, length, offset + c, width - c);
-    load_frames<kStreamTile>(me, columns_block<T>(step, 1), v, length, offset + c, width - c);
+    load_frames<kStreamTile>(me, columns_block<T, 1>(step, 0), k, length, offset + c, width - c);
+    load_frames<kStreamTile>(me, columns_block<T, 1>(step, 1), v, length, offset + c, width - c);
   };
   block_barrier();
   load_frames<kStreamRows>(me, rows_block<T>(0), sample_of(joint<T>(a, team, team.t), s), length, j, plan.width - j);
-  load(0);
-  copy_commit();
   typename M::A joints[kFrameUnits<M>];  // J^T of this warp's 16 columns
   float sums[kStreamFrames / 8][4] = {};
   const int mine = me.warp() * 16;
-  GRJCA_LOOP
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) load(step + 1);
-    copy_commit();
-    copy_wait<1>();
-    block_barrier();
+  in_stages<T, 1>(steps, load, [&](int step) {
     load_rows<T, M>(me, joints, rows_block<T>(0), mine, lines);
-    const T* const keys = columns_block<T>(step, 0);
-    const T* const values = columns_block<T>(step, 1);
+    const T* const keys = columns_block<T, 1>(step, 0);
+    const T* const values = columns_block<T, 1>(step, 1);
     GRJCA_UNROLL
     for (int c = 0; c < kStreamTile; c += 16) {
       float scores[2][4] = {};
@@ -137,8 +154,7 @@ GRJCA_DEVICE void attend_task(const Common& a, const Team& team, int i) {
           }
       }
     }
-    block_barrier();  // before the next step's copies
-  }
+  });
   T* const to =
       slot<T>(a, team, plan.slots.hidden) + static_cast<int64_t>(s) * plan.frames * hidden_width + m * plan.width + j;
   GRJCA_UNROLL

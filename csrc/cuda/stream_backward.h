@@ -76,8 +76,8 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
   const Matrix<T> j = sample_of(joint<T>(a, team, team.t), s), d = sample_of(d_attended<T>(a, team), s);
   const auto load = [&](int step) {
     const int c = step * kStreamTile;
-    load_frames<kStreamTile>(me, columns_block<T>(step, 0), j, length, c, plan.width - c);
-    load_frames<kStreamTile>(me, columns_block<T>(step, 1), d, length, tile.m * plan.width + c, plan.width - c);
+    load_frames<kStreamTile>(me, columns_block<T, 2>(step, 0), j, length, c, plan.width - c);
+    load_frames<kStreamTile>(me, columns_block<T, 2>(step, 1), d, length, tile.m * plan.width + c, plan.width - c);
   };
   const bool drops = a.p.dropout > 0;
   const Mask mask = drops ? Mask::at(a, team.t, tile.m, Site::correlation, team.first + s) : Mask{};
@@ -88,18 +88,11 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
                            tile.columns);
   load_frames<kStreamRows>(me, rows_block<T>(1), sample_of(activation<T>(a, team, plan.slots.value), s), length, offset,
                            tile.columns);
-  load(0);
-  copy_commit();
-  GRJCA_LOOP
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) load(step + 1);
-    copy_commit();
-    copy_wait<1>();
-    block_barrier();
+  in_stages<T, 2>(steps, load, [&](int step) {
     load_rows<T, M>(me, keys, rows_block<T>(0), mine, lines);
     load_rows<T, M>(me, values, rows_block<T>(1), mine, lines);
-    const T* const joints = columns_block<T>(step, 0);
-    const T* const ds = columns_block<T>(step, 1);
+    const T* const joints = columns_block<T, 2>(step, 0);
+    const T* const ds = columns_block<T, 2>(step, 1);
     GRJCA_LOOP
     for (int c = 0; c < kStreamTile; c += 16) {
       float correlations[2][4] = {}, gradients[2][4] = {};
@@ -111,8 +104,7 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
       add_chained<T, M, Major::terms>(me, d_value, correlations, ds + c, lines);
       add_chained<T, M, Major::terms>(me, d_key, gradients, joints + c, lines);
     }
-    block_barrier();  // before the next step's copies
-  }
+  });
   const int64_t row = static_cast<int64_t>(s) * plan.frames * plan.width + offset;
   store_transposed(me, slot<T>(a, team, plan.slots.d_value) + row, plan.width, d_value, mine, tile.columns, length);
 
@@ -124,7 +116,8 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
   }
   store_transposed(me, slot<T>(a, team, plan.slots.d_key) + row, plan.width, d_key, mine, tile.columns, length);
   const Matrix<T> w{parameter<T>(a, index_of(a).key(team.t, tile.m)), length};
-  load_frames<kStreamTile>(me, columns_block<T>(0, 0), w, present, 0, present);
+  block_barrier();  // all have multiplied what is in the stages
+  load_frames<kStreamTile>(me, columns_block<T, 2>(0, 0), w, present, 0, present);
   copy_commit();
   copy_wait<0>();
   block_barrier();
@@ -134,7 +127,8 @@ GRJCA_DEVICE void rows_backward(const Common& a, const Team& team, int i) {
     if (f < (present + 15) / 16 * 16) {
       const float two[2][4] = {{d_key[f / 8][0], d_key[f / 8][1], d_key[f / 8][2], d_key[f / 8][3]},
                                {d_key[f / 8 + 1][0], d_key[f / 8 + 1][1], d_key[f / 8 + 1][2], d_key[f / 8 + 1][3]}};
-      add_chained<T, M, Major::outer>(me, d_x, two, columns_block<T>(0, 0) + f * kStreamLine, (present + 15) / 16 * 16);
+      add_chained<T, M, Major::outer>(me, d_x, two, columns_block<T, 2>(0, 0) + f * kStreamLine,
+                                      (present + 15) / 16 * 16);
     }
   T* const to = writable(d_state<T>(a, team, team.t), 0) + row;
   GRJCA_UNROLL
@@ -168,24 +162,17 @@ GRJCA_DEVICE void joint_backward(const Common& a, const Team& team, int i) {
     const int offset = plan.offsets[m], width = plan.widths[m], steps = tiles(width, kStreamTile);
     const auto load = [&](int step) {
       const int c = step * kStreamTile;
-      load_frames<kStreamTile>(me, columns_block<T>(step, 0), k, length, offset + c, width - c);
-      load_frames<kStreamTile>(me, columns_block<T>(step, 1), v, length, offset + c, width - c);
+      load_frames<kStreamTile>(me, columns_block<T, 2>(step, 0), k, length, offset + c, width - c);
+      load_frames<kStreamTile>(me, columns_block<T, 2>(step, 1), v, length, offset + c, width - c);
     };
     block_barrier();
     load_frames<kStreamRows>(me, rows_block<T>(0), sample_of(joint<T>(a, team, team.t), s), length, j, plan.width - j);
     load_frames<kStreamRows>(me, rows_block<T>(1), d, length, m * plan.width + j, plan.width - j);
-    load(0);
-    copy_commit();
-    GRJCA_LOOP
-    for (int step = 0; step < steps; ++step) {
-      if (step + 1 < steps) load(step + 1);
-      copy_commit();
-      copy_wait<1>();
-      block_barrier();
+    in_stages<T, 2>(steps, load, [&](int step) {
       load_rows<T, M>(me, joints, rows_block<T>(0), mine, lines);
       load_rows<T, M>(me, ds, rows_block<T>(1), mine, lines);
-      const T* const keys = columns_block<T>(step, 0);
-      const T* const values = columns_block<T>(step, 1);
+      const T* const keys = columns_block<T, 2>(step, 0);
+      const T* const values = columns_block<T, 2>(step, 1);
       GRJCA_LOOP
       for (int c = 0; c < kStreamTile; c += 16) {
         float correlations[2][4] = {}, gradients[2][4] = {};
@@ -196,8 +183,7 @@ GRJCA_DEVICE void joint_backward(const Common& a, const Team& team, int i) {
         slopes<T>(correlations, gradients, kept, plan.kept);
         add_chained<T, M, Major::terms>(me, d_joint, gradients, keys + c, lines);
       }
-      block_barrier();  // before the next step's copies
-    }
+    });
   }
   T* const to = slot<T>(a, team, plan.slots.d_joint) + static_cast<int64_t>(s) * plan.frames * plan.width + j;
   store_transposed(me, to, plan.width, d_joint, mine, plan.width - j, length);
@@ -206,12 +192,12 @@ GRJCA_DEVICE void joint_backward(const Common& a, const Team& team, int i) {
 GRJCA_DEVICE int rows_backward_tasks(const Common& a, const Team& team) {
   return team.count * modality_tiles(a.plan, a.p.modalities, kStreamRows);
 }
-GRJCA_DEVICE int correlation_backward_tasks(const Common& a, const Team& team) {
+GRJCA_DEVICE int correlate_backward_tasks(const Common& a, const Team& team) {
   return rows_backward_tasks(a, team) + team.count * tiles(a.plan.width, kStreamRows);
 }
 
 template <class T, class M>
-GRJCA_DEVICE void correlation_backward_task(const Common& a, const Team& team, int i) {
+GRJCA_DEVICE void correlate_backward_task(const Common& a, const Team& team, int i) {
   const int of_rows = rows_backward_tasks(a, team);
   if (i < of_rows)
     rows_backward<T, M>(a, team, i);

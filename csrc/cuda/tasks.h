@@ -23,20 +23,37 @@ GRJCA_BOTH ModalityTile modality_tile(const Plan& plan, int i, int tile) {
 
 // ---- steps
 
+// The rank of a block within its team. Blocks b and b + n share a multiprocessor where there are n of these, and ranks
+// run backward in the second half of the teams: so who has one task more is not beside another who has.
+GRJCA_BOTH int rank_of(int block, int team_blocks, int teams) {
+  const int rank = block % team_blocks;
+  return block / team_blocks * 2 < teams ? rank : team_blocks - 1 - rank;
+}
+
+// Step i of a chunk. The last step of a backward, which comes once, is reduce.
+GRJCA_BOTH Phase phase_of(const Plan& plan, int i) {
+  if (i == 0) return Phase::initial;
+  if (i == plan.steps - 1) return plan.backward ? Phase::initial_backward : Phase::gate;
+  if (plan.backward && i == 1) return Phase::gates_backward;
+  return plan.order[(i - 1 - plan.backward) % plan.phases];
+}
+
 // Whom this block works with in a step, and on what. In the backward, iterations go from the last to the first, and one
 // more step precedes them.
 GRJCA_DEVICE Team team_of(const Common& a, int step) {
   const Plan& plan = a.plan;
   const int number = block_index() / plan.team_blocks, chunk = number + step / plan.steps * plan.teams;
-  const int batch = static_cast<int>(a.p.batch), first = least(chunk * plan.chunk, batch);
-  const int t = (step % plan.steps - 1 - plan.backward) / plan.phases;
+  const int batch = static_cast<int>(a.p.batch), first = least(chunk * plan.chunk, batch), i = step % plan.steps;
+  const int of_iterations = i - 1 - plan.backward < 0 ? 0 : i - 1 - plan.backward, t = of_iterations / plan.phases;
   return {step,
           number,
-          block_index() % plan.team_blocks,
+          rank_of(block_index(), plan.team_blocks, plan.teams),
           plan.team_blocks,
           first,
           least(plan.chunk, batch - first),
-          plan.backward ? a.p.iterations - 1 - t : t};
+          plan.backward ? a.p.iterations - 1 - t : t,
+          phase_of(plan, i),
+          plan.tile[of_iterations % plan.phases]};
 }
 
 // The same arguments, but what follows from them is computed anew: kept through a task, it would take registers that
@@ -58,7 +75,7 @@ GRJCA_DEVICE void in_two_parts(const A& a, const Team& team, int i, B begin, E e
 template <class A, class N, class F>
 GRJCA_DEVICE void share_out(const A& a, int step, N tasks, F task) {
   GRJCA_LOOP
-  for (int i = block_index() % a.plan.team_blocks;; i += a.plan.team_blocks) {
+  for (int i = rank_of(block_index(), a.plan.team_blocks, a.plan.teams);; i += a.plan.team_blocks) {
     const A& now = afresh(a);
     const Team team = team_of(now, step);
     if (i >= tasks(now, team)) return;

@@ -24,7 +24,7 @@ struct RowSums {
   template <Major kA, bool kGrouped>
   GRJCA_DEVICE void add(const Matrix<T>& a, int rows, int terms) {
     Loader<T, kA, kA == Major::terms ? M::kRows : kTile, kGrouped> load;
-    load.begin(me, a, rows, terms);
+    load.begin(me, a, rows, up_to_fragments(rows), terms);
     constexpr int kRing = 2 * kStages;  // there is but one operand
     const auto stage = [](int step) { return reinterpret_cast<T*>(shared_memory() + step % kRing * kStageBytes); };
     const typename M::B ones = M::ones();
@@ -72,28 +72,36 @@ struct Gradient {
   int index, part;
   bool fresh;
 
-  GRJCA_DEVICE void add(int64_t at, float x) const {
-    if (a.plan.parts == 0) {
-      static_cast<T*>(a.d_parameters[index])[at] = narrow_to<T>(x);
-      return;
-    }
-    float* const to =
-        reinterpret_cast<float*>(a.workspace + a.plan.gradients_at) + part * a.plan.gradients + a.places[index] + at;
-    *to = fresh ? x : *to + x;
+  GRJCA_DEVICE float* sum(int64_t at) const {
+    return reinterpret_cast<float*>(a.workspace + a.plan.gradients_at) + part * a.plan.gradients + a.places[index] + at;
   }
+  // What earlier chunks or iterations have left.
+  GRJCA_DEVICE float earlier(int64_t at) const { return a.plan.parts == 0 || fresh ? 0 : *sum(at); }
+  GRJCA_DEVICE void store(int64_t at, float x) const {
+    if (a.plan.parts == 0)
+      static_cast<T*>(a.d_parameters[index])[at] = narrow_to<T>(x);
+    else
+      *sum(at) = x;
+  }
+  GRJCA_DEVICE void add(int64_t at, float x) const { store(at, earlier(at) + x); }
 
   template <class S>
   GRJCA_DEVICE void add_tile(const S& sums, int64_t at, int64_t row_step, int rows, int columns) const {
     finish(
         sums, rows, columns, [](int, int) { return 0; },
-        [&](int, int r, int c, float x0, float x1, bool both) {
-          add(at + r * row_step + c, x0);
-          if (both) add(at + r * row_step + c + 1, x1);
+        [&](int, int r, int c, bool both) {
+          const int64_t place = at + r * row_step + c;
+          return Pair{earlier(place), both ? earlier(place + 1) : 0};
+        },
+        [&](int, const Pair& before, int r, int c, float x0, float x1, bool both) {
+          const int64_t place = at + r * row_step + c;
+          store(place, before.x + x0);
+          if (both) store(place + 1, before.y + x1);
         });
   }
 };
 
-GRJCA_DEVICE int parts_of(const Plan& plan) { return plan.parts > 0 ? plan.parts : 1; }
+GRJCA_BOTH int parts_of(const Plan& plan) { return plan.parts > 0 ? plan.parts : 1; }
 
 // Whether this iteration of this chunk is the first to reach its layer.
 GRJCA_DEVICE bool is_fresh(const Common& a, const Team& team) {
@@ -298,30 +306,45 @@ GRJCA_DEVICE void key_weights_task(const BackwardArguments& a, const Team& team,
 
 // ---- the second stage
 
+constexpr int kUnitsAtOnce = 8;
+
 // Adds the parts, rounds, and stores the gradients where the caller wants them. Every block takes some 128 elements at
-// a time, all of one gradient.
+// a time, all of one gradient, and several such units before it waits for the first.
 template <class T>
 GRJCA_DEVICE void reduce(const BackwardArguments& a, int block, int blocks) {
   const Plan& plan = a.plan;
   const int parameters = index_of(a).count();
   const float* const sums = reinterpret_cast<const float*>(a.workspace + plan.gradients_at);
   const int me = this_thread().index;
+  const int64_t units = plan.gradients / kPlaceUnit;
   GRJCA_LOOP
-  for (int64_t i = block; i < plan.gradients / kPlaceUnit; i += blocks) {
-    const uint32_t first = static_cast<uint32_t>(i) * kPlaceUnit;
-    int low = 0, high = parameters - 1;  // the last parameter that begins at `first` or before
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (a.places[middle] <= first)
-        low = middle;
-      else
-        high = middle - 1;
+  for (int64_t i = block; i < units; i += kUnitsAtOnce * blocks) {
+    float totals[kUnitsAtOnce] = {};
+    GRJCA_LOOP
+    for (int part = 0; part < plan.parts; ++part) {
+      const float* const from = sums + part * plan.gradients + me;
+      float x[kUnitsAtOnce] = {};
+      GRJCA_UNROLL
+      for (int k = 0; k < kUnitsAtOnce; ++k)
+        if (i + k * blocks < units) x[k] = from[(i + k * blocks) * kPlaceUnit];
+      GRJCA_UNROLL
+      for (int k = 0; k < kUnitsAtOnce; ++k) totals[k] += x[k];
     }
-    const int64_t at = first - a.places[low] + me;
-    if (!a.d_parameters[low] || at >= a.sizes[low]) continue;
-    float sum = 0;
-    for (int part = 0; part < plan.parts; ++part) sum += sums[part * plan.gradients + first + me];
-    static_cast<T*>(a.d_parameters[low])[at] = narrow_to<T>(sum);
+    GRJCA_UNROLL
+    for (int k = 0; k < kUnitsAtOnce; ++k) {
+      const uint32_t first = static_cast<uint32_t>(i + k * blocks) * kPlaceUnit;
+      if (i + k * blocks >= units) continue;
+      int low = 0, high = parameters - 1;  // the last parameter that begins at `first` or before
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (a.places[middle] <= first)
+          low = middle;
+        else
+          high = middle - 1;
+      }
+      const int64_t at = first - a.places[low] + me;
+      if (a.d_parameters[low] && at < a.sizes[low]) static_cast<T*>(a.d_parameters[low])[at] = narrow_to<T>(totals[k]);
+    }
   }
 }
 

@@ -19,7 +19,7 @@ class Shape(NamedTuple):
     """L is ``length_parts`` times ``config.length_step``: Triton sees then by how much rows of W_k are aligned.
 
     Triton compiles anew for a number that is 1 or divides by 16. So numbers that follow from B stand here doubled, plus
-    1: always odd, and never 1.
+    1: always odd, and 1 only for 0.
     """
 
     length_parts: int
@@ -28,8 +28,10 @@ class Shape(NamedTuple):
     chunk_odd: int  # samples that pass through the workspace together
     unit: int  # elements of one activation [chunk, L, d] in the workspace
     gate_values: int  # elements of ``wide`` before the gradients
-    gradients: int  # elements of all parameters
+    gradients: int  # elements of all parameters but W_k and b_k
     parts_odd: int  # of the rows, whose sums are formed apart; one more than there are, so 1 means none
+    key_gradients: int  # elements of all W_k and b_k
+    key_parts_odd: int  # the same of the samples, whose sums for W_k are formed apart
 
 
 class Scalars(NamedTuple):
@@ -37,7 +39,7 @@ class Scalars(NamedTuple):
 
     key_scale: float  # 1 / sqrt(d)
     temperature: float
-    threshold: int  # a 16-bit draw below it is dropped
+    threshold_odd: int  # 2 t + 1, as above: a 16-bit draw below t is dropped
     kept: float  # 1 / (1 - p)
 
 

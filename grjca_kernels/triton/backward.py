@@ -10,8 +10,8 @@ from grjca_kernels.triton.iteration import attend, attend_stored, correlate, ini
 from grjca_kernels.triton.iteration_backward import (
     attended_task,
     attended_tasks,
-    correlation_backward,
-    correlation_backward_stored,
+    correlate_backward,
+    correlate_backward_stored,
     initial_backward,
     input_task,
     input_tasks,
@@ -61,7 +61,7 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
         else:
             phase_stored(a, to, t, phase, first, count, C)
         if step + 1 < last_step:
-            grid_barrier(p_counter)
+            grid_barrier(p_counter, C)
 
 
 @triton.jit
@@ -69,11 +69,11 @@ def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
     """Of iteration t, C streamed."""
     SHIFT: tl.constexpr = 0 if C.released else 1  # the paper form has no phase for the output's relu and dropout
     if phase == 0:
-        recompute(a, to, t, first, count, C)
+        project_and_states(a, to, t, first, count, C)
     elif phase == 1:
         run(attend, a, to, t, first, count, C)
     elif phase == 4 - SHIFT:
-        correlation_backward(a, to, t, first, count, C)
+        correlate_backward(a, to, t, first, count, C)
     else:
         phase_of_both(a, to, t, phase, 2, 5 - SHIFT, first, count, C)
 
@@ -83,13 +83,13 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
     """Of iteration t, C stored."""
     SHIFT: tl.constexpr = 0 if C.released else 1
     if phase == 0:
-        recompute(a, to, t, first, count, C)
+        project_and_states(a, to, t, first, count, C)
     elif phase == 1:
         run(correlate, a, to, t, first, count, C)
     elif phase == 2:
         run(attend_stored, a, to, t, first, count, C)
     elif phase == 5 - SHIFT:
-        correlation_backward_stored(a, to, t, first, count, C)
+        correlate_backward_stored(a, to, t, first, count, C)
     elif phase == 6 - SHIFT:
         run(key_joint_backward, a, to, t, first, count, C)
     else:
@@ -100,15 +100,15 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
 def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
     """What does not care where C is: the output projection first, the inputs last."""
     if phase == LAST:
-        inputs_and_weights(a, to, t, first, count, C)
+        project_backward(a, to, t, first, count, C)
     elif phase == FIRST + C.released:
-        attended_and_weights(a, to, t, first, count, C)
+        attend_backward(a, to, t, first, count, C)
     elif C.released:
         run(output_backward, a, to, t, first, count, C)
 
 
 @triton.jit
-def attended_and_weights(a, to, t, first, count, C: tl.constexpr):
+def attend_backward(a, to, t, first, count, C: tl.constexpr):
     """What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer."""
     of_weights, tasks = output_weights_tasks(a, C) if C.weights else 0, attended_tasks(a, count, C)
     for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
@@ -120,7 +120,7 @@ def attended_and_weights(a, to, t, first, count, C: tl.constexpr):
 
 
 @triton.jit
-def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
+def project_backward(a, to, t, first, count, C: tl.constexpr):
     """What the projections send back to their weights, whose sums are longer, and to X^t."""
     of_linear, of_key = (linear_weights_tasks(a, C), key_weights_tasks(a, C)) if C.weights else (0, 0)
     of_weights, tasks = of_linear + of_key, input_tasks(a, count, C)
@@ -136,7 +136,7 @@ def inputs_and_weights(a, to, t, first, count, C: tl.constexpr):
 
 
 @triton.jit
-def recompute(a, to, t, first, count, C: tl.constexpr):
+def project_and_states(a, to, t, first, count, C: tl.constexpr):
     """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
     if C.weights and C.gates > 0:
         if t == C.iterations - 1:

@@ -37,4 +37,4 @@ def forward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constex
         else:
             run(attend_stored, a, to, t, first, count, C)
         if step + 1 < last_step:
-            grid_barrier(p_counter)
+            grid_barrier(p_counter, C)

@@ -72,7 +72,7 @@ def gates_backward(a, to, t, first, count, C: tl.constexpr):
         present = (r + o_r < frames(a, first + sample, C))[:, None]
         gate_values(a, first, row, m, rows, C)
         for g in tl.range(C.gates, disable_licm=True):
-            logits_backward(a, to, first, sample, r, row, m, g, rows, present, C)
+            logits(a, to, first, sample, r, row, m, g, rows, present, C)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def add_way(d_values, way, d, choices):
 
 
 @triton.jit
-def logits_backward(a, to, first, sample, r, row, m, g, rows, present, C: tl.constexpr):
+def logits(a, to, first, sample, r, row, m, g, rows, present, C: tl.constexpr):
     """Through the softmax of gate g."""
     d_m, ways = entry(a.shape.widths, m), ways_of(g, C)
     d_values = incoming(
@@ -145,11 +145,11 @@ def state_backward(a, to, first, sample, r, m, t, C: tl.constexpr):
     row, rows = tl.cast(sample, tl.int64) * length + r, length - r
     present = (r + tl.arange(0, C.block_frames) < frames(a, first + sample, C))[:, None]
     for c in tl.range(0, entry(a.shape.widths, m), C.block_columns, disable_licm=True):
-        state_tile(a, to, first, sample, r, row, m, t, c, rows, present, C)
+        state_gradient(a, to, first, sample, r, row, m, t, c, rows, present, C)
 
 
 @triton.jit
-def state_tile(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.constexpr):
+def state_gradient(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.constexpr):
     """A tile of d X_m^t."""
     width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
     d_y = d_mixture(a, to, first, sample, r, row, m, c, rows, present, C)

@@ -23,6 +23,7 @@ from grjca_kernels.triton.masks import (
 )
 from grjca_kernels.triton.primitives import (
     add_row,
+    dot,
     entry,
     frames,
     layer_of,
@@ -110,7 +111,7 @@ def norm_of_rows(p_x, s_column, m_x, d_m, C: tl.constexpr):
 
 @triton.jit
 def project(a, to, t, first, count, C: tl.constexpr):
-    """J = X W_q^T + b_q, K_m by mix_time, V_m = X_m W_v^T + b_v, and the dropout masks: all that needs only X^t.
+    """J = X W_q^T + b_q, K_m by key_task, V_m = X_m W_v^T + b_v, and the dropout masks: all that needs only X^t.
 
     In this order, as the sums of J are the longest and drawing takes least.
     """
@@ -119,29 +120,29 @@ def project(a, to, t, first, count, C: tl.constexpr):
     for turn in tl.range(0, turns(of_linear + of_key + of_bits), disable_licm=True):
         i = task_of(turn)
         if (i >= of_joint) & (i < of_joint + of_key):
-            run_task(mix_time, a, to, t, first, count, i - of_joint, of_key, C)
+            run_task(key_task, a, to, t, first, count, i - of_joint, of_key, C)
         elif i < of_linear + of_key:
-            run_task(project_linear, a, to, t, first, count, tl.where(i < of_joint, i, i - of_key), of_linear, C)
+            run_task(linear_task, a, to, t, first, count, tl.where(i < of_joint, i, i - of_key), of_linear, C)
         elif C.dropout:
             run_task(draw, a, to, t, first, count, i - of_linear - of_key, of_bits, C)
 
 
 @triton.jit
 def joint_tasks(a, count, C: tl.constexpr):
-    """The first tasks of project_linear, which make J."""
+    """The first tasks of linear_task, which make J."""
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
     return n_rows * tl.cdiv(a.shape.width, C.block_n) if C.projected else n_rows * 0
 
 
 @triton.jit
 def linear_tasks(a, count, C: tl.constexpr):
-    """How many project_linear has."""
+    """How many linear_task has."""
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
     return joint_tasks(a, count, C) + n_rows * modality_blocks(a.shape.widths, C.block_n)
 
 
 @triton.jit
-def project_linear(a, to, t, first, count, i, C: tl.constexpr):
+def linear_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a tile of J or of V."""
     of_joint = joint_tasks(a, count, C)
     width, layer, all_rows = a.shape.width, layer_of(t, C), count * length_of(a, C)
@@ -151,14 +152,14 @@ def project_linear(a, to, t, first, count, i, C: tl.constexpr):
     i_slot = C.slot_value
     p_bias = linear_parameter(a, layer, m, VALUE, 1, C) if C.released else p_weight
     if C.projected:
-        joint, n_joint = i < of_joint, tl.cdiv(width, C.block_n)
-        i_row = tl.where(joint, i // n_joint, i_row)
-        c = tl.where(joint, i % n_joint * C.block_n, c)
-        offset = tl.where(joint, 0, offset)
-        outputs = tl.where(joint, width, outputs)
-        p_weight = tl.where(joint, parameter(a.parameters, layer, 0, 0, 0, C), p_weight)
-        p_bias = tl.where(joint, parameter(a.parameters, layer, 0, 1, 0, C), p_bias)
-        i_slot = tl.where(joint, C.slot_joint, C.slot_value)
+        of_query, n_joint = i < of_joint, tl.cdiv(width, C.block_n)
+        i_row = tl.where(of_query, i // n_joint, i_row)
+        c = tl.where(of_query, i % n_joint * C.block_n, c)
+        offset = tl.where(of_query, 0, offset)
+        outputs = tl.where(of_query, width, outputs)
+        p_weight = tl.where(of_query, parameter(a.parameters, layer, 0, 0, 0, C), p_weight)
+        p_bias = tl.where(of_query, parameter(a.parameters, layer, 0, 1, 0, C), p_bias)
+        i_slot = tl.where(of_query, C.slot_joint, C.slot_value)
     r = i_row * C.block_m
     rows, columns = all_rows - r, outputs - c
     p_x = state(a, t, first, C) + tl.cast(r, tl.int64) * width + offset
@@ -172,12 +173,12 @@ def project_linear(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def key_tasks(a, count, C: tl.constexpr):
-    """How many mix_time has."""
+    """How many key_task has."""
     return count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_key)
 
 
 @triton.jit
-def mix_time(a, to, t, first, count, i, C: tl.constexpr):
+def key_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a tile of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
     n_l = tl.cdiv(length, C.block_l)
@@ -198,7 +199,7 @@ def mix_time(a, to, t, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def joint_of(a, t, first, C: tl.constexpr):
+def joint(a, t, first, C: tl.constexpr):
     """Pointer to J of the chunk; where it is raw, it is X^t."""
     return slot(a, C.slot_joint) if C.projected else state(a, t, first, C)
 
@@ -217,17 +218,17 @@ def attend(a, to, t, first, count, C: tl.constexpr):
         p_key = slot(a, C.slot_key) + place + offset_of(a.shape.widths, m)
         p_value = slot(a, C.slot_value) + place + offset_of(a.shape.widths, m)
         b_joint = load_tile(
-            joint_of(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l
+            joint(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l
         )  # J^T [j, l]
         acc = zeros(C.block_m, C.block_l)
         tl.assume(d_m > 0)
         for c in range(0, d_m, C.block_c):
             b_key = load_tile(p_key + c, width, 1, length, d_m - c, C.block_l, C.block_c)
             b_value = load_tile(p_value + c, 1, width, d_m - c, length, C.block_c, C.block_l)
-            b_c = tanh(tl.dot(b_joint, b_key, input_precision=C.precision), C)
+            b_c = tanh(dot(b_joint, b_key, None, C), C)
             if C.dropout:
                 b_c *= factors_of_correlation(a, first + sample, t, m, c, j, C.block_c, C.block_m)
-            acc = tl.dot(b_c.to(b_value.dtype), b_value, acc, input_precision=C.precision)
+            acc = dot(b_c.to(b_value.dtype), b_value, acc, C)
         p_to = slot(a, C.slot_hidden) + place * modalities + m * width + j
         store_tile(p_to, modalities * width, tl.trans(hidden(acc, C)), length, width - j)
 
@@ -252,7 +253,7 @@ def correlate(a, to, t, first, count, C: tl.constexpr):
         sample, j = of_modality // n_j, of_modality % n_j * C.block_n
         place, rows = tl.cast(sample, tl.int64) * length * width, entry(a.shape.widths, m) - c
         p_key = slot(a, C.slot_key) + place + offset + c
-        p_joint = joint_of(a, t, first, C) + place + j
+        p_joint = joint(a, t, first, C) + place + j
         acc = zeros(C.block_m, C.block_n)
         acc = product(
             acc, p_key, 1, width, p_joint, width, 1, rows, width - j, frames(a, first + sample, C), C.block_k, C

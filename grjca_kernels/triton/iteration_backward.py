@@ -16,7 +16,7 @@ from grjca_kernels.triton.iteration import (
     correlation,
     correlation_factors,
     feature_rows,
-    joint_of,
+    joint,
     linear_parameter,
     norm_of_rows,
     output_factors,
@@ -25,6 +25,7 @@ from grjca_kernels.triton.iteration import (
 from grjca_kernels.triton.masks import factors_of_correlation
 from grjca_kernels.triton.primitives import (
     chunk_of,
+    dot,
     entry,
     frames,
     layer_of,
@@ -53,7 +54,7 @@ def d_state(a, t, C: tl.constexpr):
 
 
 @triton.jit
-def d_update_of(a, t, C: tl.constexpr):
+def d_update(a, t, C: tl.constexpr):
     """Pointer to the gradient by H_m W_h^T + b_h; in the paper form that is d X^(t+1) itself."""
     return slot(a, C.slot_d_update) if C.released else d_state(a, t + 1, C)
 
@@ -93,7 +94,7 @@ def attended_task(a, to, t, first, count, i, C: tl.constexpr):
     of_modality = tl.cdiv(all_rows, C.block_m) * n_j
     m, r, j = i // of_modality, i % of_modality // n_j * C.block_m, i % of_modality % n_j * C.block_n
     rows, columns = all_rows - r, width - j
-    p_d = d_update_of(a, t, C) + tl.cast(r, tl.int64) * width + offset_of(a.shape.widths, m)
+    p_d = d_update(a, t, C) + tl.cast(r, tl.int64) * width + offset_of(a.shape.widths, m)
     p_w = linear_parameter(a, layer_of(t, C), m, OUTPUT, 0, C) + j
     acc = zeros(C.block_m, C.block_n)
     acc = product(acc, p_d, width, 1, p_w, width, 1, rows, columns, entry(a.shape.widths, m), C.block_k, C)
@@ -110,7 +111,7 @@ def attended_task(a, to, t, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def correlation_backward(a, to, t, first, count, C: tl.constexpr):
+def correlate_backward(a, to, t, first, count, C: tl.constexpr):
     """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
     of_rows, of_joint = count * modality_blocks(a.shape.widths, C.block_m), count * tl.cdiv(a.shape.width, C.block_m)
     for i in tl.range(tl.program_id(0), of_rows + of_joint, tl.num_programs(0), disable_licm=True):
@@ -133,7 +134,7 @@ def rows_backward(a, to, t, first, count, i, C: tl.constexpr):
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     m, offset, c, sample = modality_task(a.shape.widths, i, count, C.block_m)
     rows, place = entry(a.shape.widths, m) - c, tl.cast(sample, tl.int64) * length * width
-    p_joint = joint_of(a, t, first, C) + place
+    p_joint = joint(a, t, first, C) + place
     p_da = slot(a, C.slot_d_attended) + place * modalities + m * width
     place += offset + c
     b_key = load_tile(slot(a, C.slot_key) + place, 1, width, rows, length, C.block_m, C.block_l)
@@ -143,23 +144,23 @@ def rows_backward(a, to, t, first, count, i, C: tl.constexpr):
     for j in tl.range(0, width, C.block_c, num_stages=2):
         b_joint = load_tile(p_joint + j, width, 1, length, width - j, C.block_l, C.block_c)
         b_da = load_tile(p_da + j, modalities * width, 1, length, width - j, C.block_l, C.block_c)
-        b_c = tanh(tl.dot(b_key, b_joint, input_precision=C.precision), C)
-        b_dc = tl.dot(b_value, b_da, input_precision=C.precision)
+        b_c = tanh(dot(b_key, b_joint, None, C), C)
+        b_dc = dot(b_value, b_da, None, C)
         factors = 1.0
         if C.dropout:
             factors = tl.trans(factors_of_correlation(a, first + sample, t, m, c, j, C.block_m, C.block_c))
         b_ds = slopes(b_c, b_dc, factors, C)
         if C.dropout:
             b_c *= factors
-        d_value = tl.dot(b_c.to(b_da.dtype), tl.trans(b_da), d_value, input_precision=C.precision)
-        d_key = tl.dot(b_ds.to(b_da.dtype), tl.trans(b_joint), d_key, input_precision=C.precision)
+        d_value = dot(b_c.to(b_da.dtype), tl.trans(b_da), d_value, C)
+        d_key = dot(b_ds.to(b_da.dtype), tl.trans(b_joint), d_key, C)
     store_tile(slot(a, C.slot_d_value) + place, width, tl.trans(d_value), length, rows)
     o_l = tl.arange(0, C.block_l)
     d_key = tl.where((o_l < frames(a, first + sample, C))[None, :], d_key * a.scalars.key_scale, 0.0)
     store_tile(slot(a, C.slot_d_key) + place, width, tl.trans(d_key), length, rows)
     p_w = linear_parameter(a, layer_of(t, C), m, KEY, 0, C)
     b_w = load_tile(p_w, length, 1, length, length, C.block_l, C.block_l)
-    d_x = tl.trans(tl.dot(d_key.to(b_w.dtype), b_w, input_precision=C.precision))  # [l, c]
+    d_x = tl.trans(dot(d_key.to(b_w.dtype), b_w, None, C))  # [l, c]
     p_dx = d_state(a, t, C) + place
     d_x += load_tile(p_dx, width, 1, length, rows, C.block_l, C.block_m).to(tl.float32)
     d_x = tl.where((o_l < frames(a, first + sample, C))[:, None], d_x, 0.0)
@@ -172,7 +173,7 @@ def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     sample, j = i // tl.cdiv(width, C.block_m), i % tl.cdiv(width, C.block_m) * C.block_m
     place = tl.cast(sample, tl.int64) * length * width
-    b_joint = load_tile(joint_of(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l)
+    b_joint = load_tile(joint(a, t, first, C) + place + j, 1, width, width - j, length, C.block_m, C.block_l)
     d_joint = zeros(C.block_m, C.block_l)
     for m in range(modalities):
         d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
@@ -183,13 +184,13 @@ def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
             b_key = load_tile(p_key, width, 1, length, d_m - c, C.block_l, C.block_c)
             p_value = slot(a, C.slot_value) + place + offset + c
             b_value = load_tile(p_value, width, 1, length, d_m - c, C.block_l, C.block_c)
-            b_c = tanh(tl.dot(b_joint, b_key, input_precision=C.precision), C)
-            b_dc = tl.dot(b_da, b_value, input_precision=C.precision)
+            b_c = tanh(dot(b_joint, b_key, None, C), C)
+            b_dc = dot(b_da, b_value, None, C)
             factors = 1.0
             if C.dropout:
                 factors = factors_of_correlation(a, first + sample, t, m, c, j, C.block_c, C.block_m)
             b_ds = slopes(b_c, b_dc, factors, C)
-            d_joint = tl.dot(b_ds.to(b_key.dtype), tl.trans(b_key), d_joint, input_precision=C.precision)
+            d_joint = dot(b_ds.to(b_key.dtype), tl.trans(b_key), d_joint, C)
     store_tile(slot(a, C.slot_d_joint) + place + j, width, tl.trans(d_joint), length, width - j)
 
 
@@ -197,13 +198,13 @@ def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
 
 
 @triton.jit
-def d_correlation(a, sample, row, C: tl.constexpr):
+def d_score(a, sample, row, C: tl.constexpr):
     """Pointer to a row of d (K J) of a sample, [d, d], which stands behind the correlations of the chunk."""
     return correlation(a, chunk_of(a) + sample, row, C)
 
 
 @triton.jit
-def correlation_backward_stored(a, to, t, first, count, C: tl.constexpr):
+def correlate_backward_stored(a, to, t, first, count, C: tl.constexpr):
     """d V_m = d_attended C_m^T, and d (K J)."""
     of_value = count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_n)
     of_score = count * tl.cdiv(a.shape.width, C.block_n) * modality_blocks(a.shape.widths, C.block_m)
@@ -247,7 +248,7 @@ def score_backward(a, to, t, first, count, i, C: tl.constexpr):
     if C.dropout:
         factors = correlation_factors(a, sample, m, c, j, rows, C)
         b_c *= 1 / a.scalars.kept  # it was stored with dropout; where that made it 0, so it does the gradient
-    p_ds = d_correlation(a, sample, offset + c, C) + j
+    p_ds = d_score(a, sample, offset + c, C) + j
     store_tile(p_ds, width, slopes(b_c, acc, factors, C), rows, width - j)
 
 
@@ -262,13 +263,13 @@ def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
         row, rows, columns = tl.cast(sample, tl.int64) * length + l, length - l, width - c
         acc = zeros(C.block_l, C.block_n)
         if i < tasks:
-            p_ds = d_correlation(a, sample, 0, C) + c
+            p_ds = d_score(a, sample, 0, C) + c
             p_key = slot(a, C.slot_key) + row * width
             acc = product(acc, p_key, width, 1, p_ds, width, 1, rows, columns, width, C.block_k, C)
             store_tile(slot(a, C.slot_d_joint) + row * width + c, width, acc, rows, columns)
         else:
-            p_ds = d_correlation(a, sample, c, C)
-            p_joint = joint_of(a, t, first, C) + row * width
+            p_ds = d_score(a, sample, c, C)
+            p_joint = joint(a, t, first, C) + row * width
             acc = product(acc, p_joint, width, 1, p_ds, 1, width, rows, columns, width, C.block_k, C)
             present = l + tl.arange(0, C.block_l) < frames(a, first + sample, C)
             acc = tl.where(present[:, None], acc * a.scalars.key_scale, 0.0)
@@ -279,7 +280,7 @@ def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
 
 
 @triton.jit
-def input_blocks(a, count, C: tl.constexpr):
+def input_row_tiles(a, count, C: tl.constexpr):
     """Blocks of rows of input_task: they end with a sample only where W_k needs it."""
     length = length_of(a, C)
     return tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
@@ -288,13 +289,13 @@ def input_blocks(a, count, C: tl.constexpr):
 @triton.jit
 def input_tasks(a, count, C: tl.constexpr):
     """How many input_task has."""
-    return input_blocks(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
+    return input_row_tiles(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
 
 
 @triton.jit
 def input_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; with a streamed C the last is there."""
-    length, n_rows = length_of(a, C), input_blocks(a, count, C)
+    length, n_rows = length_of(a, C), input_row_tiles(a, count, C)
     m, offset, c, block = modality_task(a.shape.widths, i, n_rows, C.block_n)
     if C.stream:
         r = block * C.block_m

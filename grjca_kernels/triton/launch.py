@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, repeat
 from operator import mod
@@ -102,11 +103,13 @@ def _prepare(problem: Problem, dtype: torch.dtype, device: config.Device, **opti
         gate_values=launch.gate_values,
         gradients=launch.gradients,
         parts_odd=2 * (launch.parts + 1) + 1,
+        key_gradients=launch.key_gradients,
+        key_parts_odd=2 * (launch.key_parts + 1) + 1,
     )
     scalars = Scalars(
         key_scale=1 / math.sqrt(problem.width),
         temperature=problem.temperature,
-        threshold=dropout.threshold(problem.dropout),
+        threshold_odd=2 * dropout.threshold(problem.dropout) + 1,
         kept=1 / (1 - problem.dropout),
     )
     return Prepared(launch, shape, scalars, {})
@@ -134,63 +137,62 @@ def gather(call: Call, prepared: Prepared) -> Arguments:
 
 
 def run(kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batch: int) -> None:
-    """All steps in one cooperative launch, on the current stream of the tensors' device.
-
-    Where the driver refuses it, since something else holds a part of the GPU, every step becomes a launch of its own.
-    """
-    device, steps = arguments.iterates.device, prepared.launch.steps
+    """All steps in one cooperative launch, on the current stream of the tensors' device."""
+    device = arguments.iterates.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        start = partial(_start, kernel, prepared, arguments, others, batch, counter(device))
-        if device not in _apart:
-            try:
-                return start(0, steps, True)
-            except RuntimeError as error:
-                if "cooperative" not in str(error).lower():
-                    raise
-                _apart.add(device)
-                warnings.warn(
-                    f"grjca_kernels: {device} refuses one launch for all phases ({error}); each phase is launched "
-                    "alone from now on, with the same results but slower. Are other processes using this GPU?",
-                    stacklevel=2,
-                )
-        for step in range(steps):
-            start(step, step + 1, False)
+        try:
+            run_steps(kernel, prepared, arguments, others, batch, 0, prepared.launch.steps)
+        except RuntimeError as error:
+            if "cooperative" not in str(error).lower():
+                raise
+            raise RuntimeError(
+                f"grjca_kernels: {device} refuses a launch whose programs wait for one another ({error}): all "
+                f"{prepared.launch.programs} of them must fit on it at once. Free it of other processes, or choose "
+                "backend='cuda' or 'reference'."
+            ) from error
 
-
-_apart: set[torch.device] = set()
-"""Devices on which every phase is launched alone."""
 
 ALIGNED = 16
 """Bytes of which an address is a multiple, or Triton compiles another kernel for it."""
 
 
-def _start(
-    kernel: Any,
-    prepared: Prepared,
-    arguments: Arguments,
-    others: Any,
-    batch: int,
-    counter: Tensor,
-    first: int,
-    last: int,
-    together: bool,
+def run_steps(
+    kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batch: int, first: int, last: int
 ) -> None:
-    """Steps first <= step < last.
+    """Steps first <= step < last, on the current device.
 
     The first time, Triton looks at every argument, and finds or compiles a kernel. From then on, for the same strides,
     that kernel is given addresses, and nobody looks.
     """
-    launch = prepared.launch
+    launch, device = prepared.launch, arguments.iterates.device
+    counter = torch.zeros(1, dtype=torch.int32, device=device)  # of the grid barrier
     given, to, found, numbers = _addressed(arguments, others)
-    key = None if any(map(mod, found, repeat(ALIGNED))) else (counter.device, together, *numbers)
+    if any(map(mod, found, repeat(ALIGNED))):
+        arguments = aligned(arguments)
+        given, to, found, numbers = _addressed(arguments, others)
+    key = (device, *map(mod, found, repeat(ALIGNED)), *numbers)
     if key in prepared.waiting:
         prepared.waiting[key](given, to, batch, first, last, counter.data_ptr(), launch.constants)
         return
     compiled = kernel[(launch.programs,)](
-        arguments, others, batch, first, last, counter, launch.constants, **options(launch, together)
+        arguments, others, batch, first, last, counter, launch.constants, **options(launch)
     )
-    if key is not None and compiled is not None:  # the interpreter compiles none
+    if compiled is not None:  # the interpreter compiles none
         prepared.waiting[key] = compiled[(launch.programs, 1, 1)]
+
+
+def aligned(a: Arguments) -> Arguments:
+    """With copies of inputs that begin elsewhere than at a multiple of 16 bytes, as a part of another tensor may."""
+
+    def copied(x: Tensor) -> Tensor:
+        return x if x.data_ptr() % ALIGNED == 0 else x.clone()
+
+    return a._replace(
+        features=tuple([view(copied(x.data)) for x in a.features]),
+        parameters=tuple(map(copied, a.parameters)),
+        lengths=None if a.lengths is None else copied(a.lengths),
+        seed=None if a.seed is None else copied(a.seed),
+    )
 
 
 def _addressed(a: Arguments, to: Outputs | Gradients) -> tuple[Any, Any, list[int], list[Any]]:
@@ -218,51 +220,50 @@ def _check_memory(tensors: Sequence[Tensor]) -> None:
             refuse_memory("tensors given to kernels", i, x)
 
 
-def options(launch: config.Launch, together: bool = True) -> dict[str, Any]:
+def options(launch: config.Launch) -> dict[str, Any]:
     """What Triton is told beside the arguments. Fusing multiplications and additions is its default up to 3.9 only."""
     chosen: dict[str, Any] = {
         "num_warps": launch.tiles.warps,
         "num_stages": launch.tiles.stages,
         "enable_fp_fusion": True,
-        "launch_cooperative_grid": together,
+        "launch_cooperative_grid": True,
     }
     if launch.constants.most_registers:
         chosen["maxnreg"] = launch.constants.most_registers
-        if NEW_PTXAS and launch.device.capability >= 90:
+        if launch.device.ptxas >= REMATERIALISING_PTXAS:
             chosen["ptx_options"] = "--register-usage-level=0"
     return chosen
 
 
-NEW_PTXAS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-"""From 3.9 on Triton compiles for Hopper and later with a ptxas of CUDA 13, which by default spends registers on what
-it could compute again, and then spills some. With the one of CUDA 12.8 it is the other way round."""
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counter(device: torch.device) -> Tensor:
-    """The grid barrier's counter: one for each stream, since kernels of two streams may run at once.
-
-    It is 0, or 2^31, between launches. A graph under capture gets its own, which it clears at every replay: it may be
-    replayed on any stream.
-    """
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
+REMATERIALISING_PTXAS = (13, 0)
+"""From here on the assembler by default spends registers on what it could compute again, and then spills some. With
+that of CUDA 12.8 it is the other way round."""
 
 
 @functools.cache
 def _device(index: int) -> config.Device:
     properties = torch.cuda.get_device_properties(index)
-    return config.Device(
+    device = config.Device(
         kind="hip" if torch.version.hip else "cuda",
         capability=0 if torch.version.hip else properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 64 * config.KIB),
     )
+    return device if device.kind == "hip" else as_compiled(device)
+
+
+def as_compiled(device: config.Device) -> config.Device:
+    """An Nvidia device with what Triton has for it: its assembler, from 3.9 on that of CUDA 13 for Hopper and later."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    release = re.search(r"release (\d+)\.(\d+)", get_ptxas_version(device.capability))
+    ptxas = (int(release[1]), int(release[2])) if release else (0, 0)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return replace(device, ptxas=ptxas, unfenced=device.capability // 10 in (9, 10, 11) and version < FENCED)
+
+
+FENCED = (3, 7)
+"""The Triton from which on a fence stands between cp.async and the tensor cores of Hopper and later."""
 
 
 def device_of(x: Tensor) -> config.Device:

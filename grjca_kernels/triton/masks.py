@@ -18,6 +18,12 @@ COLUMNS: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
+def threshold(a):
+    """A 16-bit draw below it is dropped."""
+    return tl.cast(a.scalars.threshold_odd // 2, tl.uint32)
+
+
+@triton.jit
 def philox(c0, c1, c2, c3, p_seed):
     """Philox4x32, seven rounds, on uint32 tensors; the key is the low and the high word of the seed."""
     seed = tl.load(p_seed)
@@ -46,13 +52,13 @@ def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, WID
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     draws = tl.reshape(tl.join(low, high), (WIDTH, ROWS))
-    return tl.where(draws < tl.cast(a.scalars.threshold, tl.uint32), 0.0, a.scalars.kept)
+    return tl.where(draws < threshold(a), 0.0, a.scalars.kept)
 
 
 @triton.jit
-def kept_bits(word, threshold):
+def kept_bits(word, least):
     """Of the two draws in a word: bit 0 and bit 1, set where they keep."""
-    return ((word & 0xFFFF) >= threshold).to(tl.uint32) | ((word >> 16) >= threshold).to(tl.uint32) << 1
+    return ((word & 0xFFFF) >= least).to(tl.uint32) | ((word >> 16) >= least).to(tl.uint32) << 1
 
 
 @triton.jit
@@ -64,7 +70,7 @@ def store_bits(p, a, columns, groups, samples, t, m, SITE: tl.constexpr, mask):
     zero = (samples + groups + columns) * 0
     c0, c1, c2 = (zero + columns).to(tl.uint32), (zero + groups).to(tl.uint32), (zero + samples).to(tl.uint32)
     w0, w1, w2, w3 = philox(c0, c1, c2, (zero + (t | m << 8 | SITE << 16)).to(tl.uint32), a.seed)
-    least = tl.cast(a.scalars.threshold, tl.uint32)
+    least = threshold(a)
     bits = kept_bits(w0, least) | kept_bits(w1, least) << 2 | kept_bits(w2, least) << 4 | kept_bits(w3, least) << 6
     tl.store(p, bits.to(tl.uint8), mask=mask)
 

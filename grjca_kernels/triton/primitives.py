@@ -25,6 +25,17 @@ def zero_vector(SIZE: tl.constexpr):
 
 
 @triton.jit
+def dot(b_a, b_b, acc, C: tl.constexpr):
+    """acc + A B, or A B. Before 3.7 Triton sets no fence between cp.async and wgmma (its issue 9610): here it is."""
+    if C.fence:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    return tl.dot(b_a, b_b, acc, input_precision=C.precision)
+
+
+@triton.jit
 def product(acc, p_a, s_am, s_ak, p_b, s_bk, s_bn, rows, columns, terms, TERMS: tl.constexpr, C: tl.constexpr):
     """acc + A B for a tile of A [rows, terms] and B [terms, columns], at most as large as ``acc``; TERMS at a time."""
     o_m, o_n, o_k = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1]), tl.arange(0, TERMS)
@@ -35,7 +46,7 @@ def product(acc, p_a, s_am, s_ak, p_b, s_bk, s_bn, rows, columns, terms, TERMS: 
         m_k = o_k < terms - k
         b_a = tl.load(p_a, mask=m_a & m_k[None, :], other=0)
         b_b = tl.load(p_b, mask=m_k[:, None] & m_b, other=0)
-        acc = tl.dot(b_a, b_b, acc, input_precision=C.precision)
+        acc = dot(b_a, b_b, acc, C)
         p_a += TERMS * s_ak
         p_b += TERMS * s_bk
     return acc
@@ -118,18 +129,6 @@ def where_positive(x, d):
 def chunk_of(a):
     """Samples that pass through the workspace together."""
     return a.shape.chunk_odd // 2
-
-
-@triton.jit
-def parts_of(a):
-    """Parts of the rows, whose sums are formed apart."""
-    return tl.maximum(a.shape.parts_odd // 2 - 1, 1)
-
-
-@triton.jit
-def at_once(a):
-    """Whether the sum over one part is the whole gradient of a parameter."""
-    return a.shape.parts_odd // 2 == 1
 
 
 @triton.jit
@@ -320,12 +319,23 @@ def call_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.conste
 
 
 @triton.jit
-def grid_barrier(p_counter):
+def wait_for_stores():
+    """Every wave of an AMD GPU for its own: only the one that runs the atomic would wait, and only for its own."""
+    lanes = tl.arange(0, 64)
+    tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [lanes], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def grid_barrier(p_counter, C: tl.constexpr):
     """Waits until all programs of a cooperative launch are here, and makes what they wrote visible.
 
     The first program adds 2^31 - (n - 1), each other one 1: the highest bit flips when the last has come, and the lower
-    bits are then 0 again. So the counter never needs a reset, whatever the grid of the next launch.
+    bits are then 0 again.
     """
+    if C.hip:
+        wait_for_stores()
     tl.debug_barrier()
     ahead = tl.num_programs(0) - 1
     old = tl.atomic_add(p_counter, tl.where(tl.program_id(0) == 0, -2147483648 - ahead, 1), sem="acq_rel", scope="gpu")

@@ -1,10 +1,10 @@
 """Gradients of the parameters, without atomics.
 
-A task sums a tile of one gradient over one part of the rows. Where there is but one part, and all samples pass at once,
-that is the gradient, and it is stored where the caller wants it. Otherwise there are two stages: sums of parts stand
-in ``wide``, [part, element], by layers and the gates last (place_of); what an earlier chunk, or an iteration that
-shares the layer, has left there is added to; and at the very end reduce adds the parts in their order. So every sum
-has one order, whatever the grid.
+A task sums a tile of one gradient over one part of the rows, or of the samples in the gradient of W_k. Where there is
+but one part, and all samples pass at once, that is the gradient, and it is stored where the caller wants it. Otherwise
+there are two stages: sums of parts stand in ``wide``, [part, element], by layers and the gates last (place_of), and
+those of W_k behind all others; what an earlier chunk, or an iteration that shares the layer, has left there is added
+to; and at the very end reduce adds the parts, four side by side. So every sum has one order, whatever the grid.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import triton.language as tl
 from grjca_kernels.triton.gates import first_way, state_of_gate, ways_of
 from grjca_kernels.triton.gates_backward import d_logits_of
 from grjca_kernels.triton.iteration import KEY, OUTPUT, VALUE, linear_parameter
-from grjca_kernels.triton.iteration_backward import d_update_of
+from grjca_kernels.triton.iteration_backward import d_update
 from grjca_kernels.triton.primitives import (
-    at_once,
+    dot,
     entry,
     gate_parameter,
     layer_of,
@@ -26,20 +26,20 @@ from grjca_kernels.triton.primitives import (
     modality_task,
     offset_of,
     parameter,
-    parts_of,
     product,
     slot,
     state,
     store_tile,
     sum_rows,
-    zero_vector,
     zeros,
 )
 
 QUERY: tl.constexpr = tl.constexpr(3)
 GATES: tl.constexpr = tl.constexpr(4)
-REDUCED: tl.constexpr = tl.constexpr(1024)
+REDUCED: tl.constexpr = tl.constexpr(512)
 """Elements that a program reduces at once."""
+PARTS: tl.constexpr = tl.constexpr(4)
+"""Parts that it loads at once."""
 
 # ---- where a gradient stands
 
@@ -52,7 +52,7 @@ def linear_size(rows, columns, C: tl.constexpr):
 
 @triton.jit
 def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
-    """Where W of a layer begins, or the gates of modality m."""
+    """Where W of a layer begins among the sums of a part, or the gates of modality m."""
     width, length = a.shape.width, length_of(a, C)
     LAYERS: tl.constexpr = C.layers
     MODALITIES: tl.constexpr = C.modalities
@@ -67,14 +67,13 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
         values_before += before * linear_size(d_m, d_m, C)
         outputs_before += before * linear_size(d_m, width, C)
         gates_before += before * C.gates * linear_size(C.block_ways, d_m, C)
-    keys = MODALITIES * linear_size(length, length, C)
-    of_layer = query + keys + values + outputs
+    of_layer = query + values + outputs
     if KIND == KEY:
-        return layer * of_layer + query + m * linear_size(length, length, C)
+        return (layer * MODALITIES + m) * linear_size(length, length, C)
     elif KIND == VALUE:
-        return layer * of_layer + query + keys + values_before
+        return layer * of_layer + query + values_before
     elif KIND == OUTPUT:
-        return layer * of_layer + query + keys + values + outputs_before
+        return layer * of_layer + query + values + outputs_before
     elif KIND == QUERY:
         return layer * of_layer
     else:
@@ -82,35 +81,62 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def part_of(a, part):
-    """Pointer to the gradients of a part of the rows."""
-    return a.wide + a.shape.gate_values + tl.cast(part, tl.int64) * a.shape.gradients
+def parts_odd(a, KIND: tl.constexpr):
+    """Of the samples, for W_k, or of the rows: see arguments.Shape."""
+    if KIND == KEY:
+        return a.shape.key_parts_odd
+    else:
+        return a.shape.parts_odd
 
 
 @triton.jit
-def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh):
+def parts_of(a, KIND: tl.constexpr):
+    """Parts whose sums are formed apart."""
+    return tl.maximum(parts_odd(a, KIND) // 2 - 1, 1)
+
+
+@triton.jit
+def at_once(a, KIND: tl.constexpr):
+    """Whether the sum over one part is the whole gradient of a parameter."""
+    return parts_odd(a, KIND) // 2 == 1
+
+
+@triton.jit
+def part_of(a, part, KIND: tl.constexpr):
+    """Pointer to the sums of a part."""
+    p = a.wide + a.shape.gate_values
+    if KIND == KEY:
+        p += tl.cast(a.shape.parts_odd // 2 - 1, tl.int64) * a.shape.gradients
+        p += tl.cast(part, tl.int64) * a.shape.key_gradients
+    else:
+        p += tl.cast(part, tl.int64) * a.shape.gradients
+    return p
+
+
+@triton.jit
+def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh, KIND: tl.constexpr):
     """Stores a tile that begins at element ``at`` of a gradient: there, or among the sums of its part.
 
     Sums are added to what stands there, unless that is fresh.
     """
-    if at_once(a):
+    if at_once(a, KIND):
         store_tile(p_gradient + at, s_row, tile, rows, columns)
     else:
         o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
-        p = part_of(a, part) + place + at + o_r[:, None] * s_row + o_c[None, :]
+        p = part_of(a, part, KIND) + place + at + o_r[:, None] * s_row + o_c[None, :]
         m_columns, stale_rows = (o_c < columns)[None, :], tl.where(fresh, 0, rows)
         tile += tl.load(p, mask=(o_r < stale_rows)[:, None] & m_columns, other=0)
         tl.store(p, tile, mask=(o_r < rows)[:, None] & m_columns)
 
 
 @triton.jit
-def keep_vector(a, p_gradient, place, part, at, vector, n, fresh):
+def keep_vector(a, p_gradient, place, part, at, vector, n, fresh, KIND: tl.constexpr):
     """The same for a bias."""
     o = tl.arange(0, vector.shape[0])
-    if at_once(a):
+    if at_once(a, KIND):
         tl.store(p_gradient + at + o, vector.to(p_gradient.dtype.element_ty), mask=o < n)
     else:
-        p = part_of(a, part) + place + at + o
+        p = part_of(a, part, KIND) + place + at + o
         tl.store(p, vector + tl.load(p, mask=o < tl.where(fresh, 0, n), other=0), mask=o < n)
 
 
@@ -122,7 +148,7 @@ def is_fresh(t, first, C: tl.constexpr):
 
 @triton.jit
 def rows_of_part(part, parts, rows, BLOCK: tl.constexpr):
-    """First row of a part, and how many it has."""
+    """First row of a part, and how many it has; or the same of samples."""
     size = tl.cdiv(tl.cdiv(rows, parts), BLOCK) * BLOCK
     begin = tl.minimum(part * size, rows)
     return begin, tl.minimum(size, rows - begin)
@@ -143,23 +169,24 @@ def linear_tile(
 ):
     """Tile i of d W = d y^T x over the rows of a part, and with the first column of tiles a part of d b."""
     r, c = i // tl.cdiv(inputs, C.block_w) * C.block_w, i % tl.cdiv(inputs, C.block_w) * C.block_w
-    begin, rows = rows_of_part(part, parts_of(a), count * length_of(a, C), C.block_k)
+    begin, rows = rows_of_part(part, parts_of(a, VALUE), count * length_of(a, C), C.block_k)
     p_dy += tl.cast(begin, tl.int64) * s_dy + r
     p_x += tl.cast(begin, tl.int64) * s_x + c
     acc = zeros(C.block_w, C.block_w)
     acc = product(acc, p_dy, 1, s_dy, p_x, s_x, 1, outputs - r, inputs - c, rows, C.block_k, C)
     fresh, at = is_fresh(t, first, C), tl.cast(r, tl.int64) * inputs + c
-    keep(a, p_weight, place, part, at, acc, inputs, outputs - r, inputs - c, fresh)
+    keep(a, p_weight, place, part, at, acc, inputs, outputs - r, inputs - c, fresh, VALUE)
     if C.released:
         if c == 0:
             total = sum_rows(p_dy, s_dy, rows, outputs - r, C.block_k, C.block_w)
-            keep_vector(a, p_bias, place + tl.cast(outputs, tl.int64) * inputs, part, r, total, outputs - r, fresh)
+            place += tl.cast(outputs, tl.int64) * inputs
+            keep_vector(a, p_bias, place, part, r, total, outputs - r, fresh, VALUE)
 
 
 @triton.jit
 def output_weights_tasks(a, C: tl.constexpr):
     """How many output_weights_task has."""
-    return parts_of(a) * modality_blocks(a.shape.widths, C.block_w) * tl.cdiv(a.shape.width, C.block_w)
+    return parts_of(a, OUTPUT) * modality_blocks(a.shape.widths, C.block_w) * tl.cdiv(a.shape.width, C.block_w)
 
 
 @triton.jit
@@ -167,12 +194,12 @@ def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_h,m = d_update_m^T H_m."""
     width, modalities, layer = a.shape.width, len(a.shape.widths), layer_of(t, C)
     n_columns = tl.cdiv(width, C.block_w)
-    m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a) * n_columns, C.block_w)
+    m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a, OUTPUT) * n_columns, C.block_w)
     tile = r // C.block_w * n_columns + place % n_columns
     p_weight = linear_parameter(to, layer, m, OUTPUT, 0, C)
     p_bias = linear_parameter(to, layer, m, OUTPUT, 1, C) if C.released else p_weight
     linear_tile(
-        a, p_weight, p_bias, place_of(a, layer, m, OUTPUT, C), d_update_of(a, t, C) + offset, width,
+        a, p_weight, p_bias, place_of(a, layer, m, OUTPUT, C), d_update(a, t, C) + offset, width,
         slot(a, C.slot_hidden) + m * width, modalities * width, entry(a.shape.widths, m), width, tile,
         place // n_columns, t, first, count, C,
     )  # fmt: skip
@@ -184,13 +211,13 @@ def linear_weights_tasks(a, C: tl.constexpr):
     tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.projected else a.shape.width * 0
     for n in tl.static_range(len(a.shape.widths)):
         tiles += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
-    return parts_of(a) * tiles
+    return parts_of(a, VALUE) * tiles
 
 
 @triton.jit
 def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: a part of a tile of d W_q = d J^T X, or of d W_v,m = d V_m^T X_m."""
-    width, layer, parts = a.shape.width, layer_of(t, C), parts_of(a)
+    width, layer, parts = a.shape.width, layer_of(t, C), parts_of(a, VALUE)
     MODALITIES: tl.constexpr = C.modalities
     of_query = linear_tiles(width, width, C) if C.projected else 0
     tile, m = i // parts - of_query, i * 0
@@ -222,50 +249,47 @@ def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 @triton.jit
 def key_weights_tasks(a, C: tl.constexpr):
     """How many key_weights_task has."""
-    return parts_of(a) * len(a.shape.widths) * linear_tiles(length_of(a, C), length_of(a, C), C)
+    blocks = tl.cdiv(length_of(a, C), C.block_l if C.stream else C.block_w)
+    return parts_of(a, KEY) * len(a.shape.widths) * blocks * blocks
 
 
 @triton.jit
 def key_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a part of a tile of d W_k,m = sum of d K_m^T X_m^T over samples; with the first column of tiles d b_k."""
+    """Task i: a part of a tile of d W_k,m = sum of d K_m^T X_m^T over samples; with the first column of tiles d b_k.
+
+    One loop over the columns of all samples: it would drain at the end of each.
+    """
+    BLOCK: tl.constexpr = C.block_l if C.stream else C.block_w  # a streamed C has no more frames
+    STEP: tl.constexpr = C.block_k
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
-    part, i = i % parts_of(a), i // parts_of(a)
-    n_columns = tl.cdiv(length, C.block_w)
+    part, i = i % parts_of(a, KEY), i // parts_of(a, KEY)
+    n_columns = tl.cdiv(length, BLOCK)
     tiles = n_columns * n_columns
-    m, l, c = i // tiles, i % tiles // n_columns * C.block_w, i % n_columns * C.block_w
+    m, l, c = i // tiles, i % tiles // n_columns * BLOCK, i % n_columns * BLOCK
     d_m, offset = entry(a.shape.widths, m), offset_of(a.shape.widths, m)
-    begin, samples = rows_of_part(part, parts_of(a), count, 1)
-    p_dk, p_x = slot(a, C.slot_d_key) + offset, state(a, t, first, C) + offset
-    acc = zeros(C.block_w, C.block_w)
-    total = zero_vector(C.block_w)
-    for sample in tl.range(begin, begin + samples, disable_licm=True):
-        row = tl.cast(sample, tl.int64) * length
-        acc = product(
-            acc, p_dk + (row + l) * width, width, 1, p_x + (row + c) * width, 1, width, length - l, length - c, d_m,
-            C.block_k, C,
-        )  # fmt: skip
+    begin, samples = rows_of_part(part, parts_of(a, KEY), count, 1)
+    o_l, o_k, steps = tl.arange(0, BLOCK), tl.arange(0, STEP), tl.cdiv(d_m, STEP)
+    place = tl.cast(begin, tl.int64) * length * width + offset
+    p_dk = slot(a, C.slot_d_key) + place + (l + o_l[:, None]) * width + o_k[None, :]
+    p_x = state(a, t, first, C) + place + (c + o_l[None, :]) * width + o_k[:, None]
+    m_l, m_c = (o_l < length - l)[:, None], (o_l < length - c)[None, :]
+    acc, total = zeros(BLOCK, BLOCK), zeros(BLOCK, STEP)
+    for step in tl.range(0, samples * steps, disable_licm=True):
+        k = step % steps * STEP
+        at, m_k = tl.cast(step // steps, tl.int64) * length * width + k, o_k < d_m - k
+        b_dk = tl.load(p_dk + at, mask=m_l & m_k[None, :], other=0)
+        b_x = tl.load(p_x + at, mask=m_k[:, None] & m_c, other=0)
+        acc = dot(b_dk, b_x, acc, C)
         if C.released:
-            if c == 0:
-                total += sum_columns(p_dk + (row + l) * width, width, length - l, d_m, C)
+            total += b_dk.to(tl.float32)
     place, fresh = place_of(a, layer, m, KEY, C), is_fresh(t, first, C)
     p_weight, at = linear_parameter(to, layer, m, KEY, 0, C), tl.cast(l, tl.int64) * length + c
-    keep(a, p_weight, place, part, at, acc, length, length - l, length - c, fresh)
+    keep(a, p_weight, place, part, at, acc, length, length - l, length - c, fresh, KEY)
     if C.released:
         if c == 0:
+            place += tl.cast(length, tl.int64) * length
             p_bias = linear_parameter(to, layer, m, KEY, 1, C)
-            keep_vector(a, p_bias, place + tl.cast(length, tl.int64) * length, part, l, total, length - l, fresh)
-
-
-@triton.jit
-def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
-    """Sums along the rows of a matrix [rows, columns]: [block_w]."""
-    o_r, o_c = tl.arange(0, C.block_w), tl.arange(0, C.block_k)
-    acc = zeros(C.block_w, C.block_k)
-    p += o_r[:, None] * s_row + o_c[None, :]
-    for c in tl.range(0, columns, C.block_k, disable_licm=True):
-        acc += tl.load(p, mask=(o_r < rows)[:, None] & (o_c < columns - c)[None, :], other=0).to(tl.float32)
-        p += C.block_k
-    return tl.sum(acc, axis=1)
+            keep_vector(a, p_bias, place, part, l, tl.sum(total, axis=1), length - l, fresh, KEY)
 
 
 # ---- gates
@@ -274,13 +298,13 @@ def sum_columns(p, s_row, rows, columns, C: tl.constexpr):
 @triton.jit
 def gate_weights_tasks(a, C: tl.constexpr):
     """How many gate_weights_task has."""
-    return parts_of(a) * C.gates * modality_blocks(a.shape.widths, C.block_w)
+    return parts_of(a, GATES) * C.gates * modality_blocks(a.shape.widths, C.block_w)
 
 
 @triton.jit
 def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
-    width, parts = a.shape.width, parts_of(a)
+    width, parts = a.shape.width, parts_of(a, GATES)
     m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_w)
     g, part, d_m = place // parts, place % parts, entry(a.shape.widths, m)
     ways = ways_of(g, C)
@@ -290,14 +314,12 @@ def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
     acc = zeros(C.block_ways, C.block_w)
     acc = product(acc, p_d, 1, C.ways, p_x, width, 1, ways, d_m - c, rows, C.block_k, C)
     place = place_of(a, 0, m, GATES, C) + g * linear_size(C.block_ways, d_m, C)
-    keep(a, gate_parameter(to.parameters, m, g, 0, C), place, part, c, acc, d_m, ways, d_m - c, first == 0)
+    keep(a, gate_parameter(to.parameters, m, g, 0, C), place, part, c, acc, d_m, ways, d_m - c, first == 0, GATES)
     if C.released:
         if c == 0:
-            total, p_bias = (
-                sum_rows(p_d, C.ways, rows, ways, C.block_k, C.block_ways),
-                gate_parameter(to.parameters, m, g, 1, C),
-            )
-            keep_vector(a, p_bias, place + tl.cast(ways, tl.int64) * d_m, part, 0, total, ways, first == 0)
+            total = sum_rows(p_d, C.ways, rows, ways, C.block_k, C.block_ways)
+            p_bias = gate_parameter(to.parameters, m, g, 1, C)
+            keep_vector(a, p_bias, place + tl.cast(ways, tl.int64) * d_m, part, 0, total, ways, first == 0, GATES)
 
 
 # ---- the second stage
@@ -310,7 +332,7 @@ def reduce(a, to, t, first, count, C: tl.constexpr):
     for n in tl.range(C.layers, disable_licm=True):
         if C.projected:
             p_weight, p_bias = (parameter(to.parameters, n, 0, 0, 0, C), parameter(to.parameters, n, 0, 1, 0, C))
-            reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, QUERY, C), width, width, 0, C)
+            reduce_linear(a, p_weight, p_bias, place_of(a, n, 0, QUERY, C), width, width, 0, QUERY, C)
         for m in tl.range(C.modalities, disable_licm=True):
             d_m = entry(a.shape.widths, m)
             reduce_kind(a, to, n, m, KEY, length, length, C)
@@ -329,7 +351,7 @@ def reduce_gate(a, to, m, g, C: tl.constexpr):
     p_weight = gate_parameter(to.parameters, m, g, 0, C)
     p_bias = gate_parameter(to.parameters, m, g, 1, C) if C.released else p_weight
     place = place_of(a, 0, m, GATES, C) + g * linear_size(C.block_ways, d_m, C)
-    reduce_linear(a, p_weight, p_bias, place, ways_of(g, C), d_m, m + g, C)
+    reduce_linear(a, p_weight, p_bias, place, ways_of(g, C), d_m, m + g, GATES, C)
 
 
 @triton.jit
@@ -337,26 +359,30 @@ def reduce_kind(a, to, n, m, KIND: tl.constexpr, outputs, inputs, C: tl.constexp
     """W_k, W_v or W_h of a layer and modality."""
     p_weight = linear_parameter(to, n, m, KIND, 0, C)
     p_bias = linear_parameter(to, n, m, KIND, 1, C) if C.released else p_weight
-    reduce_linear(a, p_weight, p_bias, place_of(a, n, m, KIND, C), outputs, inputs, KIND + m, C)
+    reduce_linear(a, p_weight, p_bias, place_of(a, n, m, KIND, C), outputs, inputs, KIND + m, KIND, C)
 
 
 @triton.jit
-def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, C: tl.constexpr):
-    """W and b of one linear map."""
-    weights = tl.cast(outputs, tl.int64) * inputs
-    reduce_elements(a, p_weight, place, weights, turn)
-    if C.released:
-        reduce_elements(a, p_bias, place + weights, tl.cast(outputs, tl.int64), turn + 7)
+def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, KIND: tl.constexpr, C: tl.constexpr):
+    """W and b of one linear map, unless they are whole."""
+    if not at_once(a, KIND):
+        weights = tl.cast(outputs, tl.int64) * inputs
+        reduce_elements(a, p_weight, place, weights, turn, KIND)
+        if C.released:
+            reduce_elements(a, p_bias, place + weights, tl.cast(outputs, tl.int64), turn + 7, KIND)
 
 
 @triton.jit
-def reduce_elements(a, p_to, place, n, turn):
+def reduce_elements(a, p_to, place, n, turn, KIND: tl.constexpr):
     """``turn`` lets another program begin with each parameter, since most are smaller than the grid."""
-    o = tl.arange(0, REDUCED)
+    o, o_part = tl.arange(0, REDUCED), tl.arange(0, PARTS)[:, None]
+    p_from = part_of(a, 0, KIND) + place
+    size, parts = a.shape.key_gradients if KIND == KEY else a.shape.gradients, parts_of(a, KIND)
     begin = (tl.program_id(0) + turn * 13) % tl.num_programs(0)
     for i in tl.range(begin, tl.cdiv(n, REDUCED), tl.num_programs(0), disable_licm=True):
         at = tl.cast(i, tl.int64) * REDUCED + o
-        acc = zero_vector(REDUCED)
-        for part in tl.range(parts_of(a), disable_licm=True):
-            acc += tl.load(part_of(a, part) + place + at, mask=at < n, other=0)
-        tl.store(p_to + at, acc.to(p_to.dtype.element_ty), mask=at < n)
+        acc = zeros(PARTS, REDUCED)
+        for part in tl.range(0, parts, PARTS, disable_licm=True):
+            p = p_from + (part + o_part).to(tl.int64) * size + at[None, :]
+            acc += tl.load(p, mask=(part + o_part < parts) & (at < n)[None, :], other=0)
+        tl.store(p_to + at, tl.sum(acc, axis=0).to(p_to.dtype.element_ty), mask=at < n)

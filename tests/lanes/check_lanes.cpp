@@ -255,7 +255,7 @@ void grid_barrier(uint32_t* counter, uint32_t blocks) {
   block_barrier();
   if (thread_index() == 0) {
     const uint32_t turn = add_and_fetch_old(counter, 1) / blocks;
-    while (read_acquire(counter) / blocks == turn) pause();
+    while (read_relaxed(counter) / blocks == turn) pause();
   }
   block_barrier();
 }
@@ -508,11 +508,11 @@ void check_deadlocks(uint32_t order) {
     block_barrier();
     if (thread_index() == 0 && block_index() != 1) add_and_fetch_old(&counter, 1);
     if (thread_index() == 0)
-      while (read_acquire(&counter) < 3) pause();
+      while (read_relaxed(&counter) < 3) pause();
     block_barrier();
   });
   expect_fault("a spin without pause", {1, 32, 0, order}, "without pause()", [&] {
-    while (read_acquire(&counter) != 100) {
+    while (read_relaxed(&counter) != 100) {
     }
   });
 }

@@ -976,12 +976,13 @@ GRJCA_DEVICE uint32_t add_and_fetch_old(uint32_t* counter, uint32_t n) {
   *counter = old + n;
   return old;
 }
-GRJCA_DEVICE uint32_t read_acquire(const uint32_t* counter, GRJCA_LANES_HERE) {
+GRJCA_DEVICE uint32_t read_relaxed(const uint32_t* counter, GRJCA_LANES_HERE) {
   if (++lanes::machine->reads_without_wait > lanes::kReadsWithoutWait)
     lanes::fault("deadlock: " + lanes::text_of(*lanes::current) + " reads a counter at " +
                  lanes::text_of(lanes::site_of(file, line)) + " again and again without pause()");
   return *const_cast<const volatile uint32_t*>(counter);
 }
+GRJCA_DEVICE void fence() {}
 GRJCA_DEVICE void pause(GRJCA_LANES_HERE) {
   lanes::current->warp->paused |= 1u << lanes::current->lane;
   lanes::wait(lanes::kPause, lanes::site_of(file, line));

@@ -94,17 +94,17 @@ struct Wish {
 template <class A, class F>
 void launch(A& a, const Wish& wish, int steps, F kernel) {
   std::vector<char> workspace(a.plan.workspace_bytes, static_cast<char>(0xFF));
-  std::vector<uint32_t> counters(a.plan.teams + 1, 0x80000000u);
   a.workspace = workspace.data();
-  a.counters = counters.data();
+  a.counters = reinterpret_cast<uint32_t*>(a.workspace + a.plan.counters_at);
+  std::fill_n(a.counters, a.plan.teams + 1, 0u);
   const int stride = wish.apart ? 1 : steps;
   for (int step = 0; step < steps; step += stride) {
     a.first_step = step;
     a.last_step = step + stride;
     lanes::run({a.plan.blocks, kThreads, kSharedBytes, wish.order}, [&] { kernel(a); });
   }
-  for (const uint32_t counter : counters)
-    if (counter & 0x7FFFFFFFu) throw std::runtime_error("a barrier's counter was left in the middle of a count");
+  for (int i = 0; i < a.plan.teams + 1; ++i)
+    if (a.counters[i] & 0x7FFFFFFFu) throw std::runtime_error("a barrier's counter was left in the middle of a count");
 }
 
 void common(Request& r, Common& a, Wish& wish) {
@@ -129,7 +129,9 @@ Target target(const Wish& wish) {
 }
 
 void set_tile(Plan& plan, const Wish& wish, int most) {
-  if (wish.tile) plan.tile_rows = plan.tile_columns = plan.tile_weights = std::min(wish.tile, most);
+  if (!wish.tile) return;
+  plan.tile_weights = std::min(wish.tile, most);
+  std::fill_n(plan.tile, plan.phases, Tile{plan.tile_weights, plan.tile_weights});
 }
 
 void forward(Request& r) {
