@@ -6,6 +6,7 @@ that takes the time; what needs kernels of its own is marked slow.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -392,6 +393,28 @@ def test_a_graph_draws_new_masks(block):
         graph.replay()
         drawn.append(y.clone())
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+@mark.parametrize("loading", ["LAZY", "EAGER"])
+def test_the_first_call_of_a_process_within_a_capture(loading):
+    """Of the CUDA C++ kernels, which are loaded then. Triton's are compiled before, by a call."""
+    code = (
+        "import torch\n"
+        "from grjca_kernels import GatedRJCAFused\n"
+        "module = GatedRJCAFused(24, 16, 40, backend='cuda', device='cuda').eval()\n"
+        "x = torch.randn(2, 40, 24, device='cuda'), torch.randn(2, 40, 16, device='cuda')\n"
+        "torch.cuda.synchronize()\n"
+        "graph = torch.cuda.CUDAGraph()\n"
+        "with torch.no_grad():\n"
+        "    with torch.cuda.graph(graph):\n"
+        "        captured = module(*x)\n"
+        "    graph.replay()\n"
+        "    assert all(map(torch.equal, captured, module(*x)))\n"
+    )
+    usable("cuda")
+    environment = os.environ | {"CUDA_MODULE_LOADING": loading}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_make_graphed_callables(block):

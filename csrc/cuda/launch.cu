@@ -78,7 +78,7 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 // While it lives, this thread may load kernels although a stream is being captured: nothing of that enters the graph.
 class Relaxed {
  public:
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "asking for a relaxed capture"); }
   ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   Relaxed(const Relaxed&) = delete;
 
@@ -119,9 +119,12 @@ void launch(const void* kernel, Arguments& a, int steps, const Resources& r) {
   const cudaError_t error = start([](auto... x) { return cudaLaunchCooperativeKernel(x...); }, 0, steps);
   if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
     cudaGetLastError();
-    throw std::runtime_error(
-        "CUDA: this GPU does not take all steps in one cooperative launch, as something else holds a part of it (" +
-        std::string(cudaGetErrorName(error)) + "). Is another process limiting it (MPS)? Choose another backend.");
+    throw std::runtime_error(std::string("CUDA: this GPU does not take all steps in one cooperative launch (") +
+                             cudaGetErrorName(error) + "). " +
+                             (error == cudaErrorNotSupported
+                                  ? "It has none; choose another backend."
+                                  : "Something else holds a part of it, such as a limit of MPS; lift that, or "
+                                    "choose another backend."));
   }
   check(error, "launching the kernel");
 }
