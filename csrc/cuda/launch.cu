@@ -147,10 +147,10 @@ std::string why_not() {
 }
 
 int resident(Dtype dtype, bool tf32, bool backward, int device) {
-  const Relaxed during_capture;
   const void* const kernel = kernels_of(dtype, tf32).of(backward).address();
   int blocks = 0, multiprocessors = 0;
   check(cudaSetDevice(device), "choosing the device");
+  const Relaxed during_capture;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "asking for shared memory");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kSharedBytes),
