@@ -16,7 +16,7 @@ from benchmarks import gpu_block
 from benchmarks.gpu import NAMES, VARIANTS
 from benchmarks.gpu_block import Clock, Subject, described, measure, plain
 from grjca.measure import SHAPES
-from grjca_kernels import GatedRJCAFused, config, cuda, verification
+from grjca_kernels import GatedRJCAFused, config, cuda, division, verification
 from grjca_kernels.backends import TABLE
 from grjca_kernels.triton import launch
 
@@ -164,17 +164,17 @@ def is_ours(kernel: str) -> bool:
 
 @contextmanager
 def variant(changes: dict[str, Any]) -> Iterator[None]:
-    """config.py with other numbers."""
+    """Other numbers than those of config.py and division.py."""
     others = {
-        "chunk": ("chunk_of", lambda problem, *_: min(problem.batch, changes["chunk"])),
-        "w": ("weight_block", lambda *_: changes["w"]),
-        "calls": ("calls", lambda *_: bool(changes["calls"])),
+        "chunk": (division, "chunk_of", lambda problem, *_: min(problem.batch, changes["chunk"])),
+        "w": (division, "weight_block", lambda *_: changes["w"]),
+        "calls": (config, "calls", lambda *_: bool(changes["calls"])),
     }
     of_tiles, tiles = {name: value for name, value in changes.items() if name not in others}, config.tiles
     with ExitStack() as stack:
         stack.enter_context(patch.object(config, "tiles", lambda *a, **o: replace(tiles(*a, **o), **of_tiles)))
         for name in others.keys() & changes.keys():
-            stack.enter_context(patch.object(config, *others[name]))
+            stack.enter_context(patch.object(*others[name]))
         stack.callback(launch._prepare.cache_clear)
         launch._prepare.cache_clear()
         yield

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from grjca_kernels import division
 from grjca_kernels.problem import Problem, expected_linears
 
 KIB = 1024
@@ -142,13 +143,6 @@ def streams(problem: Problem) -> bool:
     """Whether C is streamed, and not stored."""
     return problem.length <= STREAM_FRAMES
 
-
-WAVES = 4
-"""Tasks that the products of rows make for each program of the grid with enough samples at once; half or twice as many
-samples will do, see chunk_of."""
-
-WAIT = 512
-"""Terms of a product's sum that a program could add up while the grid comes together between two phases."""
 
 MIXED = 1024
 """Elements of K that a warp makes in one task where C is streamed: sums are short there, and small tasks would wait."""
@@ -297,7 +291,7 @@ def constants(
         block_n=tile.n,
         block_k=tile.k,
         block_c=tile.c,
-        block_w=weight_block(problem, tile, device.multiprocessors * tile.programs),
+        block_w=division.weight_block(problem, tile, device.multiprocessors * tile.programs),
         block_l=frames if stream else tile.m,
         block_key=max(tile.n, MIXED * tile.warps // frames) if stream else tile.n,
         block_time=frames if stream else tile.k,
@@ -332,10 +326,10 @@ def launch(
     :func:`constants`."""
     compiled, tile = constants(problem, dtype, device, backward=backward, weights=weights, **flags)
     programs = device.multiprocessors * tile.programs
-    chunk = chunk_of(problem, tile, programs)
+    chunk = division.chunk_of(problem, tile, programs, compiled.stream)
     chunks, phases = -(-problem.batch // chunk), 3 if compiled.stream else 4
-    parts = parts_of(problem, compiled.block_w, programs, chunk) if weights else 0
-    key_parts = key_parts_of(problem, chunk, parts) if weights else 0
+    parts = division.parts_of(problem, compiled.block_w, programs, chunk) if weights else 0
+    key_parts = division.key_parts_of(problem, chunk, parts) if weights else 0
     steps = problem.iterations * (compiled.backward_phases if backward else phases) + 2 + backward
     d_logits = chunk * problem.length * len(problem.widths) * sum(problem.gate_ways) * backward
     return Launch(
@@ -390,92 +384,6 @@ def ways_block(problem: Problem) -> int:
     return 16 if problem.iterations < 16 else 32
 
 
-MOST_PARTS, FEWEST_ROWS = 8, 256
-"""Parts of the rows in the gradients of the weights: no more, and none with fewer rows."""
-
-
-def parts_of(problem: Problem, block: int, programs: int, chunk: int) -> int:
-    """So many that the weights of one iteration keep the grid busy; none if all samples and iterations make one sum."""
-    of_keys = len(problem.widths) * (-(-problem.length // block)) ** 2
-    parts = round(programs / (weight_tiles(problem, block) + of_keys))
-    parts = max(1, min(MOST_PARTS, parts, chunk * problem.length // FEWEST_ROWS))
-    return 0 if parts == 1 and is_one_sum(problem, chunk) else parts
-
-
-def is_one_sum(problem: Problem, chunk: int) -> bool:
-    """Whether one iteration of one chunk makes the whole gradient of a weight."""
-    return chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
-
-
-MOST_KEY_PARTS = 64
-"""Parts of the samples in the gradient of W_k: the reduction adds them one after another."""
-
-
-def key_parts_of(problem: Problem, chunk: int, parts: int) -> int:
-    """So many that a sum of W_k has about as many terms, d_m from each sample, as those of the other weights have rows.
-
-    With few frames W_k has one tile alone, and as one sum it would keep the whole grid waiting.
-    """
-    samples = round(chunk * problem.length / max(parts, 1) / max(problem.widths))
-    samples = max(1, samples, -(-chunk // MOST_KEY_PARTS))
-    of_keys = -(-chunk // samples)
-    return 0 if of_keys == 1 and is_one_sum(problem, chunk) else of_keys
-
-
-def weight_block(problem: Problem, tile: Tiles, programs: int) -> int:
-    """64 at most where more would leave programs idle, or where rows of W_k are not aligned: see tiles."""
-    few = weight_tiles(problem, tile.w) < programs or problem.length % 8 > 0
-    return min(64, tile.w) if few else tile.w
-
-
-def weight_tiles(problem: Problem, block: int) -> int:
-    """Tiles of the gradients of all weights of an iteration but W_k, of which there are more with more frames."""
-    width = -(-problem.width // block)
-    widths = [-(-d_m // block) for d_m in problem.widths]
-    return width * width + sum(d_m * d_m + d_m * width for d_m in widths)
-
-
 def unit(problem: Problem, chunk: int) -> int:
     """Elements of one activation of a chunk, rounded so that the next one is aligned."""
     return -(-chunk * problem.length * problem.width // 64) * 64
-
-
-def chunk_of(problem: Problem, tile: Tiles, programs: int) -> int:
-    """How many samples to walk at once: of the sizes near ``enough`` (WAVES) that whose rounds of tasks end soonest.
-
-    All chunks are about alike. More than twice ``enough`` would only take memory, and that out of L2.
-    """
-    columns = sum(-(-width // tile.n) for width in (problem.width, *problem.widths, *problem.widths))
-    enough = WAVES * programs * tile.m / (problem.length * columns)
-    least, most = (min(problem.batch, max(1, round(size))) for size in (enough / 2, 2 * enough))
-    near = {*range(least, most, max(1, round(enough / 8))), most}
-    sizes = {-(-problem.batch // -(-problem.batch // size)) for size in near}
-    return min(sizes, key=lambda size: (rounds(problem, tile, programs, size), -size))
-
-
-def rounds(problem: Problem, tile: Tiles, programs: int, chunk: int) -> int:
-    """Terms that the busiest program adds up in an iteration of all chunks, waiting between phases included."""
-    chunks, rest = divmod(problem.batch, chunk)
-    total = 0
-    for samples, times in ((chunk, chunks), (rest, 1)):
-        for phase in phases_of(problem, tile, samples) if samples else ():
-            longest = max(terms for _, terms in phase)
-            work = sum(tasks * terms for tasks, terms in phase)
-            total += times * (-(-work // (programs * longest)) * longest + WAIT)
-    return total
-
-
-def phases_of(problem: Problem, tile: Tiles, samples: int) -> list[list[tuple[int, int]]]:
-    """Of every phase of an iteration its kinds of tasks: how many there are, and how many terms each sums."""
-    length, width, widest = problem.length, problem.width, max(problem.widths)
-    rows, of_sample = -(-samples * length // tile.m), samples * -(-length // tile.m)
-    columns, all_columns = sum(-(-d_m // tile.n) for d_m in problem.widths), -(-width // tile.n)
-    project = [(rows * columns, widest), (of_sample * columns, length)] + problem.projected * [
-        (rows * all_columns, width)
-    ]
-    if streams(problem):
-        attend = [[(samples * len(problem.widths) * -(-width // tile.m), widest)]]
-    else:
-        of_correlations = samples * all_columns * sum(-(-d_m // tile.m) for d_m in problem.widths)
-        attend = [[(of_correlations, length)], [(of_sample * len(problem.widths) * all_columns, widest)]]
-    return [project, *attend, [(rows * columns, width)]]

@@ -88,9 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def after(name: str, number: int, arguments: list[str], moment: float, here: Path) -> Iterator[str]:
     """Send a signal to a command after ``moment`` seconds. The exit code comes first, and then the faults."""
     made = name == "predict" and (here / "new").exists()  # predict refuses a folder that is there
-    killed = {
-        path for path in here.rglob("*") if files.is_partial(path)
-    }  # what SIGKILL left, and this one may not reach
+    killed = set(filter(files.is_partial, here.rglob("*")))  # SIGKILL left these, and this command may not reach them
     process = begin(arguments)
     time.sleep(moment)
     process.send_signal(number)
@@ -102,7 +100,7 @@ def after(name: str, number: int, arguments: list[str], moment: float, here: Pat
         yield printed[-2000:]
     for path in small.half_written(here):
         yield f"{path} is half-written"
-    for path in [path for path in here.rglob("*") if files.is_partial(path)]:
+    for path in list(filter(files.is_partial, here.rglob("*"))):
         if number != signal.SIGKILL and path not in killed:
             yield f"it left {path}"
         if path.is_dir():  # no command deletes what predict leaves when it is killed

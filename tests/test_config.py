@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from cases import CASES, Case, describe, make
 from compiled import HARDWARE, NAMED, PRECISIONS
-from grjca_kernels import config
+from grjca_kernels import config, division
 from grjca_kernels import problem as problems
 from grjca_kernels.config import Constants, Launch
 from grjca_kernels.problem import Problem
@@ -273,8 +273,8 @@ def test_parts_of_the_rows(problem: Problem, precision: str, device: str, flag: 
         assert not backward.reduced and backward.wide == backward.gate_values
         return
     rows = backward.chunk * problem.length
-    assert 0 <= backward.parts <= config.MOST_PARTS and 0 <= backward.key_parts <= config.MOST_KEY_PARTS
-    assert backward.parts <= 1 or rows // backward.parts >= config.FEWEST_ROWS
+    assert 0 <= backward.parts <= division.MOST_PARTS and 0 <= backward.key_parts <= division.MOST_KEY_PARTS
+    assert backward.parts <= 1 or rows // backward.parts >= division.FEWEST_ROWS
     assert backward.key_parts <= backward.chunk
     if 0 in (backward.parts, backward.key_parts):
         assert backward.chunk == problem.batch and backward.constants.layers == problem.iterations, "not one sum"
@@ -316,7 +316,7 @@ def test_chunks_are_alike(problem: Problem, precision: str, device: str, flag: b
         assert launch.chunk == -(-problem.batch // chunks)
         columns = sum(-(-d // launch.tiles.n) for d in (problem.width, *problem.widths, *problem.widths))
         tasks = (launch.chunk - 0.5) * problem.length / launch.tiles.m * columns
-        assert launch.chunk == 1 or tasks <= 2 * config.WAVES * launch.programs
+        assert launch.chunk == 1 or tasks <= 2 * division.WAVES * launch.programs
 
 
 def test_chunks_leave_few_programs_idle() -> None:
@@ -324,13 +324,13 @@ def test_chunks_leave_few_programs_idle() -> None:
     problem = named("long", 8)
     launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
     assert launch.chunk in (2, 4)
-    for phase in config.phases_of(problem, launch.tiles, launch.chunk):
+    for phase in division.phases_of(problem, launch.tiles, launch.constants.stream, launch.chunk):
         tasks = sum(tasks for tasks, _ in phase)
         assert tasks / launch.programs / -(-tasks // launch.programs) > 0.95
     for name in ("abaw", "clip", "light", "long"):
         for batch in (8, 12, 31, 64, 100, 512):
             problem = named(name, batch)
             launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
-            chosen = config.rounds(problem, launch.tiles, launch.programs, launch.chunk)
+            chosen = division.rounds(problem, launch.tiles, launch.programs, launch.constants.stream, launch.chunk)
             for chunk in {1, launch.chunk // 2, launch.chunk // 3 + 1} - {0}:
-                assert chosen <= config.rounds(problem, launch.tiles, launch.programs, chunk)
+                assert chosen <= division.rounds(problem, launch.tiles, launch.programs, launch.constants.stream, chunk)

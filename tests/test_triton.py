@@ -24,7 +24,7 @@ from behaviour import (
     check_twice,
 )
 from cases import BY_NAME, SEED, Case, Result, call, cotangents, make, run
-from grjca_kernels import GatedRJCAFused, config, gated_rjca, triton
+from grjca_kernels import GatedRJCAFused, config, division, gated_rjca, triton
 from grjca_kernels import problem as problems
 from test_contract import LAYOUTS, assert_same, assert_same_results, backward
 from tolerances import check_rule
@@ -81,7 +81,7 @@ def set_tiles(monkeypatch):
 @fixture
 def set_chunk(monkeypatch):
     """So many samples pass through the workspace together."""
-    return lambda n: monkeypatch.setattr(config, "chunk_of", lambda *_: n)
+    return lambda n: monkeypatch.setattr(division, "chunk_of", lambda *_: n)
 
 
 def check(case: Case, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -185,8 +185,8 @@ def test_chunks(case, set_chunk, dataflow):
 ], ids=str)  # fmt: skip
 def test_parts_of_the_rows(case, monkeypatch, set_chunk):
     """Three parts, of which the last is smaller or empty, in chunks of two samples and one; of W_k one part."""
-    monkeypatch.setattr(config, "parts_of", lambda *_: 3)
-    monkeypatch.setattr(config, "key_parts_of", lambda *_: 1)
+    monkeypatch.setattr(division, "parts_of", lambda *_: 3)
+    monkeypatch.setattr(division, "key_parts_of", lambda *_: 1)
     set_chunk(2)
     check(case)
 
@@ -194,8 +194,8 @@ def test_parts_of_the_rows(case, monkeypatch, set_chunk):
 @mark.parametrize("parts, key_parts", [(0, 3), (2, 5), (2, 0)])
 def test_parts_of_the_samples(parts, key_parts, monkeypatch, dataflow):
     """The sums of W_k have parts of their own, of which some may be empty."""
-    monkeypatch.setattr(config, "parts_of", lambda *_: parts)
-    monkeypatch.setattr(config, "key_parts_of", lambda *_: key_parts)
+    monkeypatch.setattr(division, "parts_of", lambda *_: parts)
+    monkeypatch.setattr(division, "key_parts_of", lambda *_: key_parts)
     check(Case("key-parts", 4, 3, (17, 2), 1, "dynamic", lengths=(3, 1, 0, 2)))
 
 
@@ -250,7 +250,7 @@ def poisoned():
 
 @mark.parametrize("case", [MOST, Case("tile", 1, 17, (17, 2), 1, "none", "paper", lengths=(9,))], ids=str)
 def test_uninitialised_memory_is_not_read(case, dataflow, request, monkeypatch, set_chunk):
-    monkeypatch.setattr(config, "parts_of", lambda *_: 2)
+    monkeypatch.setattr(division, "parts_of", lambda *_: 2)
     set_chunk(1)
     inputs = make(case, torch.float32)
     clean = run(function, case, inputs)

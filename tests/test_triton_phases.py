@@ -20,7 +20,7 @@ import triton.language as tl
 
 import grjca_kernels.triton
 from cases import SEED, Case, Inputs, cotangents, describe, make, run
-from grjca_kernels import config, dropout, gated_rjca, reference
+from grjca_kernels import config, division, dropout, gated_rjca, reference
 from grjca_kernels.triton.arguments import Arguments, Scalars
 from grjca_kernels.triton.masks import factors_of_correlation, load_factors, store_bits
 from grjca_kernels.triton.primitives import tanh
@@ -112,9 +112,9 @@ def alone(case: Case, dataflow: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", run_alone)
         patch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
-        patch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
-        patch.setattr(config, "parts_of", lambda *_: 2)
-        patch.setattr(config, "key_parts_of", lambda *_: 2)
+        patch.setattr(division, "chunk_of", lambda problem, *_: problem.batch)
+        patch.setattr(division, "parts_of", lambda *_: 2)
+        patch.setattr(division, "key_parts_of", lambda *_: 2)
         result = run(function, case, make(case, torch.float32))
     return result, *steps
 
@@ -124,9 +124,9 @@ def alone(case: Case, dataflow: str):
 def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     """The same bits: the benchmarks time steps alone."""
     monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
-    monkeypatch.setattr(config, "chunk_of", lambda problem, *_: problem.batch)
-    monkeypatch.setattr(config, "parts_of", lambda *_: 2)
-    monkeypatch.setattr(config, "key_parts_of", lambda *_: 2)
+    monkeypatch.setattr(division, "chunk_of", lambda problem, *_: problem.batch)
+    monkeypatch.setattr(division, "parts_of", lambda *_: 2)
+    monkeypatch.setattr(division, "key_parts_of", lambda *_: 2)
     assert_same_results(alone(case, dataflow)[0], run(function, case, make(case, torch.float32)))
 
 

@@ -21,10 +21,10 @@ struct Slots {
   int count;
 };
 
-// The phases: one table of names, in the order of a launch. What each computes is said where its tasks are.
+// The names of the phases, in the order of a launch. CONTRIBUTING.md has the equation of each, and the functions.
 //
-// The first six are the forward. The backward begins with initial and gates_backward, computes for every iteration from
-// the last what the forward computed (up to H, and with relu U), and then runs backward.
+// The first six are the forward. The backward begins with initial and gates_backward, recomputes for every iteration,
+// from the last on, what the forward computed (up to H, and the sign of U), and then goes through it backward.
 #define GRJCA_PHASES(f)                                                                               \
   f(initial) f(project) f(correlate) f(attend) f(output) f(gate) f(gates_backward) f(output_backward) \
       f(attend_backward) f(correlate_backward) f(key_joint_backward) f(project_backward) f(initial_backward) f(reduce)

@@ -29,22 +29,23 @@ struct Group {
   double bytes;              // of one, through L2
 };
 
-struct PhaseCost {
-  double tasks, turns, bytes, trips, clocks;  // turns, trips: of the busiest block; bytes: of all
+// What a phase costs: tasks and bytes of the whole grid, turns and trips of the block that has most of them.
+struct Cost {
+  double tasks, turns, bytes, trips, clocks;
 };
 
-// How blocks stand on multiprocessors, and who is in which team: what of a plan it takes.
+// The blocks of a launch: block b runs on multiprocessor b % multiprocessors, and belongs to team b / team_blocks.
 struct Grid {
   int team_blocks, teams, multiprocessors;
   double barrier;
 };
 
-inline PhaseCost cost_of(const std::vector<Group>& groups, const Grid& grid) {
+inline Cost cost_of(const std::vector<Group>& groups, const Grid& grid) {
   struct Load {
     double tasks = 0, work = 0, wait = 0, trips = 0;
   };
   std::vector<Load> loads(grid.team_blocks), of_multiprocessor(grid.multiprocessors);
-  PhaseCost cost{};
+  Cost cost{};
   for (const Group& group : groups) {
     const int64_t begin = static_cast<int64_t>(cost.tasks), end = begin + static_cast<int64_t>(group.tasks);
     for (int r = 0; r < grid.team_blocks; ++r) {
@@ -73,10 +74,11 @@ inline PhaseCost cost_of(const std::vector<Group>& groups, const Grid& grid) {
   return cost;
 }
 
-// The tasks of every phase.
+// Lists the tasks of every phase.
 class Phases {
  public:
-  // `rows`: of a tile, at most; `key_parts`: of the samples in the gradients of W_k. The plan needs no tiles yet.
+  // A tile has at most `rows` rows, and the gradients of W_k are summed in `key_parts` parts of the samples. The plan
+  // needs no tiles yet.
   Phases(const Problem& p, const Plan& plan, int bytes, int rows, int key_parts)
       : p_(p),
         plan_(plan),
@@ -188,13 +190,13 @@ class Phases {
       product(tasks, terms, {least(tile.rows, rows), tile.columns}, epilogue, of.bytes_);
     }
     void product(double tasks, double terms, Tile t, Epilogue epilogue, double stored_bytes) {
-      const bool whole = 3 * t.rows * t.columns >= 2 * of.most_rows_ * kTile;
+      const bool whole = computed_whole(t.rows, t.columns, of.most_rows_);
       const double computed = whole ? of.most_rows_ * kTile : t.rows * t.columns, elements = t.rows * t.columns;
       add(tasks, kTask, computed * terms,
           (t.rows + t.columns) * terms * of.bytes_ + elements * (1 + epilogue.loads) * stored_bytes,
           epilogue.tanh ? elements : 0, epilogue.loads ? elements / 16 / kThreads : 0);
     }
-    // Tiles of the gradient of a weight, whose sums have so many terms in all.
+    // Adds the tiles of the gradient of a weight, whose sums have so many terms in all parts together.
     void weights(int outputs, int inputs, double terms, int parts) {
       const Plan& plan = of.plan_;
       const int size = plan.tile_weights;
@@ -203,14 +205,14 @@ class Phases {
       if (of.p_.released)
         add(tiles(outputs, size) * parts, kTask, 0, least(size, outputs) * terms / parts * of.bytes_, 0, 1);
     }
-    // kStreamRows rows of C with `width` columns: so many products of each element with a frame, and as many reads of a
-    // frame's columns.
+    // Adds tasks of kStreamRows rows of C and `width` columns. Each element enters so many products with every frame,
+    // and a task reads the columns of every frame `reads` times.
     void streamed(double tasks, double width, double products, double reads) {
       const double elements = kStreamRows * width, frames = of.plan_.frames;
       add(tasks, kTask, elements * products * std::max(frames, 16.0),
           (reads * width + kStreamRows) * frames * of.bytes_, elements, 1);
     }
-    // Frames by a warp, so many at once; every element is read or written `passes` times.
+    // Adds the frames of the chunk. A warp takes so many at once, and reads or writes every element `passes` times.
     void frames(int at_once, double trips, double passes) {
       const double warps = static_cast<double>(of.s_) * of.p_.length * of.p_.modalities / at_once;
       const double elements = at_once * (kThreads / kWarp) * static_cast<double>(of.plan_.width) / of.p_.modalities;
@@ -224,7 +226,7 @@ class Phases {
     }
   };
 
-  bool weights() const { return plan_.parts >= 0 && plan_.gradients > 0; }
+  bool weights() const { return plan_.gradients > 0; }
   double gate_trips() const { return p_.gates() * (1 + std::ceil((p_.iterations + 1) / 4.0)); }
 
   const Problem& p_;

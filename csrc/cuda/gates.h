@@ -133,7 +133,7 @@ struct Frame {
   }
 };
 
-// G = softmax((x W_g^T + b_g) / tau) of every gate, for some frames.
+// Computes G = softmax((x W_g^T + b_g) / tau) of every gate, for some frames.
 template <class T, int kFrames>
 GRJCA_DEVICE void gate_values(const Frame<T> (&frames)[kFrames], const bool (&present)[kFrames], Ways (&to)[kFrames]) {
   const Common& a = frames[0].a;
@@ -187,7 +187,7 @@ GRJCA_DEVICE void gate_values(const Frame<T> (&frames)[kFrames], const bool (&pr
   }
 }
 
-// Y_m, and the gate values if asked for. A warp takes two frames at a time: for more it has not registers enough.
+// Computes Y_m, and the gate values if asked for. A warp takes two frames at a time, as it has no registers for more.
 template <class T>
 GRJCA_DEVICE void gate(const Common& a, const Team& team, const ForwardOutputs& to) {
   each_frames<2>(a, team, [&](const Thread& me, const FrameAt(&at)[2]) {

@@ -40,7 +40,7 @@ struct FrameBackward : Frame<T> {
     return load_stored<T>(from, sample, l, c, width);
   }
 
-  // d Y_m through its relu, where gates_backward has stored it.
+  // The row in which gates_backward stores d Y_m after its relu.
   GRJCA_DEVICE T* d_mixture_row() const {
     return slot<T>(a, team, a.plan.slots.d_mixture) + this->row() * a.plan.width + a.plan.offsets[m];
   }
@@ -101,7 +101,7 @@ struct FrameBackward : Frame<T> {
       }
   }
 
-  // What state_gradient wants of memory.
+  // What state_gradient needs from memory.
   struct Incoming {
     StoredColumns<T> mixture, iterate;
   };

@@ -58,7 +58,7 @@ GRJCA_DEVICE ParameterIndex index_of(const Common& a) { return {a.p}; }
 
 // ---- X^0
 
-constexpr int kFramesAtOnce = 4;  // of a warp: it waits once for all of them
+constexpr int kFramesAtOnce = 4;  // a warp waits once for all of them
 
 // Frame l of sample s of the chunk, columns of modality m.
 struct FrameAt {
@@ -66,7 +66,7 @@ struct FrameAt {
   bool exists;
 };
 
-// f(thread, so many frames) until all frames of all modalities have been taken, by a warp each time.
+// Every warp calls f(thread, so many frames) until the team has taken all frames of all modalities.
 template <int kFrames, class F>
 GRJCA_DEVICE void each_frames(const Common& a, const Team& team, F f) {
   const int modalities = a.p.modalities, length = static_cast<int>(a.p.length);
@@ -84,13 +84,13 @@ GRJCA_DEVICE void each_frames(const Common& a, const Team& team, F f) {
   }
 }
 
-// The same for one at a time: f(thread, sample within the chunk, frame, modality).
+// Every warp calls f(thread, sample within the chunk, frame, modality) for one frame at a time.
 template <class F>
 GRJCA_DEVICE void each_frame(const Common& a, const Team& team, F f) {
   each_frames<1>(a, team, [&](const Thread& me, const FrameAt(&at)[1]) { f(me, at[0].s, at[0].l, at[0].m); });
 }
 
-// Frames whose X^0, or the gradient by it, a warp computes.
+// The frames whose X^0, or the gradient by it, a warp computes at once.
 template <class T>
 struct Initial {
   const Common& a;
@@ -101,12 +101,13 @@ struct Initial {
   GRJCA_DEVICE int sample(const FrameAt& at) const { return team.first + at.s; }
   GRJCA_DEVICE int width(const FrameAt& at) const { return a.plan.widths[at.m]; }
   GRJCA_DEVICE bool present(const FrameAt& at) const { return at.exists && at.l < frames_of(a, sample(at)); }
-  // Where it stands in an activation.
+  // The index of its first element in an activation.
   GRJCA_DEVICE int64_t place(const FrameAt& at) const {
     return static_cast<int64_t>(at.s * a.plan.frames + at.l) * a.plan.width + a.plan.offsets[at.m];
   }
 
-  // f(its number, a frame) for each, again for the next columns from c on: load(c, f) gives them, and use what it gave.
+  // For this lane's columns, from c on, it calls load(frame, c) for all frames, and then use(frame, its number, c, what
+  // was loaded) for each; and so on for the columns after them.
   template <class L, class U>
   GRJCA_DEVICE void each(L load, U use) const {
     int widest = 0;
@@ -129,7 +130,7 @@ struct Initial {
     return load_stored(activation + place(at) + c, width(at) - c);
   }
 
-  // max(|x|, 1e-12); 1 unless normalising.
+  // Computes max(|x|, 1e-12) of every frame, or 1 where nothing is normalised.
   GRJCA_DEVICE void norms(float (&to)[kFramesAtOnce]) const {
     GRJCA_UNROLL
     for (float& norm : to) norm = 0;

@@ -75,7 +75,7 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 
 // ---- launches
 
-// While it lives, this thread may load kernels although a stream is being captured: nothing of that enters the graph.
+// While it lives, this thread may load kernels although it captures a stream. Nothing of that enters the graph.
 class Relaxed {
  public:
   Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "asking for a relaxed capture"); }

@@ -82,12 +82,12 @@ inline int64_t elements_of_gradients(const Problem& p) {
   return all;
 }
 
-// One step of the plan's table: a phase with its tiles, and how often every team comes to it.
+// A row of the plan's table: every team comes `times` times to this phase, and each time it costs so much.
 struct Row {
   Phase phase;
   Tile tile;
   double times;
-  costs::PhaseCost cost;
+  costs::Cost cost;
 };
 
 inline std::vector<Row> table(const Plan& plan, const Problem& p, const costs::Phases& phases,
@@ -117,7 +117,7 @@ inline double clocks_of(const std::vector<Row>& rows) {
   return clocks;
 }
 
-// The cheapest tiles of phase i of an iteration, and their clocks.
+// Gives phase i of an iteration its cheapest tile, and returns the clocks of that.
 inline double choose_tile(Plan& plan, int i, const costs::Phases& phases, const costs::Grid& grid, int most_rows) {
   double least = INFINITY;
   for (int columns = kTile; columns >= 64; columns /= 2)
@@ -133,8 +133,8 @@ inline double choose_tile(Plan& plan, int i, const costs::Phases& phases, const 
 
 inline bool sums_weights(Phase phase) { return phase == Phase::attend_backward || phase == Phase::project_backward; }
 
-// The cheapest tiles of the gradients of weights and parts of the rows, none with fewer than 256. Without parts, all
-// samples and iterations make one sum.
+// Chooses the cheapest tiles of the gradients of weights, and the cheapest number of parts of the rows, none of which
+// has fewer than 256. The plan has no parts where all samples and iterations make one sum.
 inline void choose_weights(Plan& plan, const Problem& p, const Target& target, int parts) {
   const bool one_sum = plan.chunks == 1 && !(p.shared && p.iterations > 1);
   const int most = std::max(1, std::min(8, plan.chunk * plan.frames / 256));
@@ -159,8 +159,8 @@ inline void choose_weights(Plan& plan, const Problem& p, const Target& target, i
   plan = best;
 }
 
-// The cheapest tiles, and unless `chunk` is given about the cheapest number of samples at once: of two that differ by
-// less than a tenth the one that takes less memory. `parts`: -1 for a choice.
+// Chooses the cheapest tiles and, unless `chunk` is given, about the cheapest number of samples at once: of two that
+// differ by less than a tenth it takes the one that needs less memory. It chooses the parts if `parts` is -1.
 inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk, bool weights, int parts) {
   double least = INFINITY;
   Plan best = plan, largest = plan;
@@ -179,7 +179,7 @@ inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk
     largest = tried;
     if (chunk || s == batch || bytes_of_samples(plan, target.bytes, 2 * s) > kMostBytes) break;
   }
-  if (weights) {  // of the largest chunk too: weights want many rows
+  if (weights) {  // which want many rows, so the largest chunk is tried too
     choose_weights(best, p, target, parts);
     if (best.chunk != largest.chunk) {
       choose_weights(largest, p, target, parts);
@@ -189,8 +189,8 @@ inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk
   plan = best;
 }
 
-// Those that are there: output_backward is not in the paper form, which has no relu of U, and a streamed C stands
-// nowhere.
+// Lists the phases of an iteration. The paper form has no output_backward, as it has no relu of U. Where C is streamed,
+// no phase stores it or reads it back.
 inline void set_order(Plan& plan, const Problem& p) {
   using P = Phase;
   const auto set = [&](std::initializer_list<Phase> order) {
@@ -208,7 +208,7 @@ inline void set_order(Plan& plan, const Problem& p) {
   plan.steps = p.iterations * plan.phases + 2 + plan.backward;
 }
 
-// What other kernels cost that run these phases.
+// The table of other kernels that run these phases.
 inline std::vector<Row> table_of(const Problem& p, bool backward, bool weights, const OtherKernels& other) {
   Plan plan = common(p);
   plan.backward = backward;

@@ -77,7 +77,7 @@ struct Loader {
   GRJCA_DEVICE bool exists(int i) const { return flags >> (8 + i) & 1; }
   GRJCA_DEVICE int bytes() const { return static_cast<int>(flags >> 16); }
 
-  // Rows or columns up to `last` are filled, with zeros beyond `outer`.
+  // The loader fills rows or columns up to `last`, with zeros from `outer` on.
   GRJCA_DEVICE void begin(const Thread& me, const Matrix<T>& from, int outer, int last, int n_terms) {
     const int line = me.index / kChunks, chunk = me.index % kChunks * kChunk;
     matrix = from;
@@ -212,12 +212,11 @@ GRJCA_DEVICE void multiply_stage(SumsOf<M>& sums, const T* a, const T* b, int ro
 
 GRJCA_BOTH int up_to_fragments(int n) { return (n + 15) / 16 * 16; }
 
-// Whether a tile is computed up to M::kRows x kTile, with zeros: without a branch for each fragment, the loop over
-// terms is unrolled. What comes from L2, and not the tensor cores, is what a tile waits for, so half as much again is
-// free.
-template <class M>
-GRJCA_BOTH bool computed_whole(int rows, int columns) {
-  return 3 * rows * columns >= 2 * M::kRows * kTile;
+// Whether the block computes a tile as if it had most_rows x kTile elements, of which some are zeros. The loop over
+// terms is then unrolled, as it has no branch for each fragment. A tile waits for L2 and not for the tensor cores, so
+// they can do half as much again for nothing.
+GRJCA_BOTH bool computed_whole(int rows, int columns, int most_rows) {
+  return 3 * rows * columns >= 2 * most_rows * kTile;
 }
 
 // sums += A B, of which rows x columns are wanted, M::kRows x kTile at most; A is [rows, terms], B [terms, columns].
@@ -226,7 +225,7 @@ template <class T, class M, Major kA, Major kB, bool kGrouped = false>
 GRJCA_DEVICE void product(SumsOf<M>& sums, const Matrix<T>& a, const Matrix<T>& b, int rows, int columns, int terms) {
   Loader<T, kA, M::kRows, kGrouped> load_a;
   Loader<T, kB, kTile, kGrouped> load_b;
-  const bool whole = computed_whole<M>(rows, columns);
+  const bool whole = computed_whole(rows, columns, M::kRows);
   load_a.begin(sums.me, a, rows, whole ? M::kRows : up_to_fragments(rows), terms);
   load_b.begin(sums.me, b, columns, whole ? kTile : up_to_fragments(columns), terms);
   char* const shared = shared_memory();
@@ -281,8 +280,8 @@ constexpr int kSumsLine = kTile + 8;  // floats in shared memory, so that a frag
 // f(prepared, loaded, row, column, two neighbours in a row, whether the second exists) for every row and every other
 // column. prepare(row, column) is called for rows 8 k only, and serves the eight from there on; load(prepared, row,
 // column, whether the second exists) is called for all eight before f is for the first: a thread waits once for what
-// comes from L2, and not eight times. By way of shared memory, so that neighbouring threads have neighbouring columns,
-// and the code is there once and not for every fragment.
+// comes from L2, and not eight times. The sums go through shared memory, so that neighbouring threads have neighbouring
+// columns, and the code is there once and not for every fragment.
 template <class S, class P, class L, class F>
 GRJCA_DEVICE void finish(const S& sums, int rows, int columns, P prepare, L load, F f) {
   float* const shared = reinterpret_cast<float*>(shared_memory());

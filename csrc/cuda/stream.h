@@ -18,7 +18,7 @@ template <class T>
 GRJCA_DEVICE T* rows_block(int i) {
   return reinterpret_cast<T*>(shared_memory()) + i * kStreamFrames * kRowsLine;
 }
-// Stages that fit: with two alone, what comes from L2 is waited for at every step.
+// As many stages as fit. With two alone, every step waits for L2.
 template <class T, int kRowsBlocks>
 constexpr int kStreamStages = sizeof(T) == 2 ? 4 : 4 - kRowsBlocks;
 template <class T, int kRowsBlocks>
@@ -32,7 +32,8 @@ static_assert(stream_bytes(1, 3, 4) <= kSharedBytes && stream_bytes(2, 2, 4) <= 
                   stream_bytes(2, 4, 2) <= kSharedBytes,
               "shared memory");
 
-// multiply(step) for every step, with load(step) so many steps ahead; what was loaded before comes with the first.
+// Calls multiply(step) for every step, and load(step) as many steps ahead as there are stages. What the caller has
+// begun to load is there at the first step.
 template <class T, int kRowsBlocks, class L, class F>
 GRJCA_DEVICE void in_stages(int steps, L load, F multiply) {
   constexpr int kAhead = kStreamStages<T, kRowsBlocks> - 1;

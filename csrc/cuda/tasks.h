@@ -24,13 +24,13 @@ GRJCA_BOTH ModalityTile modality_tile(const Plan& plan, int i, int tile) {
 // ---- steps
 
 // The rank of a block within its team. Blocks b and b + n share a multiprocessor where there are n of these, and ranks
-// run backward in the second half of the teams: so who has one task more is not beside another who has.
+// run backward in the second half of the teams, so that a block with one task more is not beside another one.
 GRJCA_BOTH int rank_of(int block, int team_blocks, int teams) {
   const int rank = block % team_blocks;
   return block / team_blocks * 2 < teams ? rank : team_blocks - 1 - rank;
 }
 
-// Step i of a chunk. The last step of a backward, which comes once, is reduce.
+// The phase of step i of a chunk. After all chunks, a backward with parts has one more step, reduce.
 GRJCA_BOTH Phase phase_of(const Plan& plan, int i) {
   if (i == 0) return Phase::initial;
   if (i == plan.steps - 1) return plan.backward ? Phase::initial_backward : Phase::gate;

@@ -308,8 +308,8 @@ GRJCA_DEVICE void key_weights_task(const BackwardArguments& a, const Team& team,
 
 constexpr int kUnitsAtOnce = 8;
 
-// Adds the parts, rounds, and stores the gradients where the caller wants them. Every block takes some 128 elements at
-// a time, all of one gradient, and several such units before it waits for the first.
+// Adds the parts, rounds, and stores the gradients where the caller wants them. A unit is 128
+// elements, all of one gradient. A block starts to load several units before it waits for the first.
 template <class T>
 GRJCA_DEVICE void reduce(const BackwardArguments& a, int block, int blocks) {
   const Plan& plan = a.plan;
