@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/phases.h"
 #include "grjca.h"
 #include "tensors.h"
 
@@ -20,8 +21,9 @@ using namespace grjca::python;
 
 namespace {
 
-using Host = std::tuple<py::object, int, std::optional<std::string>>;  // workspace, threads, instruction set
-using Device = std::tuple<uintptr_t, uintptr_t, int>;                  // workspace, stream, device
+using Host =
+    std::tuple<py::object, int, std::optional<std::string>, cpu::PhaseTimes*>;  // workspace, threads, instruction set
+using Device = std::tuple<uintptr_t, uintptr_t, int>;                           // workspace, stream, device
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -45,7 +47,7 @@ Dtype dtype_of(const std::string& name) {
 
 Problem problem(const std::string& dtype, int64_t batch, int64_t length, const std::vector<int64_t>& widths,
                 int iterations, const std::string& gating, const std::string& form, double dropout, double temperature,
-                bool normalize, bool shared, const std::string& joint, bool /* reduced: of the launch */) {
+                bool normalize, bool shared, const std::string& joint, bool /* reduced: of the launch */, int keep) {
   if (widths.size() < 2 || widths.size() > kMaxModalities)
     throw py::value_error("widths: expected 2 to 4 modalities, got " + std::to_string(widths.size()) + ".");
   if (iterations < 1 || iterations > kMaxIterations)
@@ -72,6 +74,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t length, const s
   p.temperature = temperature;
   p.normalize = normalize;
   p.shared = shared;
+  p.keep = keep;
   return p;
 }
 
@@ -83,17 +86,18 @@ bool signalled() {
   return raised;
 }
 
-Resources resources(void* workspace, int threads, const std::optional<std::string>& instruction_set) {
+Resources resources(void* workspace, int threads, const std::optional<std::string>& instruction_set,
+                    cpu::PhaseTimes* times = nullptr) {
   if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads) + ".");
-  if (!instruction_set) return {workspace, threads, nullptr, signalled};
+  if (!instruction_set) return {workspace, threads, nullptr, signalled, times};
   for (auto name = cpu::instruction_sets(); *name; ++name)
-    if (*instruction_set == *name) return {workspace, threads, *name, signalled};
+    if (*instruction_set == *name) return {workspace, threads, *name, signalled, times};
   throw py::value_error("instruction_set: this processor does not run '" + *instruction_set + "'.");
 }
 
 Resources resources(const Host& host) {
-  const auto& [workspace, threads, instruction_set] = host;
-  return resources(python::look(workspace).data, threads, instruction_set);
+  const auto& [workspace, threads, instruction_set, times] = host;
+  return resources(python::look(workspace).data, threads, instruction_set, times);
 }
 
 // ---- the tensors of a Call, and of Gradients: grjca_kernels/call.py
@@ -194,6 +198,12 @@ struct Read {
     tensors.seed = on_host && seed ? *seed : 0;
   }
   Read(const Read&) = delete;
+
+  // What the forward keeps for the backward beside the iterates.
+  void look_at_kept(const Problem& p, py::handle call, const Resources& r) {
+    tensors.kept = address(p, "kept", static_cast<int64_t>(cpu::kept_bytes(p, r)), call.attr("kept"));
+    if (p.keep && !tensors.kept) throw py::value_error("kept: expected the tensor that the forward filled, got None.");
+  }
 };
 
 ForwardOutputs outputs_of(const Problem& p, py::handle call) {
@@ -233,16 +243,18 @@ void without_lock(F compute) {
 }
 
 void cpu_forward(const Problem& p, py::handle call, const Host& host) {
-  const Read read(p, call, true);
+  Read read(p, call, true);
   const ForwardOutputs to = outputs_of(p, call);
   const Resources r = resources(host);
+  read.look_at_kept(p, call, r);
   without_lock([&] { return cpu::forward(p, read.tensors, to, r); });
 }
 
 void cpu_backward(const Problem& p, py::handle call, py::handle gradients, const Host& host) {
-  const Read read(p, call, true);
+  Read read(p, call, true);
   const Written written(p, gradients);
   const Resources r = resources(host);
+  read.look_at_kept(p, call, r);
   without_lock([&] { return cpu::backward(p, read.tensors, written.tensors, r); });
 }
 
@@ -344,18 +356,31 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   module.doc() =
       "Native kernels of grjca_kernels. Internal: called by grjca_kernels.native, cpu and cuda, which own every check.";
-  module.attr("interface") = 4;  // of native.py
+  module.attr("interface") = 5;  // of native.py
   py::class_<Problem>(module, "Problem").def(py::init(&problem));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (auto name = cpu::instruction_sets(); *name; ++name) names.emplace_back(*name);
     return names;
   });
+  module.def("cpu_kept_bytes", [](const Problem& p, const std::optional<std::string>& instruction_set) {
+    return cpu::kept_bytes(p, resources(nullptr, 1, instruction_set));
+  });
   module.def("cpu_workspace",
              [](const Problem& p, bool backward, int threads, const std::optional<std::string>& instruction_set) {
                const Resources r = resources(nullptr, threads, instruction_set);
                return backward ? cpu::backward_workspace(p, r) : cpu::forward_workspace(p, r);
              });
+  py::class_<cpu::PhaseTimes>(module, "PhaseTimes")
+      .def(py::init())
+      .def_property_readonly("seconds", [](const cpu::PhaseTimes& times) {
+        py::dict seconds;
+        int i = 0;
+#define GRJCA_NAME(name) seconds[#name] = 1e-9 * static_cast<double>(times.nanoseconds[i++]);
+        GRJCA_CPU_PHASES(GRJCA_NAME)
+#undef GRJCA_NAME
+        return seconds;
+      });
   module.def("use_tensors", &use_tensors);
   module.def("likeness", &likeness);
   module.def("cpu_forward", &cpu_forward);

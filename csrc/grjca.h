@@ -26,6 +26,9 @@ constexpr int kMaxGates = kMaxIterations + 1;  // of one modality: a gate per st
 enum class Dtype { float32, float64, bfloat16, float16 };
 enum class Gating { none, dynamic, flat, hierarchical };
 
+// What a forward may keep for the backward beside X^t: bits of Problem::keep, the same as in grjca_kernels/keeping.py.
+enum class Keep { joint = 1, key = 2, value = 4, hidden = 8, correlation = 16, signs = 32 };
+
 struct Problem {
   int64_t batch, length;
   int modalities;
@@ -35,7 +38,9 @@ struct Problem {
   Dtype dtype;
   bool released, projected, normalize, shared;  // projected: there is a W_q, never in the paper form
   double dropout, temperature;
+  int keep;
 
+  GRJCA_INLINE bool keeps(Keep piece) const { return keep & static_cast<int>(piece); }
   GRJCA_INLINE int64_t width() const {
     int64_t d = 0;
     for (int m = 0; m < modalities; ++m) d += widths[m];
@@ -64,6 +69,7 @@ struct Problem {
 
 // Where each parameter stands in the flat list of problem.flatten().
 struct ParameterIndex {
+  static constexpr int kMost = 2 * kMaxIterations * (3 * kMaxModalities + 1) + 2 * kMaxModalities * kMaxGates;
   const Problem& p;
   GRJCA_INLINE int per_linear() const { return p.released ? 2 : 1; }
   GRJCA_INLINE int per_layer() const { return per_linear() * (3 * p.modalities + (p.projected ? 1 : 0)); }
@@ -90,6 +96,7 @@ struct Tensors {
   const int64_t* lengths;         // [B] or null
   uint64_t seed;
   void* iterates;  // [T, B, L, d], contiguous
+  void* kept;      // of cpu::kept_bytes(); null where Problem::keep is 0
 };
 
 struct ForwardOutputs {
@@ -106,16 +113,22 @@ struct BackwardTensors {
   void* const* parameters;        // the same, contiguous
 };
 
+namespace cpu {
+struct PhaseTimes;
+}
+
 struct Resources {
   void* workspace;
   int threads;
   const char* instruction_set;  // null: the best this processor has
   bool (*asked_to_stop)();      // the calling thread calls it every tenth of a second; null: the call runs to its end
+  cpu::PhaseTimes* times;       // to which the call adds its own, or null
 };
 
 namespace cpu {
 
 const char* const* instruction_sets();  // that this processor can run, best first, null-terminated
+size_t kept_bytes(const Problem&, const Resources&);
 size_t forward_workspace(const Problem&, const Resources&);
 size_t backward_workspace(const Problem&, const Resources&);
 // These return false if they were asked to stop, and leave garbage in what they were to write.

@@ -25,7 +25,8 @@ class Backend:
     does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill what they are given, for at
     least one sample; the reference has none, because it is PyTorch code that autograd differentiates. What is
     ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verdicts` passes;
-    ``checking`` says how long that takes for a dtype.
+    ``checking`` says how long that takes for a dtype. ``held(dtype)`` are the bytes of an element of what it keeps for a
+    backward beside X^t (keeping.py); None where it keeps nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     backward: Callable[[Call, Gradients], None] | None = None
     unproven: bool = False
     checking: str = "a few seconds"
+    held: Callable[[torch.dtype], int] | None = None
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
         """Why it cannot compute tensors of this device type and dtype, or None.
@@ -57,7 +59,7 @@ TABLE = {
     for row in (
         Backend("cuda", cuda.why_not, cuda.refusal, cuda.forward, cuda.backward, unproven=True),
         Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "one or two minutes"),
-        Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward),
+        Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward, held=cpu.held),
         Backend("reference", lambda: None, lambda device, dtype: None),
     )
 }

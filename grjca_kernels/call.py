@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from grjca_kernels import keeping
 from grjca_kernels import problem as problems
 from grjca_kernels.modes import autocast_dtype, undisturbed
 from grjca_kernels.native import likeness
@@ -41,9 +42,11 @@ class Call(NamedTuple):
     return_iterates: bool = False
     backend: str = "auto"
     likeness: Any = None
+    keep: str = "auto"
     outputs: Sequence[Tensor] = ()
     iterates: Any = None
     gates: Sequence[Tensor] = ()
+    kept: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -80,6 +83,7 @@ def describe(
     concat: bool = False,
     return_gates: bool = False,
     return_iterates: bool = False,
+    keep: str = "auto",
     backend: str = "auto",
 ) -> Call:
     """Check the arguments of :func:`grjca_kernels.gated_rjca`, cast them where autocast is on, and describe the call.
@@ -87,11 +91,24 @@ def describe(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    options = iterations, gating, form, dropout, temperature, normalize, joint, concat, return_gates, return_iterates
+    options = (
+        iterations,
+        gating,
+        form,
+        dropout,
+        temperature,
+        normalize,
+        joint,
+        concat,
+        return_gates,
+        return_iterates,
+        keep,
+    )
 
     def check() -> Problem:
         problems.check_structure(features, layers, gates)
         problems.check_options(concat=concat, return_gates=return_gates, return_iterates=return_iterates)
+        problems.check_choice("keep", keep, keeping.CHOICES)
         return problems.check(features, layers, gates, parameters, options[:7], reduced)
 
     walk = _walk(features, layers, gates)
@@ -112,7 +129,7 @@ def describe(
     if isinstance(seed, Tensor) and not (type(seed) is Tensor and undisturbed((seed,))):
         alike = None
     seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
-    return Call(problem, features, parameters, lengths, seed, *options[7:], backend, alike)
+    return Call(problem, features, parameters, lengths, seed, *options[7:10], backend, alike, keep)
 
 
 def answers(describe: Callable[P, Call]) -> Callable[[Callable[[Call], Any]], Callable[P, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grjca_kernels import native
+from grjca_kernels import memory, native
 from grjca_kernels.call import Call, Gradients
 
 _instruction_set: ContextVar[str | None] = ContextVar("grjca_instruction_set", default=None)
+_times: ContextVar[Any] = ContextVar("grjca_phase_times", default=None)
 
 
 def why_not() -> str | None:
@@ -41,41 +41,40 @@ def instruction_set(name: str) -> Iterator[None]:
         _instruction_set.reset(token)
 
 
+@contextmanager
+def phase_times() -> Iterator[Any]:
+    """Measure the calls within a ``with`` block. ``.seconds`` of what it yields are those that the threads spent in each
+    phase, together; where threads share a phase, those of the one that waits for the others."""
+    token = _times.set(times := native.library.PhaseTimes())
+    try:
+        yield times
+    finally:
+        _times.reset(token)
+
+
+def held(dtype: torch.dtype) -> int:
+    """Bytes of an element of what a forward keeps: the operands of products are kept as these take them."""
+    if dtype == torch.bfloat16:
+        pairs = (_instruction_set.get() or instruction_sets()[0]) == "avx512bf16"
+        return 2 if pairs else 4
+    return 8 if dtype == torch.float64 else 4
+
+
 def forward(call: Call) -> None:
     """Fill what the call wants."""
-    problem, resources = _prepared(call, backward=False)
-    native.library.cpu_forward(problem, call, resources)
-    if resources[0].numel() == KEPT:
-        _kept.workspace = resources[0]
+    problem, host = _prepared(call, backward=False)
+    native.library.cpu_forward(problem, call, host)
 
 
 def backward(call: Call, gradients: Gradients) -> None:
     """Fill the gradients that are wanted."""
-    problem, resources = _prepared(call, backward=True)
-    native.library.cpu_backward(problem, call, gradients, resources)
-    if resources[0].numel() == KEPT:
-        _kept.workspace = resources[0]
+    problem, host = _prepared(call, backward=True)
+    native.library.cpu_backward(problem, call, gradients, host)
 
 
-KEPT = 1 << 17
-"""Bytes of workspace that a thread keeps from call to call: taking and returning them costs more than a small call."""
-
-
-class _Kept(threading.local):
-    workspace: Tensor | None = None
-
-
-_kept = _Kept()
-
-
-def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str | None]]:
-    """The problem in the library's words; a workspace, the number of threads, and the instruction set."""
+def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str | None, Any]]:
+    """The problem in the library's words; a workspace, the number of threads, the instruction set, and a clock."""
     problem = native.problem_of(call.problem, call.features[0].dtype)
     threads, isa = torch.get_num_threads(), _instruction_set.get()
-    size = native.library.cpu_workspace(problem, backward, threads, isa)
-    workspace = None
-    if size <= KEPT:  # the call takes it away, for a signal handler may call a kernel on this thread meanwhile
-        workspace, _kept.workspace = _kept.workspace, None
-    if workspace is None:
-        workspace = torch.empty(max(size, KEPT), dtype=torch.uint8, device="cpu")
-    return problem, (workspace, threads, isa)
+    workspace = memory.take(native.library.cpu_workspace(problem, backward, threads, isa))
+    return problem, (workspace, threads, isa, _times.get())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from grjca_kernels import keeping
 from grjca_kernels.problem import Problem
 
 
@@ -44,18 +45,25 @@ def backward(problem: Problem, needed: Sequence[bool]) -> int:
 def _products(problem: Problem) -> Iterator[Product]:
     length, width, widths = problem.length, problem.width, problem.widths
     weight = 0
+
+    def anew(bit: int) -> bool:
+        return not problem.keep & bit
+
     for t in range(problem.iterations):
         weight = 0 if problem.shared else weight
-        sizes = [length * width**2] * problem.projected  # J
-        sizes += [length**2 * d_m for d_m in widths] + [length * d_m**2 for d_m in widths]  # K, V
-        for size in sizes:
-            yield Product(size, reads=t, weight=weight)
+        sizes = [(length * width**2, keeping.JOINT)] * problem.projected
+        sizes += [(length**2 * d_m, keeping.KEY) for d_m in widths]
+        sizes += [(length * d_m**2, keeping.VALUE) for d_m in widths]
+        for size, bit in sizes:
+            yield Product(size, reads=t, weight=weight, recomputed=anew(bit))
             weight += 1
         for d_m in widths:
-            yield Product(length * d_m * width, reads=None if problem.projected else t)  # K J
-            yield Product(length * d_m * width)  # V C
+            of_joint = None if problem.projected else t
+            yield Product(length * d_m * width, reads=of_joint, recomputed=anew(keeping.CORRELATION))  # K J
+            yield Product(length * d_m * width, recomputed=anew(keeping.HIDDEN))  # V C
             # U is recomputed for the sign in its relu.
-            yield Product(length * width * d_m, weight=weight, recomputed=problem.released)
+            signless = problem.released and anew(keeping.SIGNS)
+            yield Product(length * width * d_m, weight=weight, recomputed=signless)
             weight += 1
     for d_m in widths:
         for ways in problem.gate_ways:

@@ -46,6 +46,10 @@ def gated_rjca(call: Call) -> Any:
         return_gates: append {"gates": per modality [B, L, ways]; a tuple of them, stage 1..T then last, if
             hierarchical; None without gates}.
         return_iterates: append {"iterates": per modality X^1..X^T, [T, B, L, d_m]}.
+        keep: what a forward keeps for its backward: "least" (X^t alone), "most" (also J, K, V, H, C and the sign of U,
+            in several times the memory), or "auto", of these what saves most within half the memory of an eager block,
+            a function of shape and dtype. Results do not depend on it. Only "cpu" keeps more than the least, and only
+            "cpu" takes "most"; "reference" leaves it to autograd.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; see :func:`grjca_kernels.backends`.
 
     Returns:

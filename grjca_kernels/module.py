@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from grjca_kernels import problem as problems
 from grjca_kernels import recognition, reference, released
 from grjca_kernels.backends import CHOICES
+from grjca_kernels.keeping import CHOICES as KEEP
 from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
 from grjca_kernels.gates import ScoreGate, TemporalGate, mix
 from grjca_kernels.problem import Gates, Layer
@@ -40,6 +41,7 @@ class GatedRJCAFused(nn.Module):
         share_weights: one set of iteration parameters for all T.
         output: "pair" for (Y_v, Y_a, ...), "concat" for [B, L, d], or, with gating="none", "iterates" for
             ([X_v^1, ..., X_v^T], [X_a^1, ..., X_a^T], ...).
+        keep: what a forward keeps for its backward: "least" (the iterates alone), "most", or "auto", a choice by shape.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         device, dtype: of the parameters.
 
@@ -66,6 +68,7 @@ class GatedRJCAFused(nn.Module):
         normalize: bool = False,
         share_weights: bool = False,
         output: str = "pair",
+        keep: str = "auto",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,6 +81,7 @@ class GatedRJCAFused(nn.Module):
         problems.check_choice("gating", gating, (*problems.GATINGS, *BY_PYTORCH))
         if output == "iterates" and gating != "none":
             raise ValueError(f"output: expected 'pair' or 'concat' with gating={gating!r}, got 'iterates'.")
+        problems.check_choice("keep", keep, KEEP)
         problems.check_choice("backend", backend, CHOICES)
         if dtype is not None and dtype not in problems.DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, problems.DTYPES))}, got {dtype}.")
@@ -90,6 +94,7 @@ class GatedRJCAFused(nn.Module):
         self.normalize = normalize
         self.share_weights = share_weights
         self.output = output
+        self.keep = keep
         self.backend = backend
         settings = {name: getattr(self, name) for name in problems.SETTINGS if name != "gating"}
         problems.check_options(**settings, share_weights=share_weights)
@@ -171,6 +176,7 @@ class GatedRJCAFused(nn.Module):
             concat=self.output == "concat" and not by_pytorch,
             return_gates=return_gates,
             return_iterates=return_iterates or by_pytorch or of_iterates,
+            keep=self.keep,
             backend=self.backend,
         )
         if by_pytorch:
@@ -332,7 +338,7 @@ class GatedRJCAFused(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as ``print(module)`` shows them."""
-        names = ("length", *problems.SETTINGS, "share_weights", "output", "backend")
+        names = ("length", *problems.SETTINGS, "share_weights", "output", "keep", "backend")
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{', '.join(map(str, self.dims)) if len(self.dims) == 2 else [*self.dims]}, {settings}"
 

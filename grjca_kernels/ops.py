@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, fields
-from functools import partial
+from dataclasses import MISSING, fields, replace
+from functools import lru_cache, partial
 from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from grjca_kernels import flops
+from grjca_kernels import flops, keeping, memory
 from grjca_kernels.backends import TABLE
 from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths, once
 from grjca_kernels.modes import undisturbed
@@ -41,7 +41,7 @@ _library.define(
 )
 _library.define(
     "backward(Tensor?[] grads, Tensor[] features, Tensor[] parameters, Tensor? lengths, Tensor? seed, Tensor iterates, "
-    f"bool[] needed, {_OPTIONS}) -> Tensor[]"
+    f"bool[] needed, {_OPTIONS}, Tensor? kept=None) -> Tensor[]"
 )
 
 
@@ -65,10 +65,14 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
     """Outputs (one if ``concat``), and, where the call wants them, iterates and gate values, each per modality."""
     problem, count = call.problem, 1 if call.concat else len(call.features)
     directly = call.likeness is not None and undisturbed(call.features, call.parameters)
-    wanted = Wanted(problem, call.concat, call.return_gates, backend, call.likeness, directly)
     tensors = (*call.features, *call.parameters)
+    differentiable = _differentiable(tensors)
+    if differentiable:
+        keeping_problem = _keeping if directly else _keeping.__wrapped__  # sizes may be symbols, which have no hash
+        problem = keeping_problem(problem, call.keep, backend, call.features[0].dtype)
+    wanted = Wanted(problem, call.concat, call.return_gates, backend, call.likeness, directly)
     if directly:
-        if _differentiable(tensors):
+        if differentiable:
             results = _apply(wanted, call.lengths, call.seed, *tensors)
         else:
             results = _forward_now(wanted, *call[1:5])
@@ -84,10 +88,22 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
     if call.return_iterates:
         iterates = list(results[count].split(problem.widths, dim=-1))
     if call.return_gates and problem.gate_ways:
-        values = list(results[count + 1 :])
+        values = list(results[count + 1 :][: len(problem.widths)])
         if problem.gating == "hierarchical":
             values = [value.split(problem.gate_ways, dim=-1) for value in values]
     return list(results[:count]), iterates, values
+
+
+@lru_cache(maxsize=512)
+def _keeping(problem: Problem, keep: str, backend: str, dtype: torch.dtype) -> Problem:
+    """The problem with what ``keep`` means to a backend."""
+    if TABLE[backend].held is None:
+        if keep == "most":
+            raise ValueError(
+                f"keep: expected 'auto' or 'least' with backend {backend!r}, which keeps X^t alone, got 'most'."
+            )
+        return problem
+    return replace(problem, keep=keeping.choose(problem, keep, dtype))
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
@@ -109,15 +125,21 @@ def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _result_shapes(problem: Problem, concat: bool, return_gates: bool) -> list[tuple[int, ...]]:
-    """Of the outputs, of the iterates, and of the gate values."""
+    """Of the outputs, of the iterates, and of the gate values. What is kept comes last, in bytes, and has no gradient."""
     frames, width = (problem.batch, problem.length), problem.width
     ways = sum(problem.gate_ways) if return_gates else 0
     shapes = [(*frames, d_m) for d_m in ((width,) if concat else problem.widths)]
     return [*shapes, (problem.iterations, *frames, width), *[(*frames, ways)] * (len(problem.widths) if ways else 0)]
 
 
-def _new_results(problem: Problem, like: Tensor, concat: bool, return_gates: bool) -> list[Tensor]:
-    return [like.new_empty(shape) for shape in _result_shapes(problem, concat, return_gates)]
+def _new_results(wanted: Wanted, like: Tensor) -> list[Tensor]:
+    problem = wanted.problem
+    results = [like.new_empty(shape) for shape in _result_shapes(problem, wanted.concat, wanted.return_gates)]
+    if problem.keep:
+        item = TABLE[wanted.backend].held(like.dtype)
+        size = keeping.kept_bytes(problem, item)
+        results.append(memory.take(size) if wanted.directly else like.new_empty(size, dtype=torch.uint8))
+    return results
 
 
 def _new_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
@@ -135,7 +157,8 @@ def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list
     outputs = list(results[:count])
     if concat:
         outputs = none if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
-    return outputs, results[count], list(results[count + 1 :])
+    gates = list(results[count + 1 :])
+    return outputs, results[count], gates[:-1] if problem.keep else gates
 
 
 def _compute(name: str, wanted: Wanted, row: Any, *given: Any) -> None:
@@ -154,9 +177,12 @@ def _forward_now(
 ) -> list[Tensor]:
     """The results of a call that has been checked."""
     problem = wanted.problem
-    results = _new_results(problem, features[0], wanted.concat, wanted.return_gates)
+    results = _new_results(wanted, features[0])
     outputs, iterates, gates = _parts(problem, results, wanted.concat)
-    call = Call(problem, features, parameters, lengths, seed, outputs=outputs, iterates=iterates, gates=gates)
+    kept = results[-1] if problem.keep else None
+    call = Call(
+        problem, features, parameters, lengths, seed, outputs=outputs, iterates=iterates, gates=gates, kept=kept
+    )
     if problem.batch:
         _compute("grjca::forward", wanted, TABLE[wanted.backend].forward, call)
     return results
@@ -171,6 +197,7 @@ def _backward_now(
     seed: Tensor | None,
     iterates: Tensor,
     needed: Sequence[bool],
+    kept: Tensor | None,
 ) -> list[Any]:
     """A gradient for every feature and parameter, or None."""
     problem, count = wanted.problem, len(features)
@@ -181,7 +208,8 @@ def _backward_now(
     gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
     if problem.batch:
         # Hooks on saved tensors, and Inductor, may have laid them out anew.
-        call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous())
+        kept = None if kept is None else kept.contiguous()
+        call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous(), kept=kept)
         _compute("grjca::backward", wanted, TABLE[wanted.backend].backward, call, gradients)
     else:
         for gradient in gradients.parameters:
@@ -192,10 +220,12 @@ def _backward_now(
 
 def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Tensor, like: Tensor) -> None:
     """Refuse gradients, and iterates, that are not those of the results."""
-    shapes = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates)
-    if len(grads) != len(shapes):
-        raise ValueError(f"grads: expected {len(shapes)} of them or None, one for each result, got {len(grads)}.")
-    named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True))]
+    shapes, keeps = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates), bool(wanted.problem.keep)
+    if len(grads) != len(shapes) + keeps or (keeps and grads[-1] is not None):
+        raise ValueError(
+            f"grads: expected {len(shapes)} of them or None, one for each result{', and None' * keeps}, got {len(grads)}."
+        )
+    named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=False))]
     named.append(("iterates", iterates, shapes[1 if wanted.concat else len(wanted.problem.widths)]))
     for name, x, shape in named:
         if x is not None and (x.shape != shape or x.dtype != like.dtype or x.device != like.device):
@@ -244,13 +274,24 @@ def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | N
 
 @torch.library.register_fake("grjca::forward", lib=_library)
 def _forward_fake(features, parameters, lengths, seed, *options):
-    wanted = _checked(features, parameters, lengths, seed, options)
-    return _new_results(wanted.problem, features[0], wanted.concat, wanted.return_gates)
+    return _new_results(_checked(features, parameters, lengths, seed, options), features[0])
 
 
 def _forward(features, parameters, lengths, seed, *options):
     wanted = _checked(features, parameters, lengths, seed, options)
     return _forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
+
+
+def _all_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With those that PyTorch left out."""
+    missing = len(_SETTINGS) + 3 + len(_LATER) - len(options)
+    return (*options, *(field.default for field in _LATER[len(_LATER) - missing :]))
+
+
+def _without_kept(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+    """The options of a backward, and what was kept, which comes after them."""
+    count = len(_SETTINGS) + 3 + len(_LATER)
+    return options[:count], options[count] if len(options) > count else None
 
 
 def _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options) -> Wanted:
@@ -263,16 +304,18 @@ def _checked_backward(grads, features, parameters, lengths, seed, iterates, need
 
 @torch.library.register_fake("grjca::backward", lib=_library)
 def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *options):
+    options, _ = _without_kept(options)
     _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
     return [gradient for gradient in _new_gradients((*features, *parameters), needed) if gradient is not None]
 
 
 def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):
+    options, kept = _without_kept(options)
     wanted = _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
     # PyTorch makes lazy negations and zeros real wherever they are given to an operator, but not in lists with None.
     grads = [grad.clone() if grad is not None and (grad.is_neg() or grad._is_zerotensor()) else grad for grad in grads]
     lengths, seed = _real(wanted, features[0], lengths, seed)
-    gradients = _backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed)
+    gradients = _backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed, kept)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -316,7 +359,10 @@ class GatedRJCA(_OnceDifferentiable):
     def setup_context(ctx, inputs, output):
         ctx.wanted, lengths, seed, *tensors = inputs
         iterates = output[1 if ctx.wanted.concat else len(ctx.wanted.problem.widths)]
-        ctx.save_for_backward(lengths, seed, iterates, *tensors)
+        kept = output[-1] if ctx.wanted.problem.keep else None
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(lengths, seed, iterates, kept, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -325,20 +371,25 @@ class GatedRJCA(_OnceDifferentiable):
         given = [grad for grad in grads if grad is not None]
         if not any(needed) or not given:
             return (None,) * (3 + len(needed))
-        lengths, seed, iterates, *tensors = ctx.saved_tensors
+        lengths, seed, iterates, kept, *tensors = ctx.saved_tensors
         features, parameters = tensors[:count], tensors[count:]
         # A parameter may have got other data since, and hooks on saved tensors may have given other ones back.
         as_checked = wanted.likeness is not None and likeness(tensors) == wanted.likeness
         plain = undisturbed((*given, iterates, *features), parameters)
         fit = likeness([*given, iterates, features[0]]) if plain else None
         if torch.is_grad_enabled() or not as_checked or fit is None:
-            arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options()
+            arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options(), kept
             found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))
             return (None, None, None, *(next(found) if wanted else None for wanted in needed))
         key = fit, (*map(is_, grads, repeat(None)),), wanted.likeness, wanted.options()
         once(key, lambda: _check_incoming(wanted, grads, iterates, features[0]))
         now = wanted._replace(directly=True)
-        return (None, None, None, *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed))
+        return (
+            None,
+            None,
+            None,
+            *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed, kept),
+        )
 
 
 _apply = super(torch.autograd.Function, GatedRJCA).apply  # without the ways of torch.func, which undisturbed() excludes
@@ -348,10 +399,12 @@ class GatedRJCAGradient(_OnceDifferentiable):
     """``grjca::backward``, with a gradient that says that there is none."""
 
     @staticmethod
-    def forward(counts, lengths, seed, iterates, needed, options, *tensors):
+    def forward(counts, lengths, seed, iterates, needed, options, kept, *tensors):
         grads, rest = list(tensors[: counts[0]]), tensors[counts[0] :]
         features, parameters = list(rest[: counts[1]]), list(rest[counts[1] :])
-        return tuple(torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options))
+        return tuple(
+            torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options, kept)
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -372,10 +425,9 @@ def _forward_autograd(features, parameters, lengths, seed, *options):
 
 def _backward_autograd(grads, features, parameters, lengths, seed, iterates, needed, *options):
     if _differentiable((*grads, *features, *parameters)):
-        counts = (len(grads), len(features))
-        return list(
-            GatedRJCAGradient.apply(counts, lengths, seed, iterates, needed, options, *grads, *features, *parameters)
-        )
+        counts, (rest, kept) = (len(grads), len(features)), _without_kept(options)
+        given = counts, lengths, seed, iterates, needed, _all_options(rest), kept
+        return list(GatedRJCAGradient.apply(*given, *grads, *features, *parameters))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.grjca.backward(grads, features, parameters, lengths, seed, iterates, needed, *options)
 
@@ -398,7 +450,7 @@ def _forward_flops(features, parameters, lengths, seed, *options, **_):
 
 
 def _backward_flops(grads, features, parameters, lengths, seed, iterates, needed, *options, **_):
-    return flops.backward(_described(features, options), needed)
+    return flops.backward(_described(features, _without_kept(options)[0]), needed)
 
 
 # Not register_flop_formula: PyTorch 2.4's enters operators that are not its own under a name it does not look for.

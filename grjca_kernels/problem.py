@@ -63,6 +63,7 @@ class Problem:
     shared: bool
     joint: str = "projected"  # "raw" in the paper form
     reduced: bool = False  # products of float32 may be as coarse as those of float16 and bfloat16: autocast is on
+    keep: int = 0  # what the forward keeps for the backward beside X^t: bits of keeping.py
 
     @property
     def width(self) -> int:
@@ -75,6 +76,7 @@ class Problem:
         p = self
         return (
             p.iterations, p.gating, p.form, p.dropout, p.temperature, p.normalize, p.shared, p.joint, p.reduced,
+            p.keep,
         )  # fmt: skip
 
     @property

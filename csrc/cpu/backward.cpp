@@ -3,30 +3,36 @@
 #include "backward_memory.h"
 #include "iteration.h"
 #include "kernels.h"
+#include "phases.h"
 #include "sums.h"
 
 namespace grjca::GRJCA_ISA {
 namespace {
 
 // The work on some samples: all equations of an iteration in reverse, up to the sums over the batch.
-template <class S, class E = Operand<S>, class R = Compute<S>>
+template <class S>
 struct Backward {
+  using R = Compute<S>;
+  using E = Operand<S>;
+  using H = Held<S>;
+
   const Problem& p;
   const Tensors& tensors;
   const BackwardTensors& gradients;
   const Samples& samples;
   const LayerWeights<R>* weights;
   const GateParameters<R>* gates;
-  const Activations<R>& a;
-  const Kept<R>& kept;
-  const Passing<R>& passing;
+  const Activations<S>& a;
+  const ChunkGradients<R>& chunk;
+  const Transients<S>& passing;
   int threads;
   R* scratch;
   int64_t scratch_step;
+  cpu::PhaseTimes* times;
 
   R* thread_scratch(int thread) const { return scratch + thread * scratch_step; }
   const LayerWeights<R>& layer(int t) const { return weights[p.shared ? 0 : t]; }
-  Iteration<E> iteration(int t) const {
+  Iteration<S> iteration(int t) const {
     return {p, samples, layer(t), a, tensors.seed, t, threads, scratch, scratch_step};
   }
 
@@ -54,6 +60,7 @@ struct Backward {
   // ---- gates
 
   void gates_backward() const {
+    const cpu::Timed timed(times, cpu::Phase::gates_backward);
     each_frame(p, samples, threads, [&](int64_t b, int64_t l, int64_t row, int thread) {
       if (row < 0) return;
       for (int m = 0; m < p.modalities; ++m) frame_backward(m, b, l, row, thread_scratch(thread));
@@ -79,47 +86,70 @@ struct Backward {
       const S* const from = frame_of<const S>(view, b, l) + (t - 1) * gradients.iterates_step[m];
       for (int64_t i = 0; i < n; ++i) gradient.d_state[t][i] = widen(from[i * view.column]);
     }
-    gradient.backward(d_gates ? d_values : nullptr, kept.d_logits + (row * p.modalities + m) * p.all_ways());
+    gradient.backward(d_gates ? d_values : nullptr, chunk.d_logits + (row * p.modalities + m) * p.all_ways());
     for (int t = 0; t <= p.iterations; ++t)
-      std::memcpy(kept.d_state[t] + row * a.ld + p.offset(m), gradient.d_state[t], n * sizeof(R));
+      std::memcpy(chunk.d_state[t] + row * a.ld + p.offset(m), gradient.d_state[t], n * sizeof(R));
   }
 
   // ---- one iteration
 
   void iteration_backward(int t) const {
-    const Iteration<E> forward = iteration(t);
-    load_states(t);
-    forward.project_joint();
-    transpose_joint(forward);
-    forward.pack_joint();
-    forward.project_key();
-    forward.project_value();
-    forward.attend();
-    output_backward(forward);
-    attended_backward(t);
-    correlation_backward(forward);
-    each_frame(p, samples, threads, [&](int64_t, int64_t, int64_t row, int) {  // the residual
-      if (row >= 0) add_scaled(kept.d_state[t] + row * a.ld, R(1), kept.d_state[t + 1] + row * a.ld, p.width());
+    using P = cpu::Phase;
+    const Iteration<S> forward = iteration(t);
+    timed(P::load, [&] { load_states(t); });
+    recompute(forward);
+    timed(P::output_backward, [&] { output_backward(forward); });
+    timed(P::attended_backward, [&] { attended_backward(t); });
+    timed(P::correlation_backward, [&] { correlation_backward(forward); });
+    timed(P::load, [&] {
+      each_frame(p, samples, threads, [&](int64_t, int64_t, int64_t row, int) {  // the residual
+        if (row >= 0) add_scaled(chunk.d_state[t] + row * a.ld, R(1), chunk.d_state[t + 1] + row * a.ld, p.width());
+      });
     });
-    value_backward(t);
-    key_backward(forward);
-    joint_backward(t);
+    timed(P::value_backward, [&] { value_backward(t); });
+    timed(P::key_backward, [&] { key_backward(forward); });
+    timed(P::joint_backward, [&] { joint_backward(t); });
+  }
+
+  template <class F>
+  void timed(cpu::Phase phase, F f) const {
+    cpu::timed(times, phase, f);
+  }
+
+  // What the forward did not keep.
+  void recompute(const Iteration<S>& forward) const {
+    using P = cpu::Phase;
+    const bool correlated = p.keeps(Keep::correlation);
+    timed(P::project_joint, [&] {
+      if (!p.keeps(Keep::joint)) forward.project_joint();
+      transpose_joint();
+      if (!correlated) forward.pack_joint();
+    });
+    if (!p.keeps(Keep::key)) timed(P::project_key, [&] { forward.project_key(); });
+    if (!p.keeps(Keep::value)) timed(P::project_value, [&] { forward.project_value(); });
+    if (!p.keeps(Keep::hidden)) timed(P::attend, [&] { forward.attend(correlated); });
   }
 
   // d_update = d X^(t+1) through dropout and relu.
-  void output_backward(const Iteration<E>& iteration) const {
-    R* const d_update = kept.d_update;
-    const R* const d_next = kept.d_state[iteration.t + 1];
-    if (p.released) iteration.project_output(d_update);
-    iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor) {
+  void output_backward(const Iteration<S>& iteration) const {
+    R* const d_update = chunk.d_update;
+    const R* const d_next = chunk.d_state[iteration.t + 1];
+    const bool signs = a.signs;
+    if (p.released && !signs) iteration.project_output(d_update);
+    iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor, int64_t sign, int64_t k) {
       Vector<R> d = load_some<R>(d_next + at, lanes);
-      if (p.released) d = load_some<R>(d_update + at, lanes) <= 0 ? Vector<R>{} : d * factor;
+      if (p.released && signs)
+        d = iteration.where_positive(sign, lanes, k, d * factor);
+      else if (p.released)
+        d = load_some<R>(d_update + at, lanes) <= 0 ? Vector<R>{} : d * factor;
       store_some<R>(d_update + at, d, lanes);
     });
   }
 
-  R* d_attended_panel(int m, int64_t q) const {
-    return passing.d_attended + (m * panels<R>(p.width()) + q) * samples.rows() * kPanel<R>;
+  R* d_attended_panel(int m, int64_t b, int64_t q) const {
+    const int64_t all = panels<R>(p.width());
+    return passing.d_attended_panels +
+           ((m * samples.rows() + samples.row(b)) * all + q * samples.frames(b)) * kPanel<R>;
   }
   int64_t transposed_step() const { return panels<R>(p.length) * p.width() * kPanel<R>; }  // from sample to sample
   R* d_attended_t(int m, int64_t b) const { return passing.d_attended_t + (m * samples.count + b) * transposed_step(); }
@@ -127,146 +157,159 @@ struct Backward {
 
   // d (V C) = d H through relu and tanh, as panels and as transposed panels.
   void attended_backward(int t) const {
-    const int64_t d = p.width(), rows = samples.rows(), all = panels<R>(d);
+    const int64_t d = p.width(), all = panels<R>(d), frames = panels<R>(p.length), ld = a.hidden_ld;
     for (int m = 0; m < p.modalities; ++m) {
-      R* const to = d_attended_panel(m, 0);
-      const R* const hidden = a.hidden + m * d;
-      project<E>(threads, rows, p.widths[m], {kept.d_update + p.offset(m), a.ld, 1}, layer(t).output_back[m], d,
-                 [=](int64_t r, int64_t c, Vector<R> v) {
-                   const Vector<R> h = load_some<R>(hidden + r * a.hidden_ld + c, d - c);
-                   if (p.released) v *= 1 - h * h;
-                   store(to + (c / kPanel<R> * rows + r) * kPanel<R> + c % kPanel<R>, h <= 0 ? Vector<R>{} : v);
-                 });
+      H* const to = passing.d_attended + m * d;
+      const H* const hidden = a.hidden + m * d;
+      iteration(t).project_rows(
+          p.widths[m], Left<R>{chunk.d_update + p.offset(m), a.ld, 1}, layer(t).output_back[m], d,
+          [=](int64_t r, int64_t c, Vector<R> v) {
+            const Vector<R> h = load_some(hidden + r * ld + c, d - c);
+            if (p.released) v *= 1 - h * h;
+            store_some(to + r * ld + c, h <= 0 ? Vector<R>{} : v, d - c);
+          },
+          Fetched<H>{hidden, ld});
     }
-    parallel_for(threads, samples.count * p.modalities * all, [&](int64_t task, int) {
-      const int64_t b = task / all / p.modalities, q = task % all;
-      const int m = static_cast<int>(task / all % p.modalities);
-      R* const panel = d_attended_panel(m, q) + samples.row(b) * kPanel<R>;
-      transpose_panel(d_attended_t(m, b), panel, q, samples.frames(b));
-      pack<E>(panel, panel, samples.frames(b));
+    parallel_for(threads, samples.count * p.modalities * (all + frames), [&](int64_t task, int) {
+      const int64_t b = task / (all + frames) / p.modalities, i = task % (all + frames), n = samples.frames(b);
+      const int m = static_cast<int>(task / (all + frames) % p.modalities);
+      const H* const from = passing.d_attended + samples.row(b) * ld + m * d;
+      if (i < all)
+        pack_rows<E>(d_attended_panel(m, b, i), from + i * kPanel<R>, ld, n, d - i * kPanel<R>);
+      else
+        transpose(d_attended_t(m, b), from, ld, i - all, n);
     });
   }
 
-  void transpose_joint(const Iteration<E>& iteration) const {
-    const int64_t all = panels<R>(p.width());
-    parallel_for(threads, samples.count * all, [&](int64_t task, int) {
-      const int64_t b = task / all, q = task % all;
-      transpose_panel(joint_t(b), iteration.joint_panel(q, b), q, samples.frames(b));
+  void transpose_joint() const {
+    const int64_t frames = panels<R>(p.length);
+    parallel_for(threads, samples.count * frames, [&](int64_t task, int) {
+      const int64_t b = task / frames;
+      transpose(joint_t(b), a.joint + samples.row(b) * a.held_ld, a.held_ld, task % frames, samples.frames(b));
     });
   }
 
-  // Panel q [frames][kPanel] of a matrix [frames, d] to its place in the panels [panel of frames][d][kPanel] of the
-  // transposed matrix.
-  void transpose_panel(R* to, const R* from, int64_t q, int64_t frames) const {
-    const int64_t d = p.width(), columns = smaller(kPanel<R>, d - q * kPanel<R>);
-    for (int64_t l = 0; l < frames; l += kPanel<R>)
-      pack_columns<E>(to + l * d + place_of<E>(q * kPanel<R>), from + l * kPanel<R>, kPanel<R>, columns, frames - l);
+  // Panel q of the transposed matrix, [panel of frames][d][kPanel], of which `from` is [frames, d].
+  void transpose(R* to, const H* from, int64_t ld, int64_t q, int64_t frames) const {
+    const int64_t l = q * kPanel<R>, d = p.width();
+    if (l < frames) pack_columns<E>(to + l * d, from + l * ld, ld, d, frames - l);
   }
 
   // From d (V C): d V and d K (transposed) and, in parts, d J, block by block of C.
-  void correlation_backward(const Iteration<E>& iteration) const {
-    const int64_t all = Passing<R>::correlation_blocks(p);
+  void correlation_backward(const Iteration<S>& iteration) const {
+    const int64_t all = Transients<S>::correlation_blocks(p), most = correlation_rows(p);
     parallel_for(threads, samples.count * all, [&](int64_t task, int thread) {
       int64_t i = task % all;
       int m = 0;
-      while (i >= blocks(p.widths[m], kCorrelationRows)) i -= blocks(p.widths[m++], kCorrelationRows);
-      R* const d_joint_part = passing.d_joint_parts + task % all * panels<R>(p.width()) * samples.rows() * kPanel<R>;
-      correlation_block(iteration, task / all, m, i * kCorrelationRows, d_joint_part, thread_scratch(thread));
+      while (i >= blocks(p.widths[m], most)) i -= blocks(p.widths[m++], most);
+      // One thread comes to the blocks in their order, and several would wait for each other to add to one sum.
+      const int64_t part = threads > 1 ? task % all : 0, size = panels<R>(p.width()) * samples.rows() * kPanel<R>;
+      const bool add_to = threads == 1 && task % all > 0;
+      correlation_block(iteration, task / all, m, i * most, passing.d_joint_parts + part * size, add_to,
+                        thread_scratch(thread));
     });
   }
+  int64_t joint_parts() const { return threads > 1 ? Transients<S>::correlation_blocks(p) : 1; }
 
-  // Rows [i, i + kCorrelationRows) of C_m of sample b.
-  void correlation_block(const Iteration<E>& iteration, int64_t b, int m, int64_t i, R* d_joint_part,
-                         R* scratch) const {
+  // Rows of C_m of sample b from i on.
+  void correlation_block(const Iteration<S>& iteration, int64_t b, int m, int64_t i, R* d_joint_part, bool add_to,
+                         R* space) const {
     constexpr int64_t kPanels = kCorrelationColumns / kPanel<R>;
-    const int64_t d = p.width(), n = samples.frames(b), start = samples.row(b), rows_of_chunk = samples.rows();
-    const int64_t rows = smaller(kCorrelationRows, p.widths[m] - i), ld = a.ld;
-    const int64_t place = start * ld + p.offset(m) + i, block = rows * kPanel<R>;
-    const int64_t transposed = (p.offset(m) + i) * kept.frames_ld + start;
-    R* const correlations = scratch;                              // drop(tanh(K J)), [panel][row][kPanel]
-    R* const d_scores = scratch + correlation_size<R>(p);         // d (K J), the same
-    R packed[kPaired<E> ? kCorrelationRows * kPanel<R> / 2 : 1];  // a panel of that
+    const int64_t d = p.width(), n = samples.frames(b), start = samples.row(b), rows_of_unit = samples.rows();
+    const int64_t rows = smaller(correlation_rows(p), p.widths[m] - i), ld = a.held_ld;
+    const int64_t place = start * ld + p.offset(m) + i, block_ld = leading<R>(kCorrelationColumns);
+    const int64_t transposed = (p.offset(m) + i) * chunk.frames_ld + start;
+    const auto take = [&space](int64_t size) { return std::exchange(space, space + size); };
+    E* const correlations = reinterpret_cast<E*>(take(rows * block_ld));  // drop(tanh(K J)), [row, block_ld]
+    E* const d_scores = reinterpret_cast<E*>(take(rows * block_ld));      // d (K J), the same
+    R* const tanhs = take(rows * kPanel<R>);                              // a panel of tanh(K J)
+    R* const d_score = take(rows * kPanel<R>);                            // of d (K J)
+    R* const packed = kPaired<E> ? take(rows * kPanel<R>) : d_score;
+    const bool held = a.correlation;
+    Prepared<R> key{};
+    if (!held) key = prepare<E>(rows, Left<H>{a.key + place, 1, ld}, n, take(prepared_size<R>(rows, n)));
+    const Prepared<R> value = prepare<E>(rows, Left<H>{a.value + place, 1, ld}, n, take(prepared_size<R>(rows, n)));
     for (int64_t first = 0; first < panels<R>(d); first += kPanels) {
-      const int64_t count = smaller(kPanels, panels<R>(d) - first);
-      for (int64_t q = first; q < first + count; ++q) {
-        const int64_t columns = smaller(kPanel<R>, d - q * kPanel<R>);
-        R* const correlation = correlations + (q - first) * block;
-        R* const d_score = d_scores + (q - first) * block;
-        const R* const tanhs = a.correlation ? iteration.kept_correlation(b, m, q) + i * kPanel<R> : correlation;
-        if (!a.correlation) iteration.correlate(b, m, q, i, rows, correlation);
-        iteration.drop_correlation(b, m, q, i, rows, tanhs, correlation, d_score);
-        product<E>(rows, columns, {a.value + place, 1, ld}, d_attended_panel(m, q) + start * kPanel<R>, n,
-                   [=](int64_t r, int64_t c, Vector<R> v) {
-                     R* const at = d_score + r * kPanel<R> + c;
-                     store(at, load(at) * v);
-                   });
-        R* const d_joint = d_joint_part + (q * rows_of_chunk + start) * kPanel<R>;
-        R* const panel = kPaired<E> ? packed : d_score;
-        pack<E>(panel, d_score, rows);
-        product<E>(n, columns, {a.key + place, ld, 1}, panel, rows,
-                   [=](int64_t l, int64_t c, Vector<R> v) { store(d_joint + l * kPanel<R> + c, v); });
+      for (int64_t q = first; q < smaller(first + kPanels, panels<R>(d)); ++q) {
+        const int64_t columns = smaller(kPanel<R>, d - q * kPanel<R>), column = (q - first) * kPanel<R>;
+        if (held)
+          iteration.load_correlation(b, m, q, i, rows, tanhs);
+        else
+          iteration.correlate(key, b, m, q, i, tanhs);
+        iteration.drop_correlation(b, m, q, i, rows, [=](int64_t at, Vector<R> factor) {
+          const Vector<R> c = load(tanhs + at);
+          store<R>(d_score + at, (1 - c * c) * factor);
+          store(correlations + at / kPanel<R> * block_ld + column + at % kPanel<R>, c * factor);
+        });
+        product<E>(value, columns, d_attended_panel(m, b, q), n, [=](int64_t r, int64_t c, Vector<R> v) {
+          R* const at = d_score + r * kPanel<R> + c;
+          const Vector<R> d_s = load(at) * v;
+          store(at, d_s);
+          store(d_scores + r * block_ld + column + c, d_s);
+        });
+        R* const d_joint = d_joint_part + (q * rows_of_unit + start) * kPanel<R>;
+        pack<E>(packed, d_score, rows);
+        product<E>(
+            n, columns, Left<H>{a.key + place, ld, 1}, packed, 0, rows, space,
+            [=](int64_t l, int64_t c, Vector<R> v) {
+              R* const at = d_joint + l * kPanel<R> + c;
+              store<R>(at, add_to ? load(at) + v : v);
+            },
+            Fetched<R>{d_joint, kPanel<R>});
       }
       const int64_t column = first * kPanel<R>, terms = smaller(kCorrelationColumns, d - column);
-      for (int64_t l = 0; l < n; l += kPanel<R>) {
-        const int64_t at = l * d + place_of<E>(column);
-        accumulate(kept.d_value_t + transposed + l, rows, n - l, correlations, block, d_attended_t(m, b) + at, terms,
-                   first > 0);
-        accumulate(kept.d_key_t + transposed + l, rows, n - l, d_scores, block, joint_t(b) + at, terms, first > 0);
-      }
+      const int64_t at = words<E>(column) * kPanel<R>;
+      accumulate(chunk.d_value_t + transposed, rows, n, Left<E>{correlations, block_ld, 1}, d_attended_t(m, b) + at,
+                 terms, first > 0, space);
+      accumulate(chunk.d_key_t + transposed, rows, n, Left<E>{d_scores, block_ld, 1}, joint_t(b) + at, terms, first > 0,
+                 space);
     }
   }
 
-  // to [rows, frames] (+)= A B, A in panels of columns `split` apart, B a panel [terms][kPanel].
-  void accumulate(R* to, int64_t rows, int64_t frames, const R* a, int64_t split, const R* b, int64_t terms,
-                  bool add_to) const {
-    const int64_t ld = kept.frames_ld, whole = terms / kPanel<R>;
-    const auto keep = [=](int64_t r, int64_t c, Vector<R> v) {
+  // to [rows, frames] (+)= A B, B in panels of frames, of which these are `terms` of the d rows.
+  void accumulate(R* to, int64_t rows, int64_t frames, Left<E> left, const R* b, int64_t terms, bool add_to,
+                  R* space) const {
+    const int64_t ld = chunk.frames_ld;
+    product<E>(rows, frames, left, b, p.width() * kPanel<R>, terms, space, [=](int64_t r, int64_t c, Vector<R> v) {
       if (add_to)
         add<R>(to + r * ld + c, v, frames - c);
       else
         store_some<R>(to + r * ld + c, v, frames - c);
-    };
-    if (whole) product<E>(rows, frames, {a, kPanel<R>, 1, split}, b, kPanel<R>, keep, whole);
-    if (terms % kPanel<R> == 0) return;
-    const auto add_rest = [=](int64_t r, int64_t c, Vector<R> v) { add<R>(to + r * ld + c, v, frames - c); };
-    const Left<R> rest{a + whole * split, kPanel<R>, 1};
-    const R* const b_rest = b + place_of<E>(whole * kPanel<R>);
-    if (whole)
-      product<E>(rows, frames, rest, b_rest, terms % kPanel<R>, add_rest);
-    else
-      product<E>(rows, frames, rest, b_rest, terms % kPanel<R>, keep);
+    });
   }
 
   // d X += d V W_v.
   void value_backward(int t) const {
     for (int m = 0; m < p.modalities; ++m) {
       const int64_t d_m = p.widths[m], ld = a.ld;
-      R* const d_x = kept.d_state[t] + p.offset(m);
-      project<E>(threads, samples.rows(), d_m, {kept.d_value_t + p.offset(m) * kept.frames_ld, 1, kept.frames_ld},
-                 layer(t).value_back[m], d_m,
-                 [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d_m - c); });
+      R* const d_x = chunk.d_state[t] + p.offset(m);
+      iteration(t).project_rows(
+          d_m, Left<R>{chunk.d_value_t + p.offset(m) * chunk.frames_ld, 1, chunk.frames_ld}, layer(t).value_back[m],
+          d_m, [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d_m - c); }, Fetched<R>{d_x, ld});
     }
   }
 
   // d X += (d K W_k)^T. K was divided by sqrt(d).
-  void key_backward(const Iteration<E>& forward) const {
-    const R scale = Iteration<R>::key_scale(p);
-    const int64_t ld = a.ld, frames_ld = kept.frames_ld;
+  void key_backward(const Iteration<S>& forward) const {
+    const R scale = Iteration<S>::key_scale(p);
+    const int64_t ld = a.ld, frames_ld = chunk.frames_ld;
     forward.each_modality_panel([&](int64_t b, int m, int64_t column, int64_t columns, int thread) {
       const int64_t n = samples.frames(b), row = p.offset(m) + column;
       R* const panel = thread_scratch(thread);
-      pack_columns<E>(panel, kept.d_key_t + row * frames_ld + samples.row(b), frames_ld, n, columns);
-      R* const d_x = kept.d_state[forward.t] + samples.row(b) * ld + row;
-      product<E>(n, columns, {forward.weights.key[m], 1, p.length}, panel, n,
-                 [=](int64_t l, int64_t c, Vector<R> v) { add<R>(d_x + l * ld + c, v * scale, columns - c); });
+      pack_columns<E>(panel, chunk.d_key_t + row * frames_ld + samples.row(b), frames_ld, n, columns);
+      R* const d_x = chunk.d_state[forward.t] + samples.row(b) * ld + row;
+      product<E>(
+          forward.weights.template key_columns<E>(p, m, n), columns, panel, n,
+          [=](int64_t l, int64_t c, Vector<R> v) { add<R>(d_x + l * ld + c, v * scale, columns - c); },
+          Fetched<R>{d_x, ld});
     });
   }
 
   // d J = the sum of its parts; d X += d J W_q.
   void joint_backward(int t) const {
     const int64_t d = p.width(), rows = samples.rows(), ld = a.ld, step = panels<R>(d) * rows * kPanel<R>;
-    R* const d_x = kept.d_state[t];
-    R* const d_joint = p.projected ? kept.d_joint : d_x;
+    R* const d_x = chunk.d_state[t];
+    R* const d_joint = p.projected ? chunk.d_joint : d_x;
     parallel_for(threads, panels<R>(d) * blocks(rows, kRowBlock), [&](int64_t task, int) {
       const int64_t q = task % panels<R>(d), first = task / panels<R>(d) * kRowBlock;
       for (int64_t r = first; r < smaller(first + kRowBlock, rows); ++r)
@@ -274,14 +317,15 @@ struct Backward {
           const R* const part = passing.d_joint_parts + (q * rows + r) * kPanel<R> + c;
           R* const at = d_joint + r * ld + q * kPanel<R> + c;
           const int64_t lanes = d - q * kPanel<R> - c;
-          Vector<R> total = p.projected ? Vector<R>{} : load_some<R>(at, lanes);
-          for (int64_t i = 0; i < Passing<R>::correlation_blocks(p); ++i) total += load(part + i * step);
-          store_some<R>(at, total, lanes);
+          Vector<R> total = load(part);
+          for (int64_t i = 1; i < joint_parts(); ++i) total += load(part + i * step);
+          p.projected ? store_some<R>(at, total, lanes) : add<R>(at, total, lanes);
         }
     });
     if (!p.projected) return;
-    project<E>(threads, rows, d, {d_joint, ld, 1}, layer(t).query_back, d,
-               [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d - c); });
+    iteration(t).project_rows(
+        d, Left<R>{d_joint, ld, 1}, layer(t).query_back, d,
+        [=](int64_t r, int64_t c, Vector<R> v) { add<R>(d_x + r * ld + c, v, d - c); }, Fetched<R>{d_x, ld});
   }
 
   // ---- results
@@ -295,7 +339,7 @@ struct Backward {
         if (row < 0)
           clear_row(to, view.column, p.widths[m]);
         else
-          write_feature(to, view.column, m, b, l, kept.d_state[0] + row * a.ld + p.offset(m), thread_scratch(thread));
+          write_feature(to, view.column, m, b, l, chunk.d_state[0] + row * a.ld + p.offset(m), thread_scratch(thread));
       }
     });
   }
@@ -313,57 +357,89 @@ struct Backward {
 };
 
 // Adds the gradients of iteration t's weights, where t < T, and of the gates computed from X^t.
-template <class E, class R = Compute<E>>
-void add_sums(const Problem& p, const BackwardMemory<R>& w, const Samples& chunk, int t, R scale, int threads) {
+template <class S, class R = Compute<S>>
+void add_sums(const Problem& p, const BackwardMemory<S>& w, const Activations<S>& a, const Samples& chunk, int t,
+              int threads) {
   const ParameterIndex index{p};
-  const Activations<R>& a = w.activations;
-  const Kept<R>& kept = w.kept;
+  const ChunkGradients<R>& g = w.gradients;
   const int64_t d = p.width();
-  Sums<E> sums(p, chunk);
+  Sums<S> sums(p, chunk);
   const auto to = [&](int i) { return w.parameters[i]; };
   const auto bias = [&](int i) { return p.released ? w.parameters[i + 1] : nullptr; };
-  for (int m = 0; m < p.modalities; ++m) {
-    const int64_t offset = p.offset(m), d_m = p.widths[m], ways = p.modalities * p.all_ways();
-    int way = m * p.all_ways();
-    for (int g = 0; g < p.gates(); way += p.ways(g++)) {
-      const int input = p.gating == Gating::hierarchical && g < p.iterations ? g + 1 : p.iterations;
-      const int i = index.gate(m, g);
-      if (input == t) sums.linear(to(i), bias(i), p.ways(g), d_m, kept.d_logits + way, ways, false, a.x + offset, a.ld);
+  // Large tasks come first, so that no thread is left alone with one.
+  if (t < p.iterations) {
+    const int query = index.query(t);
+    if (p.projected) sums.linear(to(query), bias(query), d, d, {g.d_joint, 1, a.ld}, a.x, a.ld);
+    for (int m = 0; m < p.modalities; ++m) {
+      const int output = index.output(t, m);
+      sums.linear(to(output), bias(output), p.widths[m], d, {g.d_update + p.offset(m), 1, a.ld}, a.hidden + m * d,
+                  a.hidden_ld);
     }
-    if (t == p.iterations) continue;
-    const int value = index.value(t, m), output = index.output(t, m), key = index.key(t, m);
-    sums.linear(to(output), bias(output), d_m, d, kept.d_update + offset, a.ld, false, a.hidden + m * d, a.hidden_ld);
-    sums.linear(to(value), bias(value), d_m, d_m, kept.d_value_t + offset * kept.frames_ld, kept.frames_ld, true,
-                a.x + offset, a.ld);
-    sums.key(to(key), bias(key), d_m, kept.d_key_t + offset * kept.frames_ld, kept.frames_ld, a.x + offset, a.ld,
-             scale);
+    for (int m = 0; m < p.modalities; ++m) {
+      const int value = index.value(t, m);
+      sums.linear(to(value), bias(value), p.widths[m], p.widths[m],
+                  {g.d_value_t + p.offset(m) * g.frames_ld, g.frames_ld, 1}, a.x + p.offset(m), a.ld);
+    }
+    for (int m = 0; m < p.modalities; ++m) {
+      const int key = index.key(t, m);
+      sums.key(to(key), bias(key), p.widths[m], g.d_key_t + p.offset(m) * g.frames_ld, g.frames_ld, a.x + p.offset(m),
+               a.ld, Iteration<S>::key_scale(p));
+    }
   }
-  const int query = index.query(t);
-  if (p.projected && t < p.iterations) sums.linear(to(query), bias(query), d, d, kept.d_joint, a.ld, false, a.x, a.ld);
+  for (int m = 0; m < p.modalities; ++m) {
+    int64_t way = m * p.all_ways();
+    for (int k = 0; k < p.gates(); way += p.ways(k++)) {
+      const int input = p.gating == Gating::hierarchical && k < p.iterations ? k + 1 : p.iterations;
+      const int i = index.gate(m, k);
+      if (input == t)
+        sums.linear(to(i), bias(i), p.ways(k), p.widths[m], {g.d_logits + way, 1, p.modalities * p.all_ways()},
+                    a.x + p.offset(m), a.ld);
+    }
+  }
   sums.run(threads, w.scratch, w.scratch_step);
 }
+
+// A sum before anything is added, which several threads clear: it is new memory, whose pages the system clears first.
+template <class R>
+struct Cleared {
+  static constexpr int64_t kSize = 1 << 14;
+  R* to;
+  int64_t size;
+
+  void clear(int64_t task) const { std::memset(to + task * kSize, 0, smaller(kSize, size - task * kSize) * sizeof(R)); }
+};
 
 template <class S>
 void run(const Problem& p, const Tensors& tensors, const BackwardTensors& gradients, const Resources& resources) {
   using R = Compute<S>;
-  auto w = BackwardMemory<R>::template plan<S>(p, resources);
+  using Memory = BackwardMemory<S>;
+  auto w = Memory::plan(p, resources);
   const int threads = resources.threads;
-  for (int t = 0; t < p.layers(); ++t) w.weights[t].template fill<S>(p, tensors.parameters, t, threads);
-  for (int m = 0; m < p.modalities; ++m) w.gates[m].template fill<S>(p, m, tensors.parameters);
-  BackwardMemory<R>::each_parameter(p, [&](int i, int64_t size) {
-    if (sizeof(S) == sizeof(R) || !gradients.parameters[i]) w.parameters[i] = static_cast<R*>(gradients.parameters[i]);
-    if (w.parameters[i]) std::memset(w.parameters[i], 0, size * sizeof(R));
-  });
+  {
+    const cpu::Timed timed(resources.times, cpu::Phase::pack);
+    for (int t = 0; t < p.layers(); ++t) w.weights[t].template fill<S>(p, tensors.parameters, t, threads);
+    for (int m = 0; m < p.modalities; ++m) w.gates[m].template fill<S>(p, m, tensors.parameters);
+    TaskList<Cleared<R>, ParameterIndex::kMost> sums;
+    Memory::each_parameter(p, [&](int i, int64_t size) {
+      if (sizeof(S) == sizeof(R) || !gradients.parameters[i])
+        w.parameters[i] = static_cast<R*>(gradients.parameters[i]);
+      if (w.parameters[i]) sums.add({w.parameters[i], size}, blocks(size, Cleared<R>::kSize));
+    });
+    sums.run(threads, [](const Cleared<R>& of, int64_t task, int) { of.clear(task); });
+  }
   const Samples all = Samples::all(p, tensors.lengths, w.start);
   for (int64_t first = 0; first < p.batch; first += w.split.chunk) {
     const Samples chunk = all.part(first, w.split.chunk);
     for (int t = p.iterations; t >= 0; --t) {
+      const auto kept = KeptPieces<Held<S>>::of(p, t < p.iterations ? tensors.kept : nullptr, t);
       parallel_for(w.split.workers, blocks(chunk.count, w.split.unit), [&](int64_t unit, int worker) {
         const int64_t begin = unit * w.split.unit, row = chunk.row(begin);
         const Samples samples = chunk.part(begin, w.split.unit);
-        const Activations<R> a = w.activations_of(row, worker);
-        const Kept<R> kept = w.kept.from_row(p, row, a.ld);
-        const Passing<R> passing = w.passing_of(worker);
+        Activations<S> a = w.activations_of(row, worker);
+        a.place(p, kept, samples.first, samples.start[0]);
+        const ChunkGradients<R> of_unit = w.gradients.from_row(p, row, a.ld);
+        const Transients<S> passing = w.transients_of(worker);
+        R* const scratch = w.scratch + worker * w.scratch_step;
         const Backward<S> backward{p,
                                    tensors,
                                    gradients,
@@ -371,19 +447,23 @@ void run(const Problem& p, const Tensors& tensors, const BackwardTensors& gradie
                                    w.weights,
                                    w.gates,
                                    a,
-                                   kept,
+                                   of_unit,
                                    passing,
                                    w.split.threads_each,
-                                   w.scratch + worker * w.scratch_step,
-                                   w.scratch_step};
+                                   scratch,
+                                   w.scratch_step,
+                                   resources.times};
         if (t == p.iterations) return backward.gates_backward();
         backward.iteration_backward(t);
         if (t == 0) backward.write_features();
       });
-      add_sums<Operand<S>>(p, w, chunk, t, Iteration<R>::key_scale(p), threads);
+      const cpu::Timed timed(resources.times, cpu::Phase::sum_weights);
+      Activations<S> a = w.activations;
+      a.place(p, kept, first, chunk.start[0]);
+      add_sums<S>(p, w, a, chunk, t, threads);
     }
   }
-  BackwardMemory<R>::each_parameter(p, [&](int i, int64_t size) {
+  Memory::each_parameter(p, [&](int i, int64_t size) {
     if (sizeof(S) < sizeof(R) && w.parameters[i])
       store_row(static_cast<S*>(gradients.parameters[i]), 1, w.parameters[i], size);
   });
@@ -413,11 +493,13 @@ size_t backward_workspace(const Problem& p, const Resources& resources) {
   measuring.workspace = nullptr;
   switch (p.dtype) {
     case Dtype::float32:
-      return BackwardMemory<float>::plan<float>(p, measuring).bytes;
+      return BackwardMemory<float>::plan(p, measuring).bytes;
     case Dtype::float64:
-      return BackwardMemory<double>::plan<double>(p, measuring).bytes;
+      return BackwardMemory<double>::plan(p, measuring).bytes;
+    case Dtype::bfloat16:
+      return BackwardMemory<BFloat16>::plan(p, measuring).bytes;
     default:
-      return BackwardMemory<float>::plan<BFloat16>(p, measuring).bytes;
+      return BackwardMemory<Float16>::plan(p, measuring).bytes;
   }
 }
 

@@ -8,24 +8,19 @@
 
 namespace grjca::GRJCA_ISA {
 
-// Rows of C_m that one task of the correlation's backward takes, and columns (as panels) it keeps on chip at a time.
-constexpr int64_t kCorrelationRows = 128, kCorrelationColumns = 256;
+// Rows of C_m that one task of the correlation's backward takes at most, and columns it keeps on chip at a time. The
+// sums of d J are made of one part for each task, so that how many rows a task takes follows from the shapes alone; one
+// or two samples are cut finer, that there are tasks enough for some threads.
+constexpr int64_t kCorrelationRows = kRowBlock, kCorrelationColumns = 256;
+inline int64_t correlation_rows(const Problem& p) { return p.batch > 2 ? kCorrelationRows : kCorrelationRows / 2; }
 
-// Elements of such a block of C.
-template <class R>
-int64_t correlation_size(const Problem& p) {
-  int64_t rows = 0;
-  for (int m = 0; m < p.modalities; ++m) rows = larger(rows, p.widths[m]);
-  return smaller(kCorrelationRows, rows) * smaller(kCorrelationColumns, panels<R>(p.width()) * kPanel<R>);
-}
-
-// Frames from which on tanh(K J) is kept from attend() until d (V C) is there, instead of being computed anew: a value
+// Frames from which on tanh(K J) is held from attend() until d (V C) is there, instead of being computed anew: a value
 // takes L products. Tried at L = 300, where it pays; the limit is an estimate.
-constexpr int64_t kKeptFrom = 64;
+constexpr int64_t kHeldFrom = 64;
 
-// What a chunk keeps until its sums are taken. Rows are those of the chunk.
+// Gradients that a chunk holds until its sums are taken. Rows are those of the chunk.
 template <class R>
-struct Kept {
+struct ChunkGradients {
   R* d_state[kMaxIterations + 1];  // d X^t, [rows, ld]
   R* d_logits;                     // [rows, modalities * ways]
   R* d_update;                     // d (H W_h^T + b_h), [rows, ld]
@@ -43,77 +38,94 @@ struct Kept {
     d_joint = arena.take<R>(rows * ld);
   }
 
-  Kept from_row(const Problem& p, int64_t row, int64_t ld) const {
-    Kept k = *this;
-    for (int t = 0; t <= p.iterations; ++t) k.d_state[t] += row * ld;
-    k.d_logits += row * p.modalities * p.all_ways();
-    k.d_update += row * ld;
-    k.d_key_t += row;
-    k.d_value_t += row;
-    k.d_joint += row * ld;
-    return k;
+  ChunkGradients from_row(const Problem& p, int64_t row, int64_t ld) const {
+    ChunkGradients g = *this;
+    for (int t = 0; t <= p.iterations; ++t) g.d_state[t] += row * ld;
+    g.d_logits += row * p.modalities * p.all_ways();
+    g.d_update += row * ld;
+    g.d_key_t += row;
+    g.d_value_t += row;
+    g.d_joint += row * ld;
+    return g;
   }
 };
 
 // What passes from equation to equation within a unit.
-template <class R>
-struct Passing {
-  R* d_attended;     // d (V C) as panels, [modality][panel][row][kPanel]
-  R* d_attended_t;   // the same transposed, [modality][sample][panel of frames][d][kPanel]
-  R* joint_t;        // J^T, [sample][panel of frames][d][kPanel]
-  R* d_joint_parts;  // [block of C rows][panel][row][kPanel]
+template <class S, class H = Held<S>, class R = Compute<S>>
+struct Transients {
+  H* d_attended;         // d (V C), [rows, hidden_ld]
+  R* d_attended_panels;  // the same as panels, [modality][sample][panel][frames][kPanel]
+  R* d_attended_t;       // the same transposed, [modality][sample][panel of frames][d][kPanel]
+  R* joint_t;            // J^T, [sample][panel of frames][d][kPanel]
+  R* d_joint_parts;      // [block of C rows, if several threads share a unit][panel][row][kPanel]
 
   static int64_t correlation_blocks(const Problem& p) {
     int64_t n = 0;
-    for (int m = 0; m < p.modalities; ++m) n += blocks(p.widths[m], kCorrelationRows);
+    for (int m = 0; m < p.modalities; ++m) n += blocks(p.widths[m], correlation_rows(p));
     return n;
   }
 
-  void plan(const Problem& p, int64_t samples, Arena& arena) {
+  void plan(const Problem& p, int64_t samples, bool shared, Arena& arena) {
     const int64_t rows = samples * p.length, joint = panels<R>(p.width()) * rows * kPanel<R>;
     const int64_t transposed = samples * panels<R>(p.length) * p.width() * kPanel<R>;
-    d_attended = arena.take<R>(p.modalities * joint);
+    d_attended = arena.take<H>(rows * Activations<S>::of(p).hidden_ld);
+    d_attended_panels = arena.take<R>(p.modalities * joint);
     d_attended_t = arena.take<R>(p.modalities * transposed);
     joint_t = arena.take<R>(transposed);
-    d_joint_parts = arena.take<R>(correlation_blocks(p) * joint);
+    d_joint_parts = arena.take<R>((shared ? correlation_blocks(p) : 1) * joint);
   }
 };
 
-template <class R>
+template <class S, class H = Held<S>, class R = Compute<S>>
 struct BackwardMemory {
   Split split;
   LayerWeights<R> weights[kMaxIterations];
   GateParameters<R> gates[kMaxModalities];
   R** parameters;  // where gradients are summed, in arithmetic type; null where none is asked for
   int64_t* start;
-  Activations<R> activations;
-  Kept<R> kept;
-  Passing<R> passing;  // of the first worker, with J, K and V; the others' follow `passing_step` later
-  int64_t passing_step;
+  Activations<S> activations;
+  ChunkGradients<R> gradients;
+  Transients<S> transients;  // of the first worker, with J, K and V; the others' follow `step` bytes later
+  int64_t step;
   R* scratch;
   int64_t scratch_step;
   size_t bytes;
 
-  void plan_kept(const Problem& p, int64_t rows, Arena& arena) {
-    activations.plan_kept(rows, arena);
-    kept.plan(p, rows, activations.ld, arena);
+  void plan_lasting(const Problem& p, int64_t rows, Arena& arena) {
+    activations.plan_lasting(p, rows, arena);
+    gradients.plan(p, rows, activations.ld, arena);
   }
-  int64_t plan_passing(const Problem& p, int64_t samples, R* base) {
+  int64_t plan_passing(const Problem& p, int64_t samples, bool shared, void* base) {
     Arena arena(base);
     activations.plan_passing(p, samples * p.length, arena);
-    passing.plan(p, samples, arena);
-    if (p.length >= kKeptFrom)
-      activations.correlation = arena.take<R>(samples * panels<R>(p.width()) * p.width() * kPanel<R>);
+    transients.plan(p, samples, shared, arena);
+    const bool attends = !p.keeps(Keep::hidden) && !p.keeps(Keep::correlation);
+    if (attends && p.length >= kHeldFrom)
+      activations.correlation = arena.take<H>(samples * p.width() * activations.held_ld);
     return static_cast<int64_t>(arena.used());
   }
 
-  template <class S>
+  // Elements of scratch for each thread.
+  static int64_t scratch_size(const Problem& p) {
+    int64_t rows = 0, most = larger(Iteration<S>::scratch_size(p), Sums<S>::scratch_size(p));
+    for (int m = 0; m < p.modalities; ++m) rows = larger(rows, smaller(kCorrelationRows, p.widths[m]));
+    // two prepared operands, two blocks of C in an operand's type, panels of C, d (K J) and that packed, and K once
+    // more
+    most = larger(most, 2 * prepared_size<R>(rows, p.length) + 2 * rows * leading<R>(kCorrelationColumns) +
+                            3 * rows * kPanel<R> + prepared_size<R>(kRowBlock, rows));
+    for (int m = 0; m < p.modalities; ++m)
+      most = larger(most, Frame<R>::scratch_size(p.widths[m], p.iterations) +
+                              FrameGradient<R>::scratch_size(p.widths[m], p.iterations) + p.all_ways());
+    return blocks(most, 64) * 64;
+  }
+
   static BackwardMemory plan(const Problem& p, const Resources& resources) {
     BackwardMemory w{};
-    w.activations = Activations<R>::of(p);
+    w.activations = Activations<S>::of(p);
     Arena of_sample(nullptr);
-    w.plan_kept(p, p.length, of_sample);
-    w.split = Split::plan(p, static_cast<int64_t>(of_sample.used()), w.plan_passing(p, 1, nullptr), resources.threads);
+    w.plan_lasting(p, p.length, of_sample);
+    w.split =
+        Split::plan(p, static_cast<int64_t>(of_sample.used()), w.plan_passing(p, 1, true, nullptr), resources.threads);
     Arena arena(Arena::align(resources.workspace));
     for (int t = 0; t < p.layers(); ++t) w.weights[t] = LayerWeights<R>::plan(p, true, arena);
     for (int m = 0; m < p.modalities; ++m) w.gates[m] = GateParameters<R>::plan(p, m, arena);
@@ -124,33 +136,34 @@ struct BackwardMemory {
         if (w.parameters) w.parameters[i] = sums;
       });
     w.start = arena.take<int64_t>(p.batch + 1);
-    w.plan_kept(p, w.split.chunk * p.length, arena);
-    w.passing_step = w.plan_passing(p, w.split.unit, nullptr) / static_cast<int64_t>(sizeof(R));
-    w.plan_passing(p, w.split.unit, arena.take<R>(w.passing_step * w.split.workers));
-    int64_t scratch = larger(Iteration<R>::scratch_size(p), 2 * correlation_size<R>(p));
-    scratch = larger(scratch, Sums<R>::scratch_size(p));
-    for (int m = 0; m < p.modalities; ++m)
-      scratch = larger(scratch, Frame<R>::scratch_size(p.widths[m], p.iterations) +
-                                    FrameGradient<R>::scratch_size(p.widths[m], p.iterations) + p.all_ways());
-    w.scratch_step = blocks(scratch, 64) * 64;
+    w.plan_lasting(p, w.split.chunk * p.length, arena);
+    const bool shared = w.split.threads_each > 1;
+    w.step = blocks(w.plan_passing(p, w.split.unit, shared, nullptr), 64) * 64;
+    w.plan_passing(p, w.split.unit, shared, arena.take<char>(w.step * w.split.workers));
+    w.scratch_step = scratch_size(p);
     w.scratch = arena.take<R>(w.scratch_step * resources.threads);
     w.bytes = arena.used();
     return w;
   }
 
-  // The activations and passing values of a unit that begins at `row` of the samples.
-  Activations<R> activations_of(int64_t row, int worker) const {
-    Activations<R> a = activations;
+  template <class T>
+  T* of_worker(T* piece, int worker) const {
+    return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * step) : nullptr;
+  }
+  // The activations and transients of a unit that begins at `row` of the chunk.
+  Activations<S> activations_of(int64_t row, int worker) const {
+    Activations<S> a = activations;
     a.x += row * a.ld;
-    a.hidden += row * a.hidden_ld;
-    for (R** piece : {&a.joint, &a.key, &a.value}) *piece += worker * passing_step;
-    if (a.correlation) a.correlation += worker * passing_step;
+    if (a.hidden) a.hidden += row * a.hidden_ld;
+    a.joint_panels = of_worker(a.joint_panels, worker);
+    for (H** piece : {&a.joint, &a.key, &a.value, &a.correlation}) *piece = of_worker(*piece, worker);
     return a;
   }
-  Passing<R> passing_of(int worker) const {
-    Passing<R> own = passing;
-    for (R** piece : {&own.d_attended, &own.d_attended_t, &own.joint_t, &own.d_joint_parts})
-      *piece += worker * passing_step;
+  Transients<S> transients_of(int worker) const {
+    Transients<S> own = transients;
+    own.d_attended = of_worker(own.d_attended, worker);
+    for (R** piece : {&own.d_attended_panels, &own.d_attended_t, &own.joint_t, &own.d_joint_parts})
+      *piece = of_worker(*piece, worker);
     return own;
   }
 

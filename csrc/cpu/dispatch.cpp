@@ -1,9 +1,5 @@
-// Chooses the instruction set at run time, asks the system for large pages, and lets a call end early.
+// Chooses the instruction set at run time, and lets a call end early.
 #include <cstring>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "kernels.h"
 #include "stop.h"
@@ -24,12 +20,13 @@ struct Kernels {
   const char* name;
   bool (*runs_here)();
   bool (*takes)(Dtype);
+  decltype(&baseline::kept_bytes) kept_bytes;
   decltype(&baseline::forward_workspace) forward_workspace, backward_workspace;
   decltype(&baseline::forward) forward;
   decltype(&baseline::backward) backward;
 };
 
-#define GRJCA_KERNELS(isa) isa::forward_workspace, isa::backward_workspace, isa::forward, isa::backward
+#define GRJCA_KERNELS(isa) isa::kept_bytes, isa::forward_workspace, isa::backward_workspace, isa::forward, isa::backward
 
 bool any(Dtype) { return true; }
 
@@ -62,17 +59,6 @@ const Kernels& chosen(const Problem& p, const Resources& resources) {
   return kAll[sizeof kAll / sizeof kAll[0] - 1];  // bindings.cpp has refused unknown names
 }
 
-// Asks for pages of 2 MiB instead of 4 KiB: fewer faults in memory that is new at every call, and rows of matrices that
-// lie pages apart without a miss in the TLB each. A wish: the system may decline, or not know it.
-void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kLargePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (end > begin + 2 * kLargePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Runs `compute` and says whether it ran to its end. Only a long call is ever stopped: one of kShort multiply-adds
 // takes milliseconds, or a tenth of a second on a processor without vector instructions.
 template <class F>
@@ -96,16 +82,15 @@ const char* const* instruction_sets() {
   return names;
 }
 
+size_t kept_bytes(const Problem& p, const Resources& r) { return chosen(p, r).kept_bytes(p); }
 size_t forward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).forward_workspace(p, r); }
 size_t backward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).backward_workspace(p, r); }
 bool forward(const Problem& p, const Tensors& t, const ForwardOutputs& o, const Resources& r) {
   const Kernels& kernels = chosen(p, r);
-  ask_for_large_pages(r.workspace, kernels.forward_workspace(p, r));
   return unless_stopped(p, r, [&] { kernels.forward(p, t, o, r); });
 }
 bool backward(const Problem& p, const Tensors& t, const BackwardTensors& g, const Resources& r) {
   const Kernels& kernels = chosen(p, r);
-  ask_for_large_pages(r.workspace, kernels.backward_workspace(p, r));
   return unless_stopped(p, r, [&] { kernels.backward(p, t, g, r); });
 }
 

@@ -2,30 +2,33 @@
 #include "gates.h"
 #include "iteration.h"
 #include "kernels.h"
+#include "phases.h"
 
 namespace grjca::GRJCA_ISA {
 namespace {
 
-template <class R>
+template <class S, class R = Compute<S>>
 struct Workspace {
   Split split;
   LayerWeights<R> weights[kMaxIterations];
   GateParameters<R> gates[kMaxModalities];
   int64_t* start;
-  Activations<R> activations;  // of the first worker; the others' follow `activations_step` later
+  Activations<S> activations;  // of the first worker; the others' follow `activations_step` bytes later
   int64_t activations_step;
+  R* update;  // U, [rows, ld]; of the workers as the activations
   R* scratch;
   int64_t scratch_step;
   size_t bytes;
 
-  static void plan_unit(const Problem& p, int64_t rows, Activations<R>& a, Arena& arena) {
-    a.plan_kept(rows, arena);
+  static R* plan_unit(const Problem& p, int64_t rows, Activations<S>& a, Arena& arena) {
+    a.plan_lasting(p, rows, arena);
     a.plan_passing(p, rows, arena);
+    return arena.take<R>(rows * a.ld);
   }
 
   static Workspace plan(const Problem& p, const Resources& resources) {
     Workspace w{};
-    w.activations = Activations<R>::of(p);
+    w.activations = Activations<S>::of(p);
     Arena of_sample(nullptr);
     plan_unit(p, p.length, w.activations, of_sample);
     w.split = Split::plan(p, 0, static_cast<int64_t>(of_sample.used()), resources.threads);
@@ -35,10 +38,9 @@ struct Workspace {
     w.start = arena.take<int64_t>(p.batch + 1);
     Arena of_unit(nullptr);
     plan_unit(p, w.split.unit * p.length, w.activations, of_unit);
-    w.activations_step = static_cast<int64_t>(of_unit.used()) / sizeof(R);
-    R* const activations = arena.take<R>(w.activations_step * w.split.workers);
-    Arena placed(activations);
-    plan_unit(p, w.split.unit * p.length, w.activations, placed);
+    w.activations_step = blocks(of_unit.used(), 64) * 64;
+    Arena placed(arena.take<char>(w.activations_step * w.split.workers));
+    w.update = plan_unit(p, w.split.unit * p.length, w.activations, placed);
     int64_t frame = 0;
     for (int m = 0; m < p.modalities; ++m)
       frame = larger(frame, Frame<R>::scratch_size(p.widths[m], p.iterations) + p.all_ways());
@@ -48,9 +50,14 @@ struct Workspace {
     return w;
   }
 
-  Activations<R> of_worker(int worker) const {
-    Activations<R> a = activations;
-    for (R** piece : {&a.x, &a.hidden, &a.joint, &a.key, &a.value}) *piece += worker * activations_step;
+  template <class T>
+  T* of_worker(T* piece, int worker) const {
+    return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * activations_step) : nullptr;
+  }
+  Activations<S> of_worker(int worker) const {
+    Activations<S> a = activations;
+    for (R** piece : {&a.x, &a.joint_panels}) *piece = of_worker(*piece, worker);
+    for (Held<S>** piece : {&a.joint, &a.key, &a.value, &a.hidden}) *piece = of_worker(*piece, worker);
     return a;
   }
 };
@@ -62,7 +69,7 @@ struct Forward {
   const ForwardOutputs& outputs;
   const Samples& samples;
   const GateParameters<R>* gates;
-  const Activations<R>& a;
+  const Activations<S>& a;
   int threads;
   R* scratch;
   int64_t scratch_step;
@@ -85,11 +92,12 @@ struct Forward {
   }
 
   // X^(t+1) = X^t + U, rounded to the storage type, from which the next iteration goes on.
-  void add_residual(const Iteration<Operand<S>>& iteration, R* update) const {
+  void add_residual(const Iteration<S>& iteration, R* update) const {
     R* const x = a.x;
     const int64_t ld = a.ld;
-    iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor) {
+    iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor, int64_t signs, int64_t k) {
       Vector<R> u = load_some<R>(update + at, lanes);
+      if (a.signs) iteration.keep_signs(signs, lanes, k, u);
       if (p.released) u = relu<R>(u) * factor;
       store_some<R>(x + at, load_some<R>(x + at, lanes) + u, lanes);
     });
@@ -131,29 +139,38 @@ struct Forward {
 template <class S>
 void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs, const Resources& resources) {
   using R = Compute<S>;
-  auto w = Workspace<R>::plan(p, resources);
-  for (int t = 0; t < p.layers(); ++t) w.weights[t].template fill<S>(p, tensors.parameters, t, resources.threads);
-  for (int m = 0; m < p.modalities; ++m) w.gates[m].template fill<S>(p, m, tensors.parameters);
+  using P = cpu::Phase;
+  auto w = Workspace<S>::plan(p, resources);
+  cpu::timed(resources.times, P::pack, [&] {
+    for (int t = 0; t < p.layers(); ++t) w.weights[t].template fill<S>(p, tensors.parameters, t, resources.threads);
+    for (int m = 0; m < p.modalities; ++m) w.gates[m].template fill<S>(p, m, tensors.parameters);
+  });
   const Samples all = Samples::all(p, tensors.lengths, w.start);
   parallel_for(w.split.workers, blocks(p.batch, w.split.unit), [&](int64_t unit, int worker) {
     const Samples samples = all.part(unit * w.split.unit, w.split.unit);
-    const Activations<R> a = w.of_worker(worker);
+    Activations<S> a = w.of_worker(worker);
+    R* const update = w.of_worker(w.update, worker);
     R* const scratch = w.scratch + worker * w.scratch_step;
     const Forward<S> forward{p, tensors, outputs, samples, w.gates, a, w.split.threads_each, scratch, w.scratch_step};
-    forward.load_features();
+    const auto in = [&](P phase, auto f) { cpu::timed(resources.times, phase, f); };
+    in(P::load, [&] { forward.load_features(); });
     for (int t = 0; t < p.iterations; ++t) {
-      const Iteration<Operand<S>> iteration{
+      a.place(p, KeptPieces<Held<S>>::of(p, tensors.kept, t), samples.first, samples.start[0] - all.start[0]);
+      const Iteration<S> iteration{
           p, samples, w.weights[p.shared ? 0 : t], a, tensors.seed, t, w.split.threads_each, scratch, w.scratch_step};
-      iteration.project_joint();
-      iteration.pack_joint();
-      iteration.project_key();
-      iteration.project_value();
-      iteration.attend();
-      R* const update = a.value;  // V is not needed any more
-      iteration.project_output(update);
-      forward.add_residual(iteration, update);
+      in(P::project_joint, [&] {
+        iteration.project_joint();
+        iteration.pack_joint();
+      });
+      in(P::project_key, [&] { iteration.project_key(); });
+      in(P::project_value, [&] { iteration.project_value(); });
+      in(P::attend, [&] { iteration.attend(); });
+      in(P::output, [&] {
+        iteration.project_output(update);
+        forward.add_residual(iteration, update);
+      });
     }
-    forward.write_outputs();
+    in(P::gate, [&] { forward.write_outputs(); });
   });
 }
 
@@ -176,11 +193,26 @@ void forward(const Problem& p, const Tensors& tensors, const ForwardOutputs& out
 #endif
 }
 
+size_t kept_bytes(const Problem& p) {
+  const int64_t of_iteration = p.dtype == Dtype::float64    ? KeptPieces<double>::bytes(p)
+                               : p.dtype == Dtype::bfloat16 ? KeptPieces<Held<BFloat16>>::bytes(p)
+                                                            : KeptPieces<float>::bytes(p);
+  return p.keep ? p.iterations * of_iteration : 0;
+}
+
 size_t forward_workspace(const Problem& p, const Resources& resources) {
   Resources measuring = resources;
   measuring.workspace = nullptr;
-  return p.dtype == Dtype::float64 ? Workspace<double>::plan(p, measuring).bytes
-                                   : Workspace<float>::plan(p, measuring).bytes;
+  switch (p.dtype) {
+    case Dtype::float32:
+      return Workspace<float>::plan(p, measuring).bytes;
+    case Dtype::float64:
+      return Workspace<double>::plan(p, measuring).bytes;
+    case Dtype::bfloat16:
+      return Workspace<BFloat16>::plan(p, measuring).bytes;
+    default:
+      return Workspace<Float16>::plan(p, measuring).bytes;
+  }
 }
 
 }  // namespace grjca::GRJCA_ISA

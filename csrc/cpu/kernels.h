@@ -5,6 +5,7 @@
 
 #define GRJCA_DECLARE_KERNELS(isa)                                                         \
   namespace grjca::isa {                                                                   \
+  size_t kept_bytes(const Problem&);                                                       \
   size_t forward_workspace(const Problem&, const Resources&);                              \
   size_t backward_workspace(const Problem&, const Resources&);                             \
   void forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);   \

@@ -1,5 +1,6 @@
-// Matrix products on packed panels: a tile of kTileRows x two vectors stays in registers while the sum runs. E is the
-// type of the operands (storage.h), R that of sums and of all that is kept.
+// Matrix products: a left operand, prepared by rows, times packed panels of a right one. A tile of kTileRows x two
+// vectors stays in registers while the sum runs. E is the type of the operands (storage.h), R that of sums, T that of
+// what an operand is made from.
 #pragma once
 
 #include <type_traits>
@@ -27,111 +28,168 @@ int64_t leading(int64_t columns) {
   return padded * sizeof(R) % 1024 ? padded : padded + kPanel<R>;
 }
 
-// Whether panels hold words of two terms, each in the place of an R. They take half the room of the same panel of R.
+// Whether operands hold words of two terms, each in the place of an R.
 template <class E>
 constexpr bool kPaired = !std::is_same_v<E, Compute<E>>;
 
-// Where an even term of a panel stands.
-template <class E, class R = Compute<E>>
-int64_t place_of(int64_t term) {
-  return (kPaired<E> ? term / 2 : term) * kPanel<R>;
+template <class E>
+int64_t words(int64_t terms) {
+  return kPaired<E> ? blocks(terms, 2) : terms;
 }
 
-// Element (i, k) of a left operand: at data[i * row + k * column], and one of these steps is 1. If the sum is split,
-// part s of `depth` terms begins at data + s * split.
-template <class R>
+// ---- left operands
+
+// Element (i, k) of a left operand: at data[i * row + k * column], and one of these steps is 1.
+template <class T>
 struct Left {
-  const R* data;
+  const T* data;
   int64_t row, column;
-  int64_t split = 0;
+
+  Left from(int64_t i, int64_t k = 0) const { return {data + i * row + k * column, row, column}; }
 };
 
-// Terms by which a left operand of large steps is fetched ahead.
-constexpr int64_t kAhead = 16;
+// The same as products read it: word k of row r of a tile stands at data[r * row + k * step], and the tiles of
+// kTileRows rows stand `tile` apart.
+template <class R>
+struct Prepared {
+  const R* data;
+  int64_t rows, tile, row, step;
+};
 
-// acc += A B for a tile: a[r] is row r of A (step between terms), b is a panel [terms][kPanel].
-template <class R, int V>
-GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[kTileRows], int64_t step, const R* b,
-                           int64_t terms) {
-  for (int64_t k = 0, ka = 0; k < terms; ++k, ka += step, b += kPanel<R>) {
-    if (step != 1) __builtin_prefetch(a[0] + ka + kAhead * step);  // rows a page apart, which no processor foresees
-    Vector<R> right[V];
-    for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vector<R> left = splat(a[r][ka]);
-      for (int v = 0; v < V; ++v) acc[r][v] += left * right[v];
+// Rows of a left operand that are prepared at a time.
+constexpr int64_t kRowBlock = 128;
+
+template <class E, class R = Compute<E>>
+int64_t prepared_size(int64_t rows, int64_t terms) {
+  return blocks(rows, kTileRows) * kTileRows * leading<R>(words<E>(terms));
+}
+
+// Terms of all rows or panels that are copied before the next ones, so that memory is read along its lines.
+constexpr int64_t kAtOnce = 64;
+
+// Row `to` of words: `terms` consecutive values.
+template <class E, class T, class R = Compute<E>>
+GRJCA_INLINE void prepare_row(R* to, const T* from, int64_t terms) {
+  if constexpr (kPaired<E>)
+    pair_along(to, from, terms);
+  else
+    load_row(to, from, 1, terms);
+}
+
+// A tile of words: to[k * kTileRows + r] = from[k * step + r] for r < rows.
+template <class E, class T, class R = Compute<E>>
+GRJCA_INLINE void prepare_tile(R* to, const T* from, int64_t step, int64_t terms, int64_t rows) {
+  if constexpr (kPaired<E>) {
+    pair_across(to, from, step, terms, rows);
+  } else if (rows >= kTileRows) {
+    for (int64_t k = 0; k < terms; ++k, to += kTileRows, from += step) {
+      R row[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) row[r] = widen(from[r]);
+      std::memcpy(to, row, sizeof row);
     }
+  } else {
+    for (int64_t k = 0; k < terms; ++k, to += kTileRows, from += step)
+      for (int64_t r = 0; r < kTileRows; ++r) to[r] = r < rows ? widen(from[r]) : 0;
   }
 }
+
+// Takes the operand where it is if products can read it there, and else copies it to `space`.
+template <class E, class T, class R = Compute<E>>
+inline Prepared<R> prepare(int64_t rows, Left<T> a, int64_t terms, R* space) {
+  if (a.column == 1) {
+    if constexpr (std::is_same_v<T, E>)
+      if (!kPaired<E> || (terms % 2 == 0 && a.row % 2 == 0)) {
+        const int64_t row = words<E>(a.row);
+        return {reinterpret_cast<const R*>(a.data), rows, row * kTileRows, row, 1};
+      }
+    const int64_t row = leading<R>(words<E>(terms));
+    for (int64_t i = 0; i < rows; ++i) prepare_row<E>(space + i * row, a.data + i * a.row, terms);
+    return {space, rows, row * kTileRows, row, 1};
+  }
+  const int64_t size = words<E>(terms) * kTileRows;
+  for (int64_t k = 0; k < terms; k += kAtOnce)
+    for (int64_t i = 0; i < rows; i += kTileRows)
+      prepare_tile<E>(space + i / kTileRows * size + words<E>(k) * kTileRows, a.data + i + k * a.column, a.column,
+                      smaller(kAtOnce, terms - k), rows - i);
+  return {space, rows, size, 1, kTileRows};
+}
+
+// ---- products
 
 // Terms after which a sum is put aside and begun anew: rounding then grows with the square root of kRun and of the
 // number of runs, not of their product.
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 128;
 
-// One tile: the sum over all splits, or over runs of terms where there is one split.
+// In registers, where `= {}` makes GCC fill memory.
 template <class R, int V>
-GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows], int64_t step, int64_t split,
-                       const R* panel, int64_t terms, int64_t splits) {
-  multiply<R, V>(acc, a, step, panel, splits > 1 ? terms : smaller(kRun, terms));
-  for (int64_t s = 1; s < splits; ++s) {
-    for (int r = 0; r < kTileRows; ++r) a[r] += split;
-    multiply<R, V>(acc, a, step, panel + s * terms * kPanel<R>, terms);
-  }
-  for (int64_t k = kRun; splits == 1 && k < terms; k += kRun) {
-    for (int r = 0; r < kTileRows; ++r) a[r] += kRun * step;
-    Vector<R> run[kTileRows][V] = {};
-    multiply<R, V>(run, a, step, panel + k * kPanel<R>, smaller(kRun, terms - k));
-    for (int r = 0; r < kTileRows; ++r)
-      for (int v = 0; v < V; ++v) acc[r][v] += run[r][v];
-  }
+GRJCA_INLINE void clear(Vector<R> (&acc)[kTileRows][V]) {
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = Vector<R>{};
 }
 
-// The same in pairs: those of the left operand are made here, some terms at a time. Beside what rounding the operands
-// does, that of the sum is nothing, and it needs no runs.
-template <class E, int V, bool kAlong, class R = Compute<E>>
-GRJCA_INLINE void tile_of_pairs(Vector<R> (&acc)[kTileRows][V], const R* a, int64_t row, int64_t column, int64_t rows,
-                                const R* panel, int64_t terms) {
-  constexpr int64_t kWords = kRun / 2, kRow = kAlong ? kWords : 1, kStep = kAlong ? 1 : kTileRows;
-  uint32_t words[kTileRows * kWords];
-  for (int64_t k = 0; k < terms; k += kRun) {
-    const int64_t count = smaller(kRun, terms - k);
-    if constexpr (kAlong)
-      for (int64_t r = 0; r < kTileRows; ++r) pair_along(words + r * kWords, a + k + smaller(r, rows - 1) * row, count);
-    else
-      pair_across(words, a + k * column, column, count, rows);
-    const R* b = panel + place_of<E>(k);
-    const uint32_t* left = words;
-    for (int64_t pair = 0; pair < blocks(count, 2); ++pair, b += kPanel<R>, left += kStep) {
-      Vector<R> right[V];
-      for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
-      for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] = add_products(acc[r][v], left[r * kRow], right[v]);
-    }
-  }
-}
-
-template <class E, int V, class R, class Epilogue>
-GRJCA_INLINE void product_of_width(int64_t rows, const Left<R>& a, const R* panel, int64_t terms, int64_t splits,
-                                   Epilogue epilogue) {
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    Vector<R> acc[kTileRows][V] = {};
-    const int64_t present = smaller(kTileRows, rows - i);
-    if constexpr (kPaired<E>) {
-      for (int64_t s = 0; s < splits; ++s) {
-        const R *const from = a.data + i * a.row + s * a.split, *const b = panel + place_of<E>(s * terms);
-        if (a.column == 1)
-          tile_of_pairs<E, V, true>(acc, from, a.row, 1, present, b, terms);
-        else
-          tile_of_pairs<E, V, false>(acc, from, 1, a.column, present, b, terms);
+// acc += A B for a tile: a[r] is row r of A (Step between terms), b is a panel [words][kPanel].
+template <class E, int V, int Step, class R = Compute<E>>
+GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[kTileRows], const R* b, int64_t count) {
+  for (int64_t k = 0; k < count; ++k, b += kPanel<R>) {
+    Vector<R> right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes<R>);
+    for (int r = 0; r < kTileRows; ++r) {
+      if constexpr (kPaired<E>) {
+        for (int v = 0; v < V; ++v) acc[r][v] = add_products(acc[r][v], a[r] + k * Step, right[v]);
+      } else {
+        const Vector<R> left = splat(a[r][k * Step]);
+        for (int v = 0; v < V; ++v) acc[r][v] += left * right[v];
       }
-    } else {
-      const R* row[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) row[r] = a.data + smaller(i + r, rows - 1) * a.row;
-      if (a.column == 1)
-        tile<R, V>(acc, row, 1, a.split, panel, terms, splits);
-      else
-        tile<R, V>(acc, row, a.column, a.split, panel, terms, splits);
     }
+  }
+}
+
+// One tile. Pairs need no runs: beside what rounding the operands does, that of the sum is nothing.
+template <class E, int V, int Step, class R = Compute<E>>
+GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows], const R* panel, int64_t count) {
+  if constexpr (kPaired<E>) {
+    multiply<E, V, Step>(acc, a, panel, count);
+  } else {
+    multiply<E, V, Step>(acc, a, panel, smaller(kRun, count));
+    for (int64_t k = kRun; k < count; k += kRun) {
+      for (int r = 0; r < kTileRows; ++r) a[r] += kRun * Step;
+      Vector<R> run[kTileRows][V];
+      clear<R, V>(run);
+      multiply<E, V, Step>(run, a, panel + k * kPanel<R>, smaller(kRun, count - k));
+      for (int r = 0; r < kTileRows; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] += run[r][v];
+    }
+  }
+}
+
+// What an epilogue reads: rows of T, `ld` apart, that are fetched while the sum runs; or nothing.
+template <class T>
+struct Fetched {
+  const T* data = nullptr;
+  int64_t ld = 0;
+
+  Fetched from(int64_t row, int64_t column) const { return data ? Fetched{data + row * ld + column, ld} : *this; }
+  template <class R>
+  GRJCA_INLINE void fetch(int64_t row, int64_t rows) const {
+    if (!data) return;
+    for (int64_t r = row; r < row + rows; ++r)
+      for (int64_t c = 0; c < kPanel<R>; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(data + r * ld + c, 1);
+  }
+};
+
+template <class E, int V, int Step, class R, class Epilogue, class F>
+GRJCA_INLINE void product_of(const Prepared<R>& a, const R* panel, int64_t terms, Epilogue epilogue,
+                             Fetched<F> fetched) {
+  const R* of_tile = a.data;
+  for (int64_t i = 0; i < a.rows; i += kTileRows, of_tile += a.tile) {
+    const int64_t present = smaller(kTileRows, a.rows - i);
+    fetched.template fetch<R>(i, present);
+    const R* row[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) row[r] = of_tile + smaller(r, present - 1) * a.row;
+    Vector<R> acc[kTileRows][V];
+    clear<R, V>(acc);
+    tile<E, V, Step>(acc, row, panel, words<E>(terms));
     for (int r = 0; r < kTileRows; ++r)
       if (r < present)
         for (int v = 0; v < V; ++v) epilogue(i + r, v * kLanes<R>, acc[r][v]);
@@ -139,19 +197,42 @@ GRJCA_INLINE void product_of_width(int64_t rows, const Left<R>& a, const R* pane
 }
 
 // [rows x columns] = A * panel, columns <= kPanel; epilogue(row, column, vector) receives it vector by vector.
-template <class E, class R = Compute<E>, class Epilogue>
-inline void product(int64_t rows, int64_t columns, Left<R> a, const R* panel, int64_t terms, Epilogue epilogue,
-                    int64_t splits = 1) {
+template <class E, class R, class Epilogue, class F = R>
+inline void product(const Prepared<R>& a, int64_t columns, const R* panel, int64_t terms, Epilogue epilogue,
+                    Fetched<F> fetched = {}) {
   if (columns > kLanes<R>)
-    product_of_width<E, 2>(rows, a, panel, terms, splits, epilogue);
+    a.step == 1 ? product_of<E, 2, 1>(a, panel, terms, epilogue, fetched)
+                : product_of<E, 2, kTileRows>(a, panel, terms, epilogue, fetched);
   else
-    product_of_width<E, 1>(rows, a, panel, terms, splits, epilogue);
+    a.step == 1 ? product_of<E, 1, 1>(a, panel, terms, epilogue, fetched)
+                : product_of<E, 1, kTileRows>(a, panel, terms, epilogue, fetched);
 }
+
+// The same with any number of columns, in panels `step` apart. `space` is for kRowBlock prepared rows.
+template <class E, class T, class R, class Epilogue, class F = R>
+inline void product(int64_t rows, int64_t columns, Left<T> a, const R* panel, int64_t step, int64_t terms, R* space,
+                    Epilogue epilogue, Fetched<F> fetched = {}) {
+  for (int64_t i = 0; i < rows; i += kRowBlock) {
+    const Prepared<R> block = prepare<E>(smaller(kRowBlock, rows - i), a.from(i), terms, space);
+    for (int64_t q = 0; q < panels<R>(columns); ++q) {
+      const int64_t column = q * kPanel<R>;
+      product<E>(
+          block, columns - column, panel + q * step, terms,
+          [=](int64_t r, int64_t c, Vector<R> v) { epilogue(i + r, column + c, v); }, fetched.from(i, column));
+    }
+  }
+}
+
+// ---- panels
 
 // rows[k][c] = from[k * step + c], zero beyond `columns`.
 template <class S, class R>
 inline void copy_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
-  columns = smaller(columns, kPanel<R>);
+  if (columns >= kPanel<R>) {
+    for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>, from += step)
+      for (int64_t c = 0; c < kPanel<R>; c += kLanes<R>) store(panel + c, load_wide<R>(from + c));
+    return;
+  }
   for (int64_t k = 0; k < terms; ++k, panel += kPanel<R>, from += step) {
     for (int64_t c = 0; c < columns; ++c) panel[c] = widen(from[c]);
     for (int64_t c = columns; c < kPanel<R>; ++c) panel[c] = 0;
@@ -169,11 +250,7 @@ inline void copy_columns(R* panel, const S* from, int64_t step, int64_t terms, i
     int64_t k = 0;
     for (; k + kSquare <= terms; k += kSquare) {
       Vector<R> rows[kSquare];
-      for (int c = 0; c < kSquare; ++c) {
-        R row[kSquare];
-        load_row(row, from + (done + c) * step + k, 1, kSquare);
-        rows[c] = load(row);
-      }
+      for (int c = 0; c < kSquare; ++c) rows[c] = load_wide<R>(from + (done + c) * step + k);
       transpose<R>(rows);
       for (int r = 0; r < kSquare; ++r) store(panel + (k + r) * kPanel<R> + done, rows[r]);
     }
@@ -191,10 +268,10 @@ inline void copy_columns(R* panel, const S* from, int64_t step, int64_t terms, i
 template <class E, class R = Compute<E>>
 inline void pack(R* panel, const R* rows, int64_t terms) {
   if constexpr (kPaired<E>) {
-    for (int64_t k = 0; k < terms; k += 2)
+    for (int64_t k = 0; k < terms; k += 2, panel += kPanel<R>)
       for (int64_t c = 0; c < kPanel<R>; c += kLanes<R>) {
         const R* const even = rows + k * kPanel<R> + c;
-        store(panel + place_of<E>(k) + c, pair(load(even), k + 1 < terms ? load(even + kPanel<R>) : Vector<R>{}));
+        store(panel + c, pair(load(even), k + 1 < terms ? load(even + kPanel<R>) : Vector<R>{}));
       }
   } else if (panel != rows) {
     std::memcpy(panel, rows, terms * kPanel<R> * sizeof(R));
@@ -209,7 +286,7 @@ inline void pack_by(R* panel, int64_t terms, Copy copy) {
     for (int64_t k = 0; k < terms; k += kPanel<R>) {
       const int64_t count = smaller(kPanel<R>, terms - k);
       copy(rows, k, count);
-      pack<E>(panel + place_of<E>(k), rows, count);
+      pack<E>(panel + k / 2 * kPanel<R>, rows, count);
     }
   } else {
     copy(panel, 0, terms);
@@ -219,12 +296,26 @@ inline void pack_by(R* panel, int64_t terms, Copy copy) {
 // The panel whose term k is from[k * step + column].
 template <class E, class S, class R>
 inline void pack_rows(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  if constexpr (kPaired<E> && std::is_same_v<S, E>)
+    if (columns >= kPanel<R>) {
+      for (int64_t k = 0; k < terms; k += 2, panel += kPanel<R>)
+        for (int64_t c = 0; c < kPanel<R>; c += kLanes<R>) {
+          Halves even, odd{};
+          std::memcpy(&even, from + k * step + c, sizeof even);
+          if (k + 1 < terms) std::memcpy(&odd, from + (k + 1) * step + c, sizeof odd);
+          store(panel + c, pair(even, odd));
+        }
+      return;
+    }
   pack_by<E>(panel, terms, [=](R* rows, int64_t k, int64_t n) { copy_rows(rows, from + k * step, step, n, columns); });
 }
 
 // The panel whose term k is from[column * step + k].
 template <class E, class S, class R>
 inline void pack_columns(R* panel, const S* from, int64_t step, int64_t terms, int64_t columns) {
+  if constexpr (kPaired<E> && std::is_same_v<S, E>)
+    if (terms % 2 == 0 && step % 2 == 0)  // pairs stand side by side, and are moved as they are
+      return copy_columns(panel, reinterpret_cast<const R*>(from), step / 2, terms / 2, columns);
   pack_by<E>(panel, terms, [=](R* rows, int64_t k, int64_t n) { copy_columns(rows, from + k, step, n, columns); });
 }
 

@@ -1,11 +1,17 @@
 // Reading and writing rows of the four storage types; arithmetic is float (double for double).
 #pragma once
 
+#include <type_traits>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include "vector.h"
 
 namespace grjca::GRJCA_ISA {
 
-struct BFloat16 {
+struct __attribute__((may_alias)) BFloat16 {  // read two at a time as operands of products
   uint16_t bits;
 };
 struct Float16 {  // not _Float16, which GCC has from 12 on only and Clang from 15
@@ -73,6 +79,68 @@ GRJCA_INLINE void narrow(float x, Float16* to) {
   const uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;           // below 2^-14
   to->bits = static_cast<uint16_t>(sign | (magnitude < 0x47800000u ? rounded : large));
 }
+
+// What J, K, V, H and C are held as between two products: what these take.
+template <class S>
+using Held = Operand<S>;
+
+// ---- vectors in bfloat16
+
+typedef uint16_t Halves __attribute__((vector_size(GRJCA_VECTOR_BYTES / 2)));
+
+GRJCA_INLINE Vector<float> widen(Halves x) { return (Vector<float>)(__builtin_convertvector(x, Words) << 16); }
+GRJCA_INLINE Halves narrow(Vector<float> x) {
+#ifdef __AVX512BF16__
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = (Words)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? Words{} + 0x7FC0 : rounded, Halves);
+#endif
+}
+
+GRJCA_INLINE Vector<float> load(const BFloat16* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return widen(x);
+}
+GRJCA_INLINE Vector<float> load_some(const BFloat16* from, int64_t count) {
+  if (count >= kLanes<float>) return load(from);
+  Halves x{};
+  std::memcpy(&x, from, count * sizeof(BFloat16));
+  return widen(x);
+}
+GRJCA_INLINE void store(BFloat16* to, Vector<float> x) {
+  const Halves rounded = narrow(x);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+GRJCA_INLINE void store_some(BFloat16* to, Vector<float> x, int64_t count) {
+  if (count >= kLanes<float>) return store(to, x);
+  const Halves rounded = narrow(x);
+  std::memcpy(to, &rounded, count * sizeof(BFloat16));
+}
+
+// x as it comes back from where it is held
+template <class H, class R>
+GRJCA_INLINE Vector<R> rounded(Vector<R> x) {
+  if constexpr (std::is_same_v<H, BFloat16>)
+    return widen(narrow(x));
+  else
+    return x;
+}
+
+// A vector of R from consecutive elements of any storage type.
+template <class R, class S>
+GRJCA_INLINE Vector<R> load_wide(const S* from) {
+  if constexpr (std::is_same_v<S, R> || std::is_same_v<S, BFloat16>) {
+    return load(from);
+  } else {
+    R row[kLanes<R>];
+    for (int i = 0; i < kLanes<R>; ++i) row[i] = widen(from[i]);
+    return load(row);
+  }
+}
+
+// ---- rows
 
 template <class S, class R>
 GRJCA_INLINE void load_row(R* to, const S* from, int64_t step, int64_t n) {

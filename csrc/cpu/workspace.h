@@ -73,10 +73,11 @@ struct TaskList {
 };
 
 // Sums over the rows of a batch are taken in blocks of at most kTerms rows of the same group of samples, and the blocks
-// added one after another: rounding grows with neither, and the order is that of the batch, however it is cut up.
-constexpr int64_t kTerms = 256;
+// added one after another: rounding grows with neither, and the order is that of the batch, however it is cut up. A
+// group has about kGroup rows.
+constexpr int64_t kTerms = 512, kGroup = 256;
 
-inline int64_t samples_per_group(const Problem& p) { return larger(1, kTerms / p.length); }
+inline int64_t samples_per_group(const Problem& p) { return larger(1, kGroup / p.length); }
 
 // How a batch is shared out. It is walked in chunks, and a chunk in units, each the work of one of `workers` threads
 // from the first equation to the last; where there are too few groups of samples to keep all threads busy, a unit is a
@@ -88,7 +89,7 @@ struct Split {
   // bytes_shared: of a sample in a chunk; bytes_private: of a sample in a unit.
   static Split plan(const Problem& p, int64_t bytes_shared, int64_t bytes_private, int threads) {
     const int64_t group = samples_per_group(p), groups = blocks(p.batch, group);
-    const int64_t budget = (int64_t{8} + 4 * threads) << 20;
+    const int64_t budget = (int64_t{32} + 4 * threads) << 20;
     if (groups >= 4 * threads || (groups && groups % threads == 0)) {
       const int64_t round = group * threads;
       const int64_t rounds = bytes_shared ? larger(1, budget / (bytes_shared * round)) : p.batch;

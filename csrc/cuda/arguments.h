@@ -12,7 +12,7 @@ constexpr int kSharing = 2;        // blocks of a multiprocessor: one computes w
 constexpr int kTile = 128;         // most rows and columns of a tile
 constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of so many rows
 constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
-constexpr int kMaxParameters = kMaxIterations * 2 * (3 * kMaxModalities + 1) + 2 * kMaxModalities * kMaxGates;
+constexpr int kMaxParameters = ParameterIndex::kMost;
 
 // Activations of the workspace, [samples, frames, d] each; where one is dead, another may stand.
 struct Slots {
