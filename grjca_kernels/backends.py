@@ -25,8 +25,8 @@ class Backend:
     does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill what they are given, for at
     least one sample; the reference has none, because it is PyTorch code that autograd differentiates. What is
     ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verdicts` passes;
-    ``checking`` says how long that takes for a dtype. ``held(dtype)`` are the bytes of an element of what it keeps for a
-    backward beside X^t (keeping.py); None where it keeps nothing.
+    ``checking`` says how long that takes for a dtype. ``held(dtype)`` says how many bytes an element takes
+    of what it keeps for a backward beside X^t (keeping.py); it is None where nothing is kept.
     """
 
     name: str

@@ -43,8 +43,11 @@ def instruction_set(name: str) -> Iterator[None]:
 
 @contextmanager
 def phase_times() -> Iterator[Any]:
-    """Measure the calls within a ``with`` block. ``.seconds`` of what it yields are those that the threads spent in each
-    phase, together; where threads share a phase, those of the one that waits for the others."""
+    """Measure the calls within a ``with`` block: what it yields has the ``seconds`` of each phase.
+
+    They are those of all threads together where each works on samples of its own, and else those that pass until all
+    threads are done.
+    """
     token = _times.set(times := native.library.PhaseTimes())
     try:
         yield times

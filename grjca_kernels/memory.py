@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,10 +37,8 @@ def take(size: int) -> Tensor:
 def _new(size: int) -> mmap.mmap:
     block = mmap.mmap(-1, -(-size // STEP) * STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a system without large pages
             block.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a system without large pages
-            pass
     return block
 
 
@@ -57,8 +56,6 @@ def _again(size: int) -> mmap.mmap | None:
 
 def _give_back(block: mmap.mmap) -> None:
     _unused.append(block)
-    while sum(map(len, _unused)) > MOST:
-        try:
+    with suppress(IndexError):  # another thread was faster
+        while sum(map(len, _unused)) > MOST:
             _unused.pop(0)
-        except IndexError:
-            break

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from grjca_kernels import problem as problems
 from grjca_kernels import recognition, reference, released
 from grjca_kernels.backends import CHOICES
-from grjca_kernels.keeping import CHOICES as KEEP
 from grjca_kernels.functional import NO_SCRIPT, gated_rjca, refuse_tracing
 from grjca_kernels.gates import ScoreGate, TemporalGate, mix
+from grjca_kernels.keeping import CHOICES as KEEP
 from grjca_kernels.problem import Gates, Layer
 from grjca_kernels.projections import Gathered, as_linear
 

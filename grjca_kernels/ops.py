@@ -125,7 +125,7 @@ def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _result_shapes(problem: Problem, concat: bool, return_gates: bool) -> list[tuple[int, ...]]:
-    """Of the outputs, of the iterates, and of the gate values. What is kept comes last, in bytes, and has no gradient."""
+    """Of the outputs, of the iterates, and of the gate values."""
     frames, width = (problem.batch, problem.length), problem.width
     ways = sum(problem.gate_ways) if return_gates else 0
     shapes = [(*frames, d_m) for d_m in ((width,) if concat else problem.widths)]
@@ -136,8 +136,10 @@ def _new_results(wanted: Wanted, like: Tensor) -> list[Tensor]:
     problem = wanted.problem
     results = [like.new_empty(shape) for shape in _result_shapes(problem, wanted.concat, wanted.return_gates)]
     if problem.keep:
-        item = TABLE[wanted.backend].held(like.dtype)
-        size = keeping.kept_bytes(problem, item)
+        held = TABLE[wanted.backend].held
+        if held is None:
+            raise ValueError(f"keep: backend {wanted.backend!r} keeps X^t alone, got {problem.keep} instead of 0.")
+        size = keeping.kept_bytes(problem, held(like.dtype))
         results.append(memory.take(size) if wanted.directly else like.new_empty(size, dtype=torch.uint8))
     return results
 
@@ -220,11 +222,10 @@ def _backward_now(
 
 def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Tensor, like: Tensor) -> None:
     """Refuse gradients, and iterates, that are not those of the results."""
-    shapes, keeps = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates), bool(wanted.problem.keep)
-    if len(grads) != len(shapes) + keeps or (keeps and grads[-1] is not None):
-        raise ValueError(
-            f"grads: expected {len(shapes)} of them or None, one for each result{', and None' * keeps}, got {len(grads)}."
-        )
+    shapes = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates)
+    count = len(shapes) + bool(wanted.problem.keep)  # what is kept comes last, and has no gradient
+    if len(grads) != count:
+        raise ValueError(f"grads: expected {count} of them or None, one for each result, got {len(grads)}.")
     named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=False))]
     named.append(("iterates", iterates, shapes[1 if wanted.concat else len(wanted.problem.widths)]))
     for name, x, shape in named:
@@ -345,7 +346,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class GatedRJCA(_OnceDifferentiable):
-    """The forward, with the backward as its gradient. Saves the arguments and the iterates only."""
+    """The forward, with the backward as its gradient. Saves the arguments, the iterates and what is to be kept."""
 
     @staticmethod
     def forward(wanted, lengths, seed, *tensors):
