@@ -4,8 +4,10 @@
 // A task waits (kTask or kFrame clocks until its pipeline is full and its sums are out, and kTrip for each time that it
 // needs something from L2 before it can go on), and it works: as long as the slowest of tensor cores, L2 and tanh
 // takes, at the rates of a whole multiprocessor. Two blocks of a multiprocessor wait at the same time, and work one
-// after another. A phase lasts as long as its busiest multiprocessor, and then comes a barrier. No GPU has confirmed
-// the constants: they are those of an H200 in kernels.md, which says where each is from.
+// after another. A phase lasts as long as its busiest multiprocessor, and then comes a barrier. Operands that are
+// copied by 8 bytes, as W_k of 300 frames is, count like those by 16: the bytes are the same, and L2 takes longer to
+// bring them than the multiprocessor takes to ask twice. No GPU has confirmed the constants: they are those of an H200
+// in kernels.md, which says where each is from.
 #pragma once
 
 #include <algorithm>

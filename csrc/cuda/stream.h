@@ -73,7 +73,7 @@ GRJCA_DEVICE void load_frames(const Thread& me, T* to, const Matrix<T>& from, in
     const int line = i / kChunks, chunk = i % kChunks * kChunk;
     const T* const row = line < frames ? block.at(line) : nullptr;
     T* const place = to + line * kFrameLine<kColumns> + chunk;
-    const int n = row ? least(columns - chunk, kChunk) : 0;
+    const int n = row && chunk < columns ? least(columns - chunk, kChunk) : 0;
     copy_pieces(place, n > 0 ? row + chunk : block.data, n, bytes);
   }
 }
