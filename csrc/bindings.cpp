@@ -255,8 +255,8 @@ struct CudaLaunch {
   Problem p;
   cuda::Launch launch;
 
-  CudaLaunch(const Problem& problem, bool tf32, bool backward, bool weights, int resident)
-      : p(problem), launch(problem, tf32, backward, weights, resident) {}
+  CudaLaunch(const Problem& problem, bool tf32, bool backward, bool weights, int resident, int sharing)
+      : p(problem), launch(problem, tf32, backward, weights, {resident, sharing}) {}
 };
 
 cuda::Resources resources(const Read& read, const Device& device, bool together) {
@@ -289,7 +289,8 @@ void define_cuda(py::module_& module) {
   module.def(
       "cuda_resident",
       [](const std::string& dtype, bool tf32, bool backward, int device) {
-        return cuda::resident(dtype_of(dtype), tf32, backward, device);
+        const cuda::Resident resident = cuda::resident(dtype_of(dtype), tf32, backward, device);
+        return std::pair(resident.blocks, resident.sharing);
       },
       py::arg("dtype"), py::arg("tf32"), py::arg("backward"), py::arg("device"));
   py::class_<cuda::PhaseCost>(module, "PhaseCost")
@@ -313,8 +314,8 @@ void define_cuda(py::module_& module) {
       py::arg("multiprocessors"), py::arg("chunk"), py::arg("rows"), py::arg("columns"), py::arg("tile_weights"),
       py::arg("parts"), py::arg("key_parts"));
   py::class_<CudaLaunch>(module, "CudaLaunch")
-      .def(py::init<const Problem&, bool, bool, bool, int>(), py::kw_only(), py::arg("problem"), py::arg("tf32"),
-           py::arg("backward"), py::arg("weights"), py::arg("resident"))
+      .def(py::init<const Problem&, bool, bool, bool, int, int>(), py::kw_only(), py::arg("problem"), py::arg("tf32"),
+           py::arg("backward"), py::arg("weights"), py::arg("resident"), py::arg("sharing"))
       .def_property_readonly("workspace_bytes", [](const CudaLaunch& of) { return of.launch.workspace_bytes(); })
       .def("plan",
            [](const CudaLaunch& of) {
@@ -344,7 +345,7 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   module.doc() =
       "Native kernels of grjca_kernels. Internal: called by grjca_kernels.native, cpu and cuda, which own every check.";
-  module.attr("interface") = 4;  // of native.py
+  module.attr("interface") = 5;  // of native.py
   py::class_<Problem>(module, "Problem").def(py::init(&problem));
   module.def("instruction_sets", [] {
     std::vector<std::string> names;

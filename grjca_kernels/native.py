@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grjca_kernels.problem import Problem
 
-INTERFACE = 4
+INTERFACE = 5
 """Of csrc/bindings.cpp: an editable install notices by it that its Python files have moved on."""
 
 library: Any = None

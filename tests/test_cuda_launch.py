@@ -209,13 +209,40 @@ def test_plans_at_the_corners(widths, batch, length, backward):
 
 @needs_nvcc
 def test_a_plan_that_cannot_be_is_refused():
-    for change, dtype, resident, said in (
-        ({"batch": 0}, torch.float32, 3, "at least one sample"),
-        ({}, torch.float32, 0, "at least one block"),
-        ({}, torch.float64, 3, "no float64"),
+    for change, dtype, resident, sharing, said in (
+        ({"batch": 0}, torch.float32, 3, 2, "at least one sample"),
+        ({}, torch.float32, 0, 2, "at least one block"),
+        ({}, torch.float32, 3, 0, "at least one block"),
+        ({}, torch.float64, 3, 2, "no float64"),
     ):
         with pytest.raises(ValueError, match=said):
-            cuda.plan(replace(PROBLEM, **change), dtype, resident, tf32=False, backward=False, weights=False)
+            cuda.plan(replace(PROBLEM, **change), dtype, resident, sharing, tf32=False, backward=False, weights=False)
+
+
+HEADLINE = Problem(12, 300, (256, 128), 2, "flat", "released", 0.1, 0.1, True, False)
+
+
+@needs_nvcc
+@mark.parametrize("backward", [False, True])
+def test_blocks_that_have_a_multiprocessor_to_themselves_cost_less(backward):
+    """As on sm_86 and sm_89, whose shared memory holds one block; there are then as many multiprocessors as blocks."""
+
+    def costs(resident, sharing):
+        launch = cuda.plan(HEADLINE, torch.bfloat16, resident, sharing, tf32=False, backward=backward, weights=backward)
+        return sum(row.times * row.microseconds for row in launch.table())
+
+    assert costs(84, 1) < 0.8 * costs(84, 2), "84 multiprocessors, and 42"
+    assert costs(168, 2) < costs(84, 1), "two blocks of a multiprocessor wait at the same time"
+    assert costs(1, 1) == costs(1, 2), "there is one multiprocessor either way"
+
+
+def test_a_launch_is_planned_for_the_device_that_was_asked(monkeypatch):
+    planned = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_resident", lambda *of: (84, 1))
+    monkeypatch.setattr(cuda, "plan", lambda problem, dtype, *blocks, **options: planned.append(blocks))
+    cuda._launch.__wrapped__(PROBLEM, torch.float32, False, 0, False, False)
+    assert planned == [(84, 1)]
 
 
 # ---- what is launched; the device is pretended

@@ -8,7 +8,7 @@
 namespace grjca::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kSharing = 2;        // blocks of a multiprocessor: one computes while the other waits
+constexpr int kSharing = 2;        // blocks of a multiprocessor, if they fit: one computes while the other waits
 constexpr int kTile = 128;         // most rows and columns of a tile
 constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of so many rows
 constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
