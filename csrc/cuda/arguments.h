@@ -44,6 +44,7 @@ struct Plan {
   int blocks, teams, team_blocks;  // a team of blocks walks through its samples alone, `chunk` of them at a time
   int chunk, chunks, frames;       // frames: L rounded up to kRowGroup
   int tile_weights;
+  int key_samples;  // that a task of K takes; 0 where C is stored, as it then takes a part of one
   bool streamed;
   bool backward;
   int phases, steps;  // of an iteration, and of one chunk of a team

@@ -238,6 +238,7 @@ std::vector<std::pair<const char*, int64_t>> Launch::numbers() const {
       GRJCA_NUMBER(chunks),
       GRJCA_NUMBER(frames),
       GRJCA_NUMBER(tile_weights),
+      GRJCA_NUMBER(key_samples),
       GRJCA_NUMBER(streamed),
       GRJCA_NUMBER(phases),
       GRJCA_NUMBER(steps),

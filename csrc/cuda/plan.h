@@ -57,6 +57,8 @@ inline void share_out(Plan& plan, const Problem& p, const Target& target, int ch
   plan.teams = plan.backward ? 1 : static_cast<int>(std::min<int64_t>(most, std::min(plan.chunks, target.resident)));
   plan.team_blocks = target.resident / plan.teams;
   plan.blocks = plan.teams * plan.team_blocks;
+  if (plan.streamed)  // about one such task for every block
+    plan.key_samples = tiles(chunk * modality_tiles(plan, p.modalities, kKeyColumns), plan.team_blocks);
 }
 
 // f(index of a parameter, its elements) for all of them.
