@@ -229,8 +229,13 @@ def both_passes(backend: str, frames: int, gating: str, batch: int, dtype: torch
 def held_to(resident: int) -> Iterator[None]:
     """CUDA C++ launches of at most so many blocks. Asking how many there might be also prepares the kernel."""
     ask = cuda._resident
+
+    def held(*of: Any) -> tuple[int, int]:
+        blocks, sharing = ask(*of)
+        return min(resident, blocks), sharing
+
     cuda._launch.cache_clear()
-    with patch.object(cuda, "_resident", lambda *of: min(resident, ask(*of))):
+    with patch.object(cuda, "_resident", held):
         yield
     cuda._launch.cache_clear()
 

@@ -267,8 +267,8 @@ struct CudaLaunch {
   Problem p;
   cuda::Launch launch;
 
-  CudaLaunch(const Problem& problem, bool tf32, bool backward, bool weights, int resident)
-      : p(problem), launch(problem, tf32, backward, weights, resident) {}
+  CudaLaunch(const Problem& problem, bool tf32, bool backward, bool weights, int resident, int sharing)
+      : p(problem), launch(problem, tf32, backward, weights, {resident, sharing}) {}
 };
 
 cuda::Resources resources(const Read& read, const Device& device, bool together) {
@@ -301,7 +301,8 @@ void define_cuda(py::module_& module) {
   module.def(
       "cuda_resident",
       [](const std::string& dtype, bool tf32, bool backward, int device) {
-        return cuda::resident(dtype_of(dtype), tf32, backward, device);
+        const cuda::Resident resident = cuda::resident(dtype_of(dtype), tf32, backward, device);
+        return std::pair(resident.blocks, resident.sharing);
       },
       py::arg("dtype"), py::arg("tf32"), py::arg("backward"), py::arg("device"));
   py::class_<cuda::PhaseCost>(module, "PhaseCost")
@@ -325,8 +326,8 @@ void define_cuda(py::module_& module) {
       py::arg("multiprocessors"), py::arg("chunk"), py::arg("rows"), py::arg("columns"), py::arg("tile_weights"),
       py::arg("parts"), py::arg("key_parts"));
   py::class_<CudaLaunch>(module, "CudaLaunch")
-      .def(py::init<const Problem&, bool, bool, bool, int>(), py::kw_only(), py::arg("problem"), py::arg("tf32"),
-           py::arg("backward"), py::arg("weights"), py::arg("resident"))
+      .def(py::init<const Problem&, bool, bool, bool, int, int>(), py::kw_only(), py::arg("problem"), py::arg("tf32"),
+           py::arg("backward"), py::arg("weights"), py::arg("resident"), py::arg("sharing"))
       .def_property_readonly("workspace_bytes", [](const CudaLaunch& of) { return of.launch.workspace_bytes(); })
       .def("plan",
            [](const CudaLaunch& of) {

@@ -150,8 +150,12 @@ struct Resources {
 
 std::string why_not();  // why the CUDA runtime cannot work here; empty if it can
 
-// Blocks of a kernel that a device can hold at once. To be asked before the first launch there: it prepares the kernel.
-int resident(Dtype, bool tf32, bool backward, int device);
+// Blocks of a kernel that a device can hold at once, and of them on one multiprocessor.
+struct Resident {
+  int blocks, sharing;
+};
+// To be asked before the first launch on a device: it prepares the kernel.
+Resident resident(Dtype, bool tf32, bool backward, int device);
 
 // What a phase costs by the model of cuda/costs.h, which no GPU has confirmed.
 struct PhaseCost {
@@ -173,7 +177,7 @@ std::vector<PhaseCost> table(const Problem&, bool backward, bool weights, const 
 // How problems of one kind are computed, in one direction: a pure function of what it is made from.
 class Launch {
  public:
-  Launch(const Problem&, bool tf32, bool backward, bool weights, int resident);
+  Launch(const Problem&, bool tf32, bool backward, bool weights, const Resident&);
   size_t workspace_bytes() const;
   std::vector<std::pair<const char*, int64_t>> numbers() const;  // of the plan, for tests
   std::vector<PhaseCost> table() const;

@@ -110,19 +110,26 @@ def launch_of(call: Call, *, backward: bool, weights: bool) -> CudaLaunch:
 @functools.lru_cache(maxsize=512)
 def _launch(problem: Problem, dtype: torch.dtype, tf32: bool, device: int, backward: bool, weights: bool) -> CudaLaunch:
     with torch.cuda.device(device):
-        blocks = _resident(dtype, tf32, backward, device)
-    return plan(problem, dtype, blocks, tf32=tf32, backward=backward, weights=weights)
+        blocks, sharing = _resident(dtype, tf32, backward, device)
+    return plan(problem, dtype, blocks, sharing, tf32=tf32, backward=backward, weights=weights)
 
 
 @functools.cache
-def _resident(dtype: torch.dtype, tf32: bool, backward: bool, device: int) -> int:
+def _resident(dtype: torch.dtype, tf32: bool, backward: bool, device: int) -> tuple[int, int]:
+    """Blocks that the device can hold at once, and how many of them share a multiprocessor."""
     return native.library.cuda_resident(str(dtype).removeprefix("torch."), tf32, backward, device)
 
 
 def plan(
-    problem: Problem, dtype: torch.dtype, resident: int, *, tf32: bool, backward: bool, weights: bool
+    problem: Problem, dtype: torch.dtype, resident: int, sharing: int = 2, *, tf32: bool, backward: bool, weights: bool
 ) -> CudaLaunch:
-    """The launch for a problem on a device that holds ``resident`` blocks at once. Needs no device."""
+    """The launch for a problem on a device that holds ``resident`` blocks at once, ``sharing`` of them on a
+    multiprocessor. Needs no device."""
     return native.library.CudaLaunch(
-        problem=native.problem_of(problem, dtype), tf32=tf32, backward=backward, weights=weights, resident=resident
+        problem=native.problem_of(problem, dtype),
+        tf32=tf32,
+        backward=backward,
+        weights=weights,
+        resident=resident,
+        sharing=sharing,
     )

@@ -146,6 +146,12 @@ def check_plan(problem: Problem, p: dict[str, int], precision: str, resident: in
     assert rounds == -(-p["chunks"] // p["teams"]) and rest == (backward and p["parts"] > 0)
     assert p["teams"] == 1 or not backward
     assert p["steps"] >= problem.iterations * p["phases"] + 2
+    # With few frames, a task of K takes several samples, so that there is about one such task for every block.
+    assert (p["key_samples"] > 0) == bool(p["streamed"]) == (problem.length <= 32)
+    if p["streamed"]:
+        of_columns = sum(up(width, 128) // 128 for width in problem.widths)
+        samples = up(p["chunk"], p["key_samples"]) // p["key_samples"]
+        assert of_columns * samples < p["team_blocks"] + of_columns
     # Regions of the workspace: one after another, aligned for copies of 16 bytes, all inside.
     rows = p["chunk"] * p["frames"]
     ways = rows * len(problem.widths) * sum(problem.gate_ways)
@@ -209,13 +215,40 @@ def test_plans_at_the_corners(widths, batch, length, backward):
 
 @needs_nvcc
 def test_a_plan_that_cannot_be_is_refused():
-    for change, dtype, resident, said in (
-        ({"batch": 0}, torch.float32, 3, "at least one sample"),
-        ({}, torch.float32, 0, "at least one block"),
-        ({}, torch.float64, 3, "no float64"),
+    for change, dtype, resident, sharing, said in (
+        ({"batch": 0}, torch.float32, 3, 2, "at least one sample"),
+        ({}, torch.float32, 0, 2, "at least one block"),
+        ({}, torch.float32, 3, 0, "at least one block"),
+        ({}, torch.float64, 3, 2, "no float64"),
     ):
         with pytest.raises(ValueError, match=said):
-            cuda.plan(replace(PROBLEM, **change), dtype, resident, tf32=False, backward=False, weights=False)
+            cuda.plan(replace(PROBLEM, **change), dtype, resident, sharing, tf32=False, backward=False, weights=False)
+
+
+HEADLINE = Problem(12, 300, (256, 128), 2, "flat", "released", 0.1, 0.1, True, False)
+
+
+@needs_nvcc
+@mark.parametrize("backward", [False, True])
+def test_blocks_that_have_a_multiprocessor_to_themselves_cost_less(backward):
+    """As on sm_86 and sm_89, whose shared memory holds one block; there are then as many multiprocessors as blocks."""
+
+    def costs(resident, sharing):
+        launch = cuda.plan(HEADLINE, torch.bfloat16, resident, sharing, tf32=False, backward=backward, weights=backward)
+        return sum(row.times * row.microseconds for row in launch.table())
+
+    assert costs(84, 1) < 0.8 * costs(84, 2), "84 multiprocessors, and 42"
+    assert costs(168, 2) < costs(84, 1), "two blocks of a multiprocessor wait at the same time"
+    assert costs(1, 1) == costs(1, 2), "there is one multiprocessor either way"
+
+
+def test_a_launch_is_planned_for_the_device_that_was_asked(monkeypatch):
+    planned = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_resident", lambda *of: (84, 1))
+    monkeypatch.setattr(cuda, "plan", lambda problem, dtype, *blocks, **options: planned.append(blocks))
+    cuda._launch.__wrapped__(PROBLEM, torch.float32, False, 0, False, False)
+    assert planned == [(84, 1)]
 
 
 # ---- what is launched; the device is pretended
@@ -272,7 +305,7 @@ def test_what_a_forward_at_the_headline_shape_costs_by_count():
     for batch, length, widths, backward, most in (
         (12, 300, (256, 128), False, 100),
         (12, 300, (256, 128), True, 332),
-        (128, 16, (512, 512), False, 240),
+        (128, 16, (512, 512), False, 232),
     ):
         gating = "none" if length == 16 else "flat"
         problem = Problem(batch, length, widths, 2, gating, "released", 0.1, 0.1, length != 16, False)

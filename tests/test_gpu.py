@@ -475,7 +475,12 @@ def too_many_blocks(backend, monkeypatch):
     """Launches of more blocks than the GPU can hold at once, as where another process holds a part of it."""
     if backend == "cuda":
         resident = cuda._resident
-        monkeypatch.setattr(cuda, "_resident", lambda *of: 8 * resident(*of))
+
+        def too_many(*of: Any) -> tuple[int, int]:
+            blocks, sharing = resident(*of)
+            return 8 * blocks, sharing
+
+        monkeypatch.setattr(cuda, "_resident", too_many)
         cuda._launch.cache_clear()
         yield
         cuda._launch.cache_clear()

@@ -8,7 +8,7 @@
 namespace grjca::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kSharing = 2;        // blocks of a multiprocessor: one computes while the other waits
+constexpr int kSharing = 2;        // blocks of a multiprocessor, if they fit: one computes while the other waits
 constexpr int kTile = 128;         // most rows and columns of a tile
 constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of so many rows
 constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
@@ -44,6 +44,7 @@ struct Plan {
   int blocks, teams, team_blocks;  // a team of blocks walks through its samples alone, `chunk` of them at a time
   int chunk, chunks, frames;       // frames: L rounded up to kRowGroup
   int tile_weights;
+  int key_samples;  // that a task of K takes; 0 where C is stored, as it then takes a part of one
   bool streamed;
   bool backward;
   int phases, steps;  // of an iteration, and of one chunk of a team

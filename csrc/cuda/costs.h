@@ -4,8 +4,10 @@
 // A task waits (kTask or kFrame clocks until its pipeline is full and its sums are out, and kTrip for each time that it
 // needs something from L2 before it can go on), and it works: as long as the slowest of tensor cores, L2 and tanh
 // takes, at the rates of a whole multiprocessor. Two blocks of a multiprocessor wait at the same time, and work one
-// after another. A phase lasts as long as its busiest multiprocessor, and then comes a barrier. No GPU has confirmed
-// the constants: they are those of an H200 in kernels.md, which says where each is from.
+// after another. A phase lasts as long as its busiest multiprocessor, and then comes a barrier. Operands that are
+// copied by 8 bytes, as W_k of 300 frames is, count like those by 16: the bytes are the same, and L2 takes longer to
+// bring them than the multiprocessor takes to ask twice. No GPU has confirmed the constants: they are those of an H200
+// in kernels.md, which says where each is from.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +105,12 @@ class Phases {
       case Phase::project:
         if (p_.projected) groups.rows_product(row_tiles * column_tiles, chunk_rows, width);
         each_modality([&](int m, int d) { groups.rows_product(row_tiles * columns_of(m), chunk_rows, d); });
-        each_modality([&](int m, int) { groups.rows_product(frame_tiles * columns_of(m), length, length); });
+        each_modality([&](int m, int d) {
+          if (plan_.key_samples > 0)
+            groups.keys(tiles(d, kKeyColumns), least(kKeyColumns, d));
+          else
+            groups.rows_product(frame_tiles * columns_of(m), length, length);
+        });
         if (plan_.backward) groups.frames(2, 3, 2);
         break;
       case Phase::correlate:
@@ -204,6 +211,14 @@ class Phases {
               {least(size, outputs), least(size, inputs)}, {plan.parts > 0, false}, 4);
       if (of.p_.released)
         add(tiles(outputs, size) * parts, kTask, 0, least(size, outputs) * terms / parts * of.bytes_, 0, 1);
+    }
+    // Adds tasks of so many columns of K, for several samples each.
+    void keys(double tiles_of_columns, double columns) {
+      const int at_once = of.plan_.key_samples, tasks = tiles(of.s_, at_once);
+      const double samples = static_cast<double>(of.s_) / tasks, frames = of.plan_.frames;
+      const double length = static_cast<double>(of.p_.length);
+      add(tiles_of_columns * tasks, kTask, samples * frames * frames * columns,
+          (2 * samples * columns + length) * length * of.bytes_, 0, 0);
     }
     // Adds tasks of kStreamRows rows of C and `width` columns. Each element enters so many products with every frame,
     // and a task reads the columns of every frame `reads` times.

@@ -209,9 +209,10 @@ GRJCA_DEVICE void linear_task(const Common& a, const Team& team, int i, int of_j
 
 // K_m^T = (W_k X_m + b_k) / sqrt(d), absent frames 0.
 template <class T, class M>
-GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_tiles) {
+GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i) {
   const Plan& plan = a.plan;
-  const int length = static_cast<int>(a.p.length), row = i % row_tiles * team.tile.rows, s = i / row_tiles % team.count;
+  const int length = static_cast<int>(a.p.length), row_tiles = tiles(length, team.tile.rows);
+  const int row = i % row_tiles * team.tile.rows, s = i / row_tiles % team.count;
   const ModalityTile tile = modality_tile(plan, i / row_tiles / team.count, team.tile.columns);
   const int rows = least(team.tile.rows, length - row), present = frames_of(a, team.first + s);
   const int weight = index_of(a).key(team.t, tile.m), column = plan.offsets[tile.m] + tile.column;
@@ -232,7 +233,7 @@ GRJCA_DEVICE void key_task(const Common& a, const Team& team, int i, int row_til
       });
 }
 
-// All that needs only X^t: J = X W_q^T + b_q where it is projected, V_m = X_m W_v^T + b_v, and K_m.
+// J = X W_q^T + b_q where it is projected, and V_m = X_m W_v^T + b_v.
 GRJCA_DEVICE int row_tiles_of(const Common& a, const Team& team) {
   return tiles(team.count * a.plan.frames, team.tile.rows);
 }
@@ -242,18 +243,9 @@ GRJCA_DEVICE int joint_tasks(const Common& a, const Team& team) {
 GRJCA_DEVICE int linear_tasks(const Common& a, const Team& team) {
   return joint_tasks(a, team) + row_tiles_of(a, team) * modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
-GRJCA_DEVICE int project_tasks(const Common& a, const Team& team) {
-  return linear_tasks(a, team) + team.count * tiles(static_cast<int>(a.p.length), team.tile.rows) *
-                                     modality_tiles(a.plan, a.p.modalities, team.tile.columns);
-}
-
-template <class T, class M>
-GRJCA_DEVICE void project_task(const Common& a, const Team& team, int i) {
-  const int of_linear = linear_tasks(a, team);
-  if (i < of_linear)
-    linear_task<T, M>(a, team, i, joint_tasks(a, team), row_tiles_of(a, team));
-  else
-    key_task<T, M>(a, team, i - of_linear, tiles(static_cast<int>(a.p.length), team.tile.rows));
+GRJCA_DEVICE int key_tasks(const Common& a, const Team& team) {
+  return team.count * tiles(static_cast<int>(a.p.length), team.tile.rows) *
+         modality_tiles(a.plan, a.p.modalities, team.tile.columns);
 }
 
 // ---- C and H, stored

@@ -146,7 +146,7 @@ std::string why_not() {
   return "";
 }
 
-int resident(Dtype dtype, bool tf32, bool backward, int device) {
+Resident resident(Dtype dtype, bool tf32, bool backward, int device) {
   const void* const kernel = kernels_of(dtype, tf32).of(backward).address();
   int blocks = 0, multiprocessors = 0;
   check(cudaSetDevice(device), "choosing the device");
@@ -157,7 +157,7 @@ int resident(Dtype dtype, bool tf32, bool backward, int device) {
         "asking how many blocks fit");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
   if (blocks < 1) throw std::runtime_error("CUDA: no block of the kernel fits on this GPU; choose another backend.");
-  return blocks * multiprocessors;
+  return {blocks * multiprocessors, blocks};
 }
 
 std::vector<PhaseCost> described(const std::vector<planning::Row>& rows) {
@@ -184,11 +184,12 @@ struct Launch::Parts {
   int steps;
 };
 
-Launch::Launch(const Problem& p, bool tf32, bool backward, bool weights, int resident) {
+Launch::Launch(const Problem& p, bool tf32, bool backward, bool weights, const Resident& resident) {
   const Kernels& kernels = kernels_of(p.dtype, tf32);
   if (p.batch < 1) throw std::invalid_argument("batch: expected at least one sample to launch for.");
-  if (resident < 1) throw std::invalid_argument("resident: expected at least one block.");
-  const Target target{kernels.bytes, kernels.of(backward).rows, resident};
+  if (resident.blocks < 1 || resident.sharing < 1)
+    throw std::invalid_argument("resident, sharing: expected at least one block.");
+  const Target target{kernels.bytes, kernels.of(backward).rows, resident.blocks, resident.sharing};
   const Plan plan = backward ? plan_backward(p, target, weights) : plan_forward(p, target);
   const int steps =
       backward ? plan.chunks * plan.steps + (plan.parts > 0) : tiles(plan.chunks, plan.teams) * plan.steps;
@@ -237,6 +238,7 @@ std::vector<std::pair<const char*, int64_t>> Launch::numbers() const {
       GRJCA_NUMBER(chunks),
       GRJCA_NUMBER(frames),
       GRJCA_NUMBER(tile_weights),
+      GRJCA_NUMBER(key_samples),
       GRJCA_NUMBER(streamed),
       GRJCA_NUMBER(phases),
       GRJCA_NUMBER(steps),

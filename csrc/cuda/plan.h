@@ -11,9 +11,10 @@ namespace grjca::cuda {
 
 // What a plan depends on beside the problem.
 struct Target {
-  int bytes;     // of an element
-  int rows;      // of a tile, at most: Math::kRows
-  int resident;  // blocks that the device can hold at once
+  int bytes;               // of an element
+  int rows;                // of a tile, at most: Math::kRows
+  int resident;            // blocks that the device can hold at once
+  int sharing = kSharing;  // of them, on one multiprocessor
 };
 
 namespace planning {
@@ -24,7 +25,7 @@ inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline costs::Grid grid_of(const Plan& plan, const Target& target) {
   const double barrier = plan.team_blocks == 1 ? 0 : plan.teams == 1 ? costs::kGridBarrier : costs::kBarrier;
-  return {plan.team_blocks, plan.teams, tiles(target.resident, kSharing), barrier};
+  return {plan.team_blocks, plan.teams, tiles(target.resident, target.sharing), barrier};
 }
 
 inline Plan common(const Problem& p) {
@@ -56,6 +57,8 @@ inline void share_out(Plan& plan, const Problem& p, const Target& target, int ch
   plan.teams = plan.backward ? 1 : static_cast<int>(std::min<int64_t>(most, std::min(plan.chunks, target.resident)));
   plan.team_blocks = target.resident / plan.teams;
   plan.blocks = plan.teams * plan.team_blocks;
+  if (plan.streamed)  // about one such task for every block
+    plan.key_samples = tiles(chunk * modality_tiles(plan, p.modalities, kKeyColumns), plan.team_blocks);
 }
 
 // f(index of a parameter, its elements) for all of them.

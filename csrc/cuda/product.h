@@ -39,23 +39,38 @@ struct Matrix {
   }
 };
 
-// Copies n elements, at most 16 bytes, in pieces of `bytes`, with zeros up to 16 bytes.
+// Copies n elements, at most 16 bytes, with zeros up to 16 bytes, as two pieces of 8 bytes.
 template <class T>
-GRJCA_DEVICE void copy_pieces(T* to, const T* from, int n, int bytes) {
+GRJCA_DEVICE void copy_halves(T* to, const T* from, int n) {
+  constexpr int kSize = sizeof(T), kHalf = 8 / kSize;
+  copy_async<8>(to, from, least(n, kHalf) * kSize);
+  copy_async<8>(to + kHalf, from + kHalf, n > kHalf ? (n - kHalf) * kSize : 0);
+}
+
+// The same in pieces of 4 bytes, or of one element.
+template <class T>
+GRJCA_DEVICE void copy_words(T* to, const T* from, int n, int bytes) {
   const int step = bytes / static_cast<int>(sizeof(T));
   GRJCA_LOOP
   for (int k = 0; k < 16 / static_cast<int>(sizeof(T)); k += step) {
     const int here = n - k < 0 ? 0 : n - k < step ? n - k : step, valid = here * static_cast<int>(sizeof(T));
     const T* const source = here > 0 ? from + k : from;
-    if (bytes == 16)
-      copy_async<16>(to + k, source, valid);
-    else if (bytes == 8)
-      copy_async<8>(to + k, source, valid);
-    else if (sizeof(T) == 4 || bytes == 4)
+    if (sizeof(T) == 4 || bytes == 4)
       copy_async<4>(to + k, source, valid);
     else
       write_shared(to + k, here > 0 ? *source : T{});
   }
+}
+
+// The same in the largest pieces that an alignment of `bytes` allows.
+template <class T>
+GRJCA_DEVICE void copy_pieces(T* to, const T* from, int n, int bytes) {
+  if (bytes == 16)
+    copy_async<16>(to, from, n * static_cast<int>(sizeof(T)));
+  else if (bytes == 8)
+    copy_halves(to, from, n);
+  else
+    copy_words(to, from, n, bytes);
 }
 
 // One operand of a product. The lines of a tile are its rows (A) or columns (B) if the terms are contiguous, or else
@@ -148,8 +163,10 @@ struct Loader {
       each(term, [&](int i, const T* from, int n) {
         copy_async<16>(to + i * kStep * kWidth, from, n * static_cast<int>(sizeof(T)));
       });
+    } else if (bytes() == 8) {  // as rows of 300 frames are; this branch is taken once, and not for every line
+      each(term, [&](int i, const T* from, int n) { copy_halves(to + i * kStep * kWidth, from, n); });
     } else {
-      each(term, [&](int i, const T* from, int n) { copy_pieces(to + i * kStep * kWidth, from, n, bytes()); });
+      each(term, [&](int i, const T* from, int n) { copy_words(to + i * kStep * kWidth, from, n, bytes()); });
     }
   }
 };

@@ -1,5 +1,5 @@
-// C and H for few frames: C_m^T is formed 16 rows x 16 columns at a time in the registers of a warp, and goes into the
-// next product from there. All of it is transposed: rows are columns j of J, as in attention of head width L.
+// K, C and H for few frames. C_m^T is formed 16 rows x 16 columns at a time in the registers of a warp, and goes into
+// the next product from there. In both, all is transposed: rows are columns j of J, as in attention of head width L.
 #pragma once
 
 #include "iteration.h"
@@ -8,6 +8,7 @@ namespace grjca::cuda {
 
 constexpr int kStreamRows = kThreads / kWarp * 16;  // of a task
 constexpr int kStreamTile = 64;                     // columns at once
+constexpr int kKeyColumns = 2 * kStreamTile;        // of a task of K
 // In shared memory frames are lines: first one block for the rows of the task, or two, then the stages of two blocks of
 // columns each.
 template <int kColumns>
@@ -73,7 +74,7 @@ GRJCA_DEVICE void load_frames(const Thread& me, T* to, const Matrix<T>& from, in
     const int line = i / kChunks, chunk = i % kChunks * kChunk;
     const T* const row = line < frames ? block.at(line) : nullptr;
     T* const place = to + line * kFrameLine<kColumns> + chunk;
-    const int n = row ? least(columns - chunk, kChunk) : 0;
+    const int n = row && chunk < columns ? least(columns - chunk, kChunk) : 0;
     copy_pieces(place, n > 0 ? row + chunk : block.data, n, bytes);
   }
 }
@@ -91,6 +92,83 @@ GRJCA_DEVICE void load_rows(const Thread& me, typename M::A (&to)[kFrameUnits<M>
     const int frame = u * M::kUnit < lines ? u * M::kUnit : 0;  // always one, or the compiler needs memory
     to[u] = M::template load_a<Major::outer>(me, from + frame * kRowsLine + column, kRowsLine);
   }
+}
+
+// K_m^T = (W_k X_m + b_k) / sqrt(d), absent frames 0. A task takes kKeyColumns columns of plan.key_samples samples,
+// which pass through its stages one after another: a task for each would end before its pipeline is full.
+GRJCA_DEVICE int key_streamed_tasks(const Common& a, const Team& team) {
+  return modality_tiles(a.plan, a.p.modalities, kKeyColumns) * tiles(team.count, a.plan.key_samples);
+}
+
+template <class T, class M>
+GRJCA_DEVICE void key_streamed_task(const Common& a, const Team& team, int i) {
+  const Plan& plan = a.plan;
+  const Thread me = this_thread();
+  const int length = static_cast<int>(a.p.length), lines = (length + 15) / 16 * 16;
+  const int groups = tiles(team.count, plan.key_samples), first = i % groups * plan.key_samples;
+  const ModalityTile tile = modality_tile(plan, i / groups, kKeyColumns);
+  const int weight = index_of(a).key(team.t, tile.m), column = plan.offsets[tile.m] + tile.column;
+  const Matrix<T> x = state<T>(a, team, team.t);
+  const auto load = [&](int step) {
+    GRJCA_UNROLL
+    for (int h = 0; h < 2; ++h)
+      load_frames<kStreamTile>(me, columns_block<T, 1>(step, h), sample_of(x, first + step), length,
+                               column + h * kStreamTile, tile.columns - h * kStreamTile);
+  };
+  block_barrier();
+  load_frames<kStreamRows>(me, rows_block<T>(0), Matrix<T>{parameter<T>(a, weight), length}, length, 0, length);
+  float biases[kStreamFrames / 8];  // of rows g(), g() + 8, ...
+  GRJCA_UNROLL
+  for (int k = 0; k < kStreamFrames / 8; ++k) {
+    const int l = me.g() + 8 * k;
+    biases[k] = a.p.released && l < length ? widen(parameter<T>(a, weight + 1)[l]) : 0;
+  }
+  in_stages<T, 1>(least(plan.key_samples, team.count - first), load, [&](int step) {
+    constexpr int kOfWarp = kKeyColumns * kWarp / kThreads;
+    const int s = first + step, present = frames_of(a, team.first + s), mine = me.warp() * kOfWarp;
+    T* const to = slot<T>(a, team, plan.slots.key) + static_cast<int64_t>(s) * plan.frames * plan.width + column;
+    GRJCA_UNROLL
+    for (int c = mine; c < mine + kOfWarp; c += 16) {
+      const T* const columns = columns_block<T, 1>(step, c / kStreamTile) + c % kStreamTile;
+      GRJCA_UNROLL
+      for (int f = 0; f < kStreamFrames; f += 16)
+        if (f < lines) {
+          const float b0 = biases[f / 8], b1 = biases[f / 8 + 1];  // where the sums begin
+          float left[4] = {b0, b0, b1, b1}, right[4] = {b0, b0, b1, b1};
+          GRJCA_UNROLL
+          for (int u = 0; u < kStreamFrames; u += M::kUnit)
+            if (u < lines) {
+              const typename M::A w =
+                  M::template load_a<Major::terms>(me, rows_block<T>(0) + f * kRowsLine + u, kRowsLine);
+              const typename M::B b = M::template load_b<Major::outer>(me, columns + u * kStreamLine, kStreamLine);
+              M::add(left, w, b, 0);
+              M::add(right, w, b, 1);
+            }
+          each_pair(me, f, c, left, right, [&](int l, int of_tile, float x0, float x1) {
+            if (l >= length || of_tile >= tile.columns) return;
+            const bool exists = l < present;
+            store_pair(to + static_cast<int64_t>(l) * plan.width + of_tile, exists ? x0 * plan.key_scale : 0,
+                       exists ? x1 * plan.key_scale : 0, of_tile + 1 < tile.columns);
+          });
+        }
+    }
+  });
+}
+
+// All that needs only X^t: J, V and K.
+GRJCA_DEVICE int project_tasks(const Common& a, const Team& team) {
+  return linear_tasks(a, team) + (a.plan.streamed ? key_streamed_tasks(a, team) : key_tasks(a, team));
+}
+
+template <class T, class M>
+GRJCA_DEVICE void project_task(const Common& a, const Team& team, int i) {
+  const int of_linear = linear_tasks(a, team);
+  if (i < of_linear)
+    linear_task<T, M>(a, team, i, joint_tasks(a, team), row_tiles_of(a, team));
+  else if (a.plan.streamed)
+    key_streamed_task<T, M>(a, team, i - of_linear);
+  else
+    key_task<T, M>(a, team, i - of_linear);
 }
 
 GRJCA_DEVICE int attend_tasks(const Common& a, const Team& team) {

@@ -1,6 +1,7 @@
 // Index arithmetic of the kernels: that what a warp reads or writes at once lies in different banks of shared memory,
 // and that tiles and parts cover everything once.
 #include <cstdio>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -72,6 +73,30 @@ void check_banks() {
              kStageBytes >= kTerms<float> * kLine<float, Major::outer> * 4,
          "a stage holds either layout");
   expect(kTile * kSumsLine * 4 <= kSharedBytes, "shared memory holds the sums of a tile");
+}
+
+// In whatever pieces an alignment allows, n elements are copied, and zeros up to 16 bytes.
+template <class T>
+void check_copies(const std::string& what) {
+  constexpr int kSize = sizeof(T), kChunk = 16 / kSize;
+  for (int bytes = 16; bytes >= kSize; bytes /= 2)
+    for (int n = 0; n <= kChunk; ++n) {
+      // `bytes` is all that the address is a multiple of, and nothing stands behind the last element.
+      std::vector<char> memory(bytes % 16 + n * kSize);
+      std::iota(memory.begin(), memory.end(), 1);
+      const auto address = reinterpret_cast<uintptr_t>(memory.data()) + bytes % 16;
+      const T* const from = reinterpret_cast<const T*>(address);
+      lanes::run({1, kThreads, 16 * kThreads, 0}, [&] {
+        const Thread me = this_thread();
+        T* const to = reinterpret_cast<T*>(shared_memory()) + me.index * kChunk;
+        copy_pieces(to, from, n, bytes);
+        copy_commit();
+        copy_wait<0>();
+        for (int i = 0; i < kChunk; ++i)
+          expect(bits_of(read_shared(to + i)) == (i < n ? bits_of(from[i]) : 0),
+                 what + ": " + std::to_string(n) + " elements by " + std::to_string(bytes) + " bytes");
+      });
+    }
 }
 
 Problem problem_of(int batch, int length, std::vector<int> widths, int iterations, Gating gating) {
@@ -183,6 +208,8 @@ void check_plans() {
 int main() {
   try {
     check_banks();
+    check_copies<BFloat16>("16-bit");
+    check_copies<float>("float");
     check_plans();
   } catch (const std::exception& error) {
     std::printf("check_layout: %s\n", error.what());
