@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grjca_kernels import memory, native
 from grjca_kernels.call import Call, Gradients
+from grjca_kernels.problem import Problem
 
 _instruction_set: ContextVar[str | None] = ContextVar("grjca_instruction_set", default=None)
 _times: ContextVar[Any] = ContextVar("grjca_phase_times", default=None)
@@ -78,6 +79,17 @@ def backward(call: Call, gradients: Gradients) -> None:
 def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str | None, Any]]:
     """The problem in the library's words; a workspace, the number of threads, the instruction set, and a clock."""
     problem = native.problem_of(call.problem, call.features[0].dtype)
-    threads, isa = torch.get_num_threads(), _instruction_set.get()
+    threads, isa = _threads(call.problem), _instruction_set.get()
     workspace = memory.take(native.library.cpu_workspace(problem, backward, threads, isa))
     return problem, (workspace, threads, isa, _times.get())
+
+
+FOR_A_THREAD = 1 << 22
+"""Multiply-adds that a thread is worth waking for: a tenth of a millisecond. Each is one more to wait for, and on a
+machine with other work that may take long."""
+
+
+def _threads(problem: Problem) -> int:
+    """As PyTorch is set, or fewer where there is little to do. Results do not depend on it."""
+    work = problem.batch * problem.length * problem.width * (problem.width + problem.length) * problem.iterations
+    return min(torch.get_num_threads(), 1 + work // FOR_A_THREAD)

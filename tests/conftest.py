@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks while it is imported, and the next line may do that
 
 from grjca.measure import threads
+from grjca_kernels import cpu
 
 LONGEST = ("test_triton_compiled.py", "test_triton.py", "test_train.py", "test_cuda.py")
 """Files that take minutes. They begin first, or the last one of them would go on while all other processes are idle."""
@@ -23,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests that ask for more threads get them, however little there is to do."""
+    monkeypatch.setattr(cpu, "FOR_A_THREAD", 1)
     with threads(1):
         yield

@@ -248,3 +248,11 @@ def test_instruction_sets_end_with_the_baseline():
 def test_an_unknown_instruction_set_is_refused():
     with cpu.instruction_set("mmx"), pytest.raises(ValueError, match=r"instruction_set: .*mmx"):
         run(native, EVERYTHING, make(EVERYTHING))
+
+
+def test_small_calls_wake_no_further_thread(monkeypatch):
+    """The second thread comes with so many multiply-adds as it is worth, the third with twice as many."""
+    monkeypatch.setattr(cpu, "FOR_A_THREAD", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    small = problems.Problem(1, 2, (3, 2), 1, "none", "released", 0.0, 1.0, False, False)  # 1 * 2 * 5 * (5 + 2) = 70
+    assert [cpu._threads(replace(small, batch=batch)) for batch in (1, 14, 15, 28, 29, 1000)] == [1, 1, 2, 2, 3, 3]

@@ -86,12 +86,10 @@ size_t kept_bytes(const Problem& p, const Resources& r) { return chosen(p, r).ke
 size_t forward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).forward_workspace(p, r); }
 size_t backward_workspace(const Problem& p, const Resources& r) { return chosen(p, r).backward_workspace(p, r); }
 bool forward(const Problem& p, const Tensors& t, const ForwardOutputs& o, const Resources& r) {
-  const Kernels& kernels = chosen(p, r);
-  return unless_stopped(p, r, [&] { kernels.forward(p, t, o, r); });
+  return unless_stopped(p, r, [&] { chosen(p, r).forward(p, t, o, r); });
 }
 bool backward(const Problem& p, const Tensors& t, const BackwardTensors& g, const Resources& r) {
-  const Kernels& kernels = chosen(p, r);
-  return unless_stopped(p, r, [&] { kernels.backward(p, t, g, r); });
+  return unless_stopped(p, r, [&] { chosen(p, r).backward(p, t, g, r); });
 }
 
 }  // namespace grjca::cpu
