@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -nam
 FORMATTED := $(NATIVE) $(wildcard tests/lanes/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest-triton test-all-kernels works-with bench lint format clean
+.PHONY: help install demo test test-sanitized test-oldest-triton test-all-kernels works-with bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: .venv/installed ## make data, train, evaluate, predict and plot, by the co
 
 test: .venv/installed ## run all tests, a process for each core; ARGS go to pytest
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-sanitized: .venv/installed ## run tests of the native CPU code under AddressSanitizer and UBSan; ARGS go to pytest
+	$(BIN)/python tests/sanitized.py $(ARGS)
 
 test-oldest-triton: .venv/installed $(OLDEST)/installed ## run the tests of the Triton kernels with the oldest Triton; ARGS go to pytest
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PARALLEL) \

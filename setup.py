@@ -127,6 +127,20 @@ def jobs():
     return max(1, min(room) // BYTES_PER_JOB)
 
 
+def instruction_sets(cxx):
+    """Name -> flags of those that the library shall hold."""
+    alone = os.environ.get("GRJCA_INSTRUCTION_SET")
+    if alone and X86:  # the library then knows no other, and chooses none at run time
+        if alone not in (takes_all := [name for name in INSTRUCTION_SETS if name != "avx512bf16"]):
+            raise CompileError(f"GRJCA_INSTRUCTION_SET: expected one of {', '.join(takes_all)}, got {alone!r}")
+        return {"baseline": INSTRUCTION_SETS[alone]}
+    sets = dict(INSTRUCTION_SETS) if X86 else {"baseline": ""}
+    asked = 'int asked() { return __builtin_cpu_supports("avx512bf16"); }'
+    if X86 and not works(cxx, "-mavx512bf16", "immintrin.h", asked):  # an older compiler
+        del sets["avx512bf16"]
+    return sets
+
+
 def ninja_file(cxx, library):
     import pybind11  # here, because metadata and source distributions do without it
 
@@ -136,16 +150,16 @@ def ninja_file(cxx, library):
     rule_of = {source: rule for glob, rule in reversed(RULES.items()) for source in sorted(Path().glob(glob))}
     nvcc = find_nvcc(cxx)
     openmp = works(cxx, "-fopenmp", "omp.h")
-    host = f"{cxx} {os.environ.get('CXXFLAGS', '')} {FLAGS} {'-fopenmp' if openmp else '-Wno-unknown-pragmas'}"
+    given, own = os.environ.get("CXXFLAGS", ""), FLAGS
+    if re.search(r"-O[01g]\b", given):  # somebody debugs; the -O2 that distributions set is nobody's wish
+        own = own.replace("-O3 ", "")
+    host = f"{cxx} {given} {own} {'-fopenmp' if openmp else '-Wno-unknown-pragmas'}"
     once = f"{host} -isystem {headers} -isystem {shlex.quote(sysconfig.get_path('include'))}"
     if nvcc:
         names = ";".join(architectures())
         once += f""" '-DGRJCA_CUDA="{names}"'"""
-    sets = INSTRUCTION_SETS if X86 else {"baseline": ""}
-    asked = 'int asked() { return __builtin_cpu_supports("avx512bf16"); }'
-    if X86 and not works(cxx, "-mavx512bf16", "immintrin.h", asked):  # an older compiler
-        sets = {isa: flags for isa, flags in sets.items() if isa != "avx512bf16"}
-    once += " -DGRJCA_X86=1" * X86 + " -DGRJCA_AVX512BF16=1" * ("avx512bf16" in sets)
+    sets = instruction_sets(cxx)
+    once += " -DGRJCA_X86=1" * ("avx2" in sets) + " -DGRJCA_AVX512BF16=1" * ("avx512bf16" in sets)
     tools = [("once", "", once)]
     for isa, flags in sets.items():
         tools.append(("per instruction set", f".{isa}", f"{host} {flags} -DGRJCA_ISA={isa}"))

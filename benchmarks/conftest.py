@@ -15,7 +15,7 @@ from grjca.measure import SHAPES
 
 SECONDS = 3.0  # of measuring per case, unless FEWEST rounds take longer
 FEWEST, MOST = 5, 50
-HALVES = [("abaw", torch.bfloat16), ("clip", torch.bfloat16), ("abaw", torch.float16)]
+HALVES = [*((name, torch.bfloat16) for name in SHAPES), ("abaw", torch.float16)]
 CASES = [*((name, torch.float32) for name in SHAPES), *HALVES]
 
 

@@ -33,7 +33,7 @@ import grjca_kernels
 from benchmarks.cases import DROPOUT
 from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, native
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, keeping, native
 from grjca_kernels import problem as problems
 
 RECORDED = Path(__file__).with_name("counted.json")
@@ -296,6 +296,7 @@ def _direction(backward: bool) -> str:
 # ---- instructions
 
 TINY = Shape(20, 24, 12, 2, 2, normalize=True)
+_MOST = keeping.all_pieces(described(TINY))
 WITHOUT_AVX512 = ("avx2", "baseline")  # valgrind 3.19 does not know AVX-512
 PROGRAM = r"""
 # The native code without PyTorch, which under valgrind would take a minute to import.
@@ -331,11 +332,13 @@ for of in calls:
     _, batch, length, widths, iterations, *_ = of["problem"]
     given, taken = ([Tensor(batch, length, d) for d in widths] for _ in range(2))
     count = native.cpu_workspace(problem, of["backward"], 1, isa)
-    host = Tensor(count, items=array("b", bytes(count))), 1, isa
+    host = Tensor(count, items=array("b", bytes(count))), 1, isa, None
+    count = native.cpu_kept_bytes(problem, isa)
+    kept = Tensor(count, items=array("b", bytes(count))) if count else None
     call = SimpleNamespace(
         features=given, parameters=[Tensor(*shape) for shape in of["parameters"]], lengths=None,
         seed=Tensor(1, items=array("q", [1])), iterates=Tensor(iterations, batch, length, sum(widths)),
-        outputs=taken, gates=[],
+        outputs=taken, gates=[], kept=kept,
     )
     if of["backward"]:
         parameters = [Tensor(*shape) for shape in of["parameters"]]
@@ -360,8 +363,8 @@ CALLGRIND = [
 def instructions() -> Counts:
     """Of one call each, on one thread: all that runs within it, and nothing of Python."""
     calls = {
-        f"{gating} {_direction(backward)}, {isa}": {
-            "problem": ["float32", *astuple(described(replace(TINY, gating=gating)))],
+        f"{gating}{', most is kept' * kept} {_direction(backward)}, {isa}": {
+            "problem": ["float32", *astuple(replace(described(replace(TINY, gating=gating)), keep=kept * _MOST))],
             "parameters": [shape for _, shape in problems.expected_tensors(described(replace(TINY, gating=gating)))],
             "backward": backward,
             "instruction_set": isa,
@@ -369,6 +372,7 @@ def instructions() -> Counts:
         for isa in WITHOUT_AVX512
         if isa in cpu.instruction_sets()
         for gating in GATINGS
+        for kept in ((False, True) if gating == "flat" else (False,))
         for backward in (False, True)
     }
     return dict(zip(calls, callgrind([*calls.values()]), strict=True))

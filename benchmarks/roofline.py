@@ -5,6 +5,8 @@ product or by one tile that caches hold, tanh by the fastest loop over a vector 
 long each resource alone must take for a forward and for a training step, and how long eager and fused did.
 
 A ceiling is what some program reached. Another one may be faster, which shows as more than 100 % of the bound.
+
+With ``--phases [SHAPE ...]`` it prints instead how long each phase of the native kernels takes, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import phases
 from benchmarks.cases import IMPLEMENTATIONS, SCORES, THREADS, Problem, flop, provenance, tanhs
 from benchmarks.gate import check_forward, check_training
 from benchmarks.memory import ready
@@ -67,7 +70,7 @@ extern "C" void one_tile(const float* a, const float* b, float* y, int64_t terms
   for (int r = 0; r < kTileRows; ++r) row[r] = a + r * terms;
   for (; repeats; --repeats) {
     Vector<float> acc[kTileRows][2] = {};
-    multiply<float, 2>(acc, row, 1, b, terms);
+    multiply<float, 2, 1>(acc, row, b, terms);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < 2; ++v) store(y + r * kPanel<float> + v * kLanes<float>, acc[r][v]);
     asm volatile("" ::: "memory");
@@ -78,9 +81,15 @@ extern "C" void one_tile(const float* a, const float* b, float* y, int64_t terms
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description="Measure against ceilings.")
-    parser.parse_args(argv)
+    about = "print the time of each phase of the native kernels; by default for all of " + ", ".join(SHAPES)
+    parser.add_argument("--phases", nargs="*", choices=list(SHAPES), metavar="SHAPE", help=about)
+    asked = parser.parse_args(argv).phases
     torch.set_num_threads(THREADS)
     path, code = file_of(RESULTS, provenance()), 0
+    if asked is not None:
+        rates = [row["GFLOP/s"] for row in read(path) if row["row"].startswith("ceiling matrix")]
+        print(phases.table({name: SHAPES[name] for name in asked or SHAPES}, max(rates, default=None)))
+        return 0
     for name, measure in CEILINGS.items():
         place = {"row": f"ceiling {name}", "dtype": "float32", "settings": {"seconds": SECONDS}, "source": source()}
         if is_known(read(path), place):

@@ -159,7 +159,7 @@ def _checked_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], sett
     """``keep`` comes last, and has to name pieces that there are: kernels find them by it."""
     *others, keep = settings
     problem = problems.check_flat(features, parameters, (*others, False))
-    most = keeping.choose(problem, "most", features[0].dtype)
+    most = keeping.all_pieces(problem)
     if keep & ~most:
         raise ValueError(f"keep: expected bits of {most}, got {keep}.")
     return replace(problem, keep=keep)

@@ -8,6 +8,7 @@ pure function of the shape and the dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -60,13 +61,18 @@ def _eager(problem: Problem, item: int) -> int:
     return problem.iterations * of_iteration + (3 * bool(problem.gate_ways) + problem.normalize) * row
 
 
+def all_pieces(problem: Problem) -> int:
+    """The bits of all pieces that there are."""
+    return sum(piece.bit for piece in _pieces(problem)) + (SIGNS if problem.released else 0)
+
+
 def choose(problem: Problem, keep: str, dtype: torch.dtype) -> int:
-    """The bits that ``keep`` stands for."""
+    """The bits that ``keep`` stands for. A problem of batch 0 stands for one of any batch, as compiled programs are."""
     pieces, signs = tuple(_pieces(problem)), SIGNS if problem.released else 0
     if keep == "least":
         return 0
     if keep == "most":
-        return sum(piece.bit for piece in pieces) + signs
+        return all_pieces(problem)
     states = (problem.iterations + 1) * problem.length * problem.width  # which are saved in any case
     room = (_eager(problem, dtype.itemsize) / 2 - states) / problem.iterations
     if problem.batch:
@@ -77,9 +83,14 @@ def choose(problem: Problem, keep: str, dtype: torch.dtype) -> int:
     for count in range(len(pieces) + 1):
         for chosen in combinations(pieces, count):
             elements, saves = (sum(getattr(piece, name) for piece in chosen) for name in ("elements", "saves"))
-            if elements <= room:
-                best = max(best, (saves, -elements, sum(piece.bit for piece in chosen)))
+            found = (saves, -elements, sum(piece.bit for piece in chosen))
+            if elements <= room and found > best:  # not max(), which torch.compile cannot trace of symbols
+                best = found
     return best[2] + signs
+
+
+choose_once = lru_cache(maxsize=512)(choose)
+"""The same, remembered; not for torch.compile, which traces through what remembers."""
 
 
 def kept_bytes(problem: Problem, item: int) -> int:

@@ -237,6 +237,7 @@ class GatedRJCAFused(nn.Module):
         return self._gathered.layers, self._gathered.gates
 
     _gathered: Gathered | None = None
+    keep = "auto"  # of modules that were pickled before there was a choice
 
     def _by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)

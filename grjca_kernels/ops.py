@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple
@@ -67,9 +67,9 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
     directly = call.likeness is not None and undisturbed(call.features, call.parameters)
     tensors = (*call.features, *call.parameters)
     differentiable = _differentiable(tensors)
-    if differentiable:
-        keeping_problem = _keeping if directly else _keeping.__wrapped__  # sizes may be symbols, which have no hash
-        problem = keeping_problem(problem, call.keep, backend, call.features[0].dtype)
+    if differentiable and not _exporting():
+        pieces = _kept_pieces(problem, call.keep, backend, call.features[0].dtype, directly)
+        problem = replace(problem, keep=pieces)
     wanted = Wanted(problem, call.concat, call.return_gates, backend, call.likeness, directly)
     if directly:
         if differentiable:
@@ -94,16 +94,21 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
     return list(results[:count]), iterates, values
 
 
-@lru_cache(maxsize=512)
-def _keeping(problem: Problem, keep: str, backend: str, dtype: torch.dtype) -> Problem:
-    """The problem with what ``keep`` means to a backend."""
-    if TABLE[backend].held is None:
-        if keep == "most":
-            raise ValueError(
-                f"keep: expected 'auto' or 'least' with backend {backend!r}, which keeps X^t alone, got 'most'."
-            )
-        return problem
-    return replace(problem, keep=keeping.choose(problem, keep, dtype))
+def _kept_pieces(problem: Problem, keep: str, backend: str, dtype: torch.dtype, directly: bool) -> int:
+    """What ``keep`` means to a backend."""
+    if TABLE[backend].held is not None and directly:
+        return keeping.choose_once(problem, keep, dtype)
+    if TABLE[backend].held is not None:  # the batch may be a symbol
+        return keeping.choose(replace(problem, batch=0), keep, dtype)
+    if keep == "most":
+        raise ValueError(
+            f"keep: expected 'auto' or 'least' with backend {backend!r}, which keeps X^t alone, got 'most'."
+        )
+    return 0
+
+
+_exporting = getattr(torch.compiler, "is_exporting", bool)
+"""Whether a program is made that shall run without gradients; bool() is False, for older versions of PyTorch."""
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:

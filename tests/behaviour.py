@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cases import Case, Inputs, Result, call, cotangents, described, make, run
-from grjca_kernels import gated_rjca
+from grjca_kernels import gated_rjca, keeping
 from grjca_kernels.call import Call, Gradients
 from test_contract import assert_same_results, backward
 
@@ -149,9 +149,16 @@ class Guarded:
 
 
 def check_all_is_written(
-    forward: Callable[[Call], None], backward: Callable[[Call, Gradients], None], case: Case, dtype: torch.dtype
+    forward: Callable[[Call], None],
+    backward: Callable[[Call, Gradients], None],
+    case: Case,
+    dtype: torch.dtype,
+    held: int = 0,
 ) -> None:
-    """Of what a backend is to fill, and nothing beside or between."""
+    """Of what a backend is to fill, and nothing beside or between.
+
+    Where an element of what it keeps takes ``held`` bytes, it keeps all pieces, which the backward leaves as they are.
+    """
     inputs, frames = make(case, dtype), (case.batch, case.length)
     ways = sum(described(case, inputs).problem.gate_ways)
     outputs = [Guarded((*frames, d_m), dtype, step=2) for d_m in case.widths]
@@ -163,8 +170,16 @@ def check_all_is_written(
         [guarded.inside for guarded in several] for several in (outputs, gates, d_features, d_parameters)
     )
     called = described(case, inputs, outputs=of_outputs, iterates=iterates.inside, gates=of_gates)
+    around = torch.zeros(0, dtype=torch.uint8)
+    if held:
+        problem = replace(called.problem, keep=keeping.all_pieces(called.problem))
+        around = torch.zeros(keeping.kept_bytes(problem, held) + 2 * 4096, dtype=torch.uint8)
+        called = called._replace(problem=problem, kept=around[4096:-4096].fill_(0xFF))
     incoming, none = [torch.randn(y.shape).to(dtype) for y in of_outputs], [None] * len(case.widths)
     forward(called)
+    after = around.clone()
     backward(called, Gradients(incoming, none, none, of_features, of_parameters))
     for guarded in (*outputs, *gates, iterates, *d_features, *d_parameters):
         guarded.check()
+    assert torch.equal(around, after), "what was kept is written to by the backward"
+    assert not around[:4096].any() and not around[-4096:].any(), "what is kept is overrun"

@@ -328,8 +328,9 @@ def test_inputs_are_not_written(function):
 
 @needs_native
 @mark.parametrize("concat", [False, True])
+@mark.parametrize("keep", ["least", "most"])
 @mark.parametrize("case", [EVERYTHING, BY_NAME["paper-none"]], ids=str)
-def test_only_arguments_and_iterates_are_saved(case, concat):
+def test_only_arguments_iterates_and_what_is_to_be_kept_are_saved(case, keep, concat):
     inputs = make(case, torch.float32).leaves()
     arguments = {x.untyped_storage().data_ptr() for x in (*inputs.features, *inputs.parameters)}
     extra: list[Tensor] = []
@@ -340,11 +341,13 @@ def test_only_arguments_and_iterates_are_saved(case, concat):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        gated_rjca(inputs.features, inputs.layers, inputs.gates, **case.options, lengths=inputs.lengths, concat=concat)
+        options = {**case.options, "lengths": inputs.lengths, "concat": concat, "keep": keep}
+        gated_rjca(inputs.features, inputs.layers, inputs.gates, **options)
     iterates = [x for x in extra if x.is_floating_point()]
     assert [list(x.shape) for x in iterates] == [[case.iterations, case.batch, case.length, sum(case.widths)]]
-    others = [x for x in extra if not x.is_floating_point()]
+    others = [x for x in extra if x.dtype == torch.int64]
     assert sum(x.numel() for x in others) <= 1 + case.batch  # the seed, the lengths
+    assert [x.dtype for x in extra if x.dtype not in (torch.float32, torch.int64)] == [torch.uint8] * (keep == "most")
 
 
 @needs_native
@@ -357,7 +360,8 @@ def test_no_tensor_is_kept_on_the_side():
 
     inputs = make(EVERYTHING, torch.float32).leaves()
     before = alive()
-    y = gated_rjca(inputs.features, inputs.layers, inputs.gates, **EVERYTHING.options, concat=True, backend="cpu")
+    options = {**EVERYTHING.options, "concat": True, "keep": "least", "backend": "cpu"}
+    y = gated_rjca(inputs.features, inputs.layers, inputs.gates, **options)
     new = [x for key, x in alive().items() if key not in before]
     assert y.requires_grad and all(x is y or x.numel() == 1 for x in new)  # one is the seed
 

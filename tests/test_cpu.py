@@ -1,6 +1,6 @@
 """The native kernel, on every instruction set of this processor."""
 
-from concurrent.futures import ThreadPoolExecutor
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,7 @@ from cases import (
     parameter_names,
     run,
 )
-from grjca_kernels import cpu, derivation, gated_rjca, reference
+from grjca_kernels import cpu, derivation, gated_rjca, memory, reference
 from grjca_kernels import problem as problems
 from grjca_kernels.call import Gradients
 from grjca_kernels.native import library, problem_of
@@ -188,8 +188,8 @@ def derived(case: Case, inputs, iterates: Tensor, ours: Result) -> dict[str, Ten
 
 @fixture
 def poisoned(monkeypatch):
-    """New memory holds NaN: 0xFF in every byte of the workspace is NaN in every dtype. None is kept."""
-    monkeypatch.setattr(cpu, "KEPT", 0)
+    """New memory holds NaN: 0xFF in every byte is NaN in every dtype. All of it is new, and none used again."""
+    monkeypatch.setattr(memory, "SMALLEST", math.inf)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(8, dtype=torch.uint8).eq(0xFF).all() and torch.empty(3).new_empty(2).isnan().all()
@@ -199,11 +199,12 @@ def poisoned(monkeypatch):
 
 @each_way(*problems.DTYPES)
 @mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["lengths-paper"]], ids=str)
-def test_uninitialised_memory_is_not_read(case, dtype, instruction_set, request):
+@mark.parametrize("keep", ["least", "most"])
+def test_uninitialised_memory_is_not_read(keep, case, dtype, instruction_set, request):
     inputs = make(case, dtype)
     clean = run(native, case, inputs)
     request.getfixturevalue("poisoned")
-    dirty = run(native, case, inputs)
+    dirty = run(native, case, inputs, keep=keep)
     for of_clean, of_dirty in ((clean.values, dirty.values), (clean.gradients, dirty.gradients)):
         for name, value in of_clean.items():
             assert value.isfinite().all(), name
@@ -212,33 +213,20 @@ def test_uninitialised_memory_is_not_read(case, dtype, instruction_set, request)
 
 @each_way(*problems.DTYPES)
 @mark.parametrize("case", [EVERYTHING, BY_NAME["one-block-and-more"], BY_NAME["shared-paper"]], ids=str)
-def test_all_is_written_and_nothing_else(case, dtype, instruction_set, monkeypatch):
+@mark.parametrize("keeps", [False, True], ids=["least", "most"])
+def test_all_is_written_and_nothing_else(keeps, case, dtype, instruction_set, monkeypatch):
     workspaces = []
 
-    def empty(size, **options):
-        around = torch.zeros(size + 2 * 4096, **options)
+    def take(size):
+        around = torch.zeros(size + 2 * 4096, dtype=torch.uint8)
         workspaces.append(around)
         return around[4096:-4096].fill_(0xFF)
 
-    monkeypatch.setattr(cpu.torch, "empty", empty)
-    monkeypatch.setattr(cpu, "KEPT", 0)
-    check_all_is_written(cpu.forward, cpu.backward, case, dtype)
+    monkeypatch.setattr(memory, "take", take)
+    check_all_is_written(cpu.forward, cpu.backward, case, dtype, held=cpu.held(dtype) if keeps else 0)
     assert len(workspaces) == 2
     for around in workspaces:
         assert not around[:4096].any() and not around[-4096:].any(), "the workspace is overrun"
-
-
-def test_a_workspace_is_kept_by_each_thread_unless_it_is_large():
-    small, large = make(EVERYTHING), make(BY_NAME["many-rows"])
-    of_large = workspace(describe(BY_NAME["many-rows"], large), torch.float64, True, None)
-    with ThreadPoolExecutor(1) as other:
-        for use in (lambda call: call(), lambda call: other.submit(call).result()):
-            use(lambda: run(native, EVERYTHING, small))
-            kept = use(lambda: cpu._kept.workspace)
-            assert kept.numel() == cpu.KEPT < of_large
-            use(lambda: run(native, BY_NAME["many-rows"], large))
-            assert use(lambda: cpu._kept.workspace) is kept
-        assert cpu._kept.workspace is not kept
 
 
 def test_instruction_sets_end_with_the_baseline():

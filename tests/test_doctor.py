@@ -13,7 +13,7 @@ import torch
 from grjca import doctor as module
 from grjca.config import GATING, DoctorConfig
 from grjca.doctor import doctor
-from grjca.environment import BACKEND_VARIABLE, backend_used, refusal
+from grjca.environment import BACKEND_VARIABLE, backend_used, has_amx, refusal
 from grjca.errors import UserError
 from grjca.measure import Shape
 from grjca_kernels import backends
@@ -50,6 +50,54 @@ def test_measures_speed(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
     assert rows["eager"][3] == "1.00x"
     milliseconds = {name: float(rows[name][2]) for name in ("eager", "cpu", "reference")}
     assert all(time > 0 for time in milliseconds.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model name\t: one\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512_bf16 amx_tile amx_int8\nbugs\t\t: amx_bf16\n", False),
+        (None, False),
+    ],
+)
+def test_amx_is_a_flag_of_the_processor(text: str | None, expected: bool, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert has_amx(tmp_path / "cpuinfo") is expected
+
+
+@needs_native
+def test_bfloat16_is_measured_where_there_is_amx(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPEED", Shape(30, 8, 6, 2, 2, "flat", normalize=True))
+    for there in (False, True):
+        monkeypatch.setattr(module.environment, "has_amx", lambda there=there: there)
+        assert doctor(DoctorConfig()) == 0
+        assert ("samples of bfloat16 takes eager" in capsys.readouterr().out) == there
+        assert doctor(DoctorConfig(speed=False)) == 0
+        assert "AMX" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "advice"),
+    [
+        ({"eager": 3.0, "cpu": 1.0, "reference": 2.0}, "cpu is the fastest, so keep --backend auto."),
+        (
+            {"eager": 1.0, "cpu": 3.0, "reference": 2.0},
+            "eager is the fastest, so with --precision bf16 use --backend eager, or stay in float32. A block of your "
+            'own takes backend="reference" for that.',
+        ),
+        (
+            {"eager": 1.0, "cpu": 2.0, "reference": 3.0},
+            "eager is the fastest, so with --precision bf16 use --backend eager, or stay in float32.",
+        ),
+    ],
+)
+def test_advice_on_bfloat16(seconds: dict[str, float], advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "times", lambda *given: seconds)
+    assert module._compare_bfloat16().endswith(advice)
+    assert f"eager {seconds['eager'] * 1e3:.1f} ms" in module._compare_bfloat16()
 
 
 @pytest.mark.parametrize(

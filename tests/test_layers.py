@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
 pytestmark = mark.skipif(not KERNELS.exists(), reason="needs the sources")
 ORDER = [
-    "problem", "native", "modes", "call", "dropout", "reference", "derivation", "division", "config", "triton", "cuda",
-    "cpu", "verification", "verdicts", "backends", "flops", "ops", "functional", "projections", "gates", "recognition",
-    "released", "module", "__init__",
+    "problem", "memory", "keeping", "native", "modes", "call", "dropout", "reference", "derivation", "division",
+    "config", "triton", "cuda", "cpu", "verification", "verdicts", "backends", "flops", "ops", "functional",
+    "projections", "gates", "recognition", "released", "module", "__init__",
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_issue():
         "normalize": False,
         "share_weights": False,
         "output": "pair",
+        "keep": "auto",
         "backend": "auto",
         "device": None,
         "dtype": None,

@@ -51,7 +51,7 @@ struct ChunkGradients {
 };
 
 // What passes from equation to equation within a unit.
-template <class S, class H = Held<S>, class R = Compute<S>>
+template <class E, class H = Held<E>, class R = Compute<E>>
 struct Transients {
   H* d_attended;         // d (V C), [rows, hidden_ld]
   R* d_attended_panels;  // the same as panels, [modality][sample][panel][frames][kPanel]
@@ -68,7 +68,7 @@ struct Transients {
   void plan(const Problem& p, int64_t samples, bool shared, Arena& arena) {
     const int64_t rows = samples * p.length, joint = panels<R>(p.width()) * rows * kPanel<R>;
     const int64_t transposed = samples * panels<R>(p.length) * p.width() * kPanel<R>;
-    d_attended = arena.take<H>(rows * Activations<S>::of(p).hidden_ld);
+    d_attended = arena.take<H>(rows * Activations<E>::of(p).hidden_ld);
     d_attended_panels = arena.take<R>(p.modalities * joint);
     d_attended_t = arena.take<R>(p.modalities * transposed);
     joint_t = arena.take<R>(transposed);
@@ -76,16 +76,16 @@ struct Transients {
   }
 };
 
-template <class S, class H = Held<S>, class R = Compute<S>>
+template <class S, class E = Operand<S>, class H = Held<S>, class R = Compute<S>>
 struct BackwardMemory {
   Split split;
   LayerWeights<R> weights[kMaxIterations];
   GateParameters<R> gates[kMaxModalities];
   R** parameters;  // where gradients are summed, in arithmetic type; null where none is asked for
   int64_t* start;
-  Activations<S> activations;
+  Activations<E> activations;
   ChunkGradients<R> gradients;
-  Transients<S> transients;  // of the first worker, with J, K and V; the others' follow `step` bytes later
+  Transients<E> transients;  // of the first worker, with J, K and V; the others' follow `step` bytes later
   int64_t step;
   R* scratch;
   int64_t scratch_step;
@@ -107,7 +107,7 @@ struct BackwardMemory {
 
   // Elements of scratch for each thread.
   static int64_t scratch_size(const Problem& p) {
-    int64_t rows = 0, most = larger(Iteration<S>::scratch_size(p), Sums<S>::scratch_size(p));
+    int64_t rows = 0, most = larger(Iteration<E>::scratch_size(p), Sums<E>::scratch_size(p));
     for (int m = 0; m < p.modalities; ++m) rows = larger(rows, smaller(kCorrelationRows, p.widths[m]));
     // two prepared operands, two blocks of C in an operand's type, panels of C, d (K J) and that packed, and K once
     // more
@@ -121,7 +121,7 @@ struct BackwardMemory {
 
   static BackwardMemory plan(const Problem& p, const Resources& resources) {
     BackwardMemory w{};
-    w.activations = Activations<S>::of(p);
+    w.activations = Activations<E>::of(p);
     Arena of_sample(nullptr);
     w.plan_lasting(p, p.length, of_sample);
     w.split =
@@ -151,16 +151,16 @@ struct BackwardMemory {
     return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * step) : nullptr;
   }
   // The activations and transients of a unit that begins at `row` of the chunk.
-  Activations<S> activations_of(int64_t row, int worker) const {
-    Activations<S> a = activations;
+  Activations<E> activations_of(int64_t row, int worker) const {
+    Activations<E> a = activations;
     a.x += row * a.ld;
     if (a.hidden) a.hidden += row * a.hidden_ld;
     a.joint_panels = of_worker(a.joint_panels, worker);
     for (H** piece : {&a.joint, &a.key, &a.value, &a.correlation}) *piece = of_worker(*piece, worker);
     return a;
   }
-  Transients<S> transients_of(int worker) const {
-    Transients<S> own = transients;
+  Transients<E> transients_of(int worker) const {
+    Transients<E> own = transients;
     own.d_attended = of_worker(own.d_attended, worker);
     for (R** piece : {&own.d_attended_panels, &own.d_attended_t, &own.joint_t, &own.d_joint_parts})
       *piece = of_worker(*piece, worker);

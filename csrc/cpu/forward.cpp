@@ -13,14 +13,14 @@ struct Workspace {
   LayerWeights<R> weights[kMaxIterations];
   GateParameters<R> gates[kMaxModalities];
   int64_t* start;
-  Activations<S> activations;  // of the first worker; the others' follow `activations_step` bytes later
+  Activations<Operand<S>> activations;  // of the first worker; the others' follow `activations_step` bytes later
   int64_t activations_step;
   R* update;  // U, [rows, ld]; of the workers as the activations
   R* scratch;
   int64_t scratch_step;
   size_t bytes;
 
-  static R* plan_unit(const Problem& p, int64_t rows, Activations<S>& a, Arena& arena) {
+  static R* plan_unit(const Problem& p, int64_t rows, Activations<Operand<S>>& a, Arena& arena) {
     a.plan_lasting(p, rows, arena);
     a.plan_passing(p, rows, arena);
     return arena.take<R>(rows * a.ld);
@@ -28,7 +28,7 @@ struct Workspace {
 
   static Workspace plan(const Problem& p, const Resources& resources) {
     Workspace w{};
-    w.activations = Activations<S>::of(p);
+    w.activations = Activations<Operand<S>>::of(p);
     Arena of_sample(nullptr);
     plan_unit(p, p.length, w.activations, of_sample);
     w.split = Split::plan(p, 0, static_cast<int64_t>(of_sample.used()), resources.threads);
@@ -54,8 +54,8 @@ struct Workspace {
   T* of_worker(T* piece, int worker) const {
     return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * activations_step) : nullptr;
   }
-  Activations<S> of_worker(int worker) const {
-    Activations<S> a = activations;
+  Activations<Operand<S>> of_worker(int worker) const {
+    Activations<Operand<S>> a = activations;
     for (R** piece : {&a.x, &a.joint_panels}) *piece = of_worker(*piece, worker);
     for (Held<S>** piece : {&a.joint, &a.key, &a.value, &a.hidden}) *piece = of_worker(*piece, worker);
     return a;
@@ -69,7 +69,7 @@ struct Forward {
   const ForwardOutputs& outputs;
   const Samples& samples;
   const GateParameters<R>* gates;
-  const Activations<S>& a;
+  const Activations<Operand<S>>& a;
   int threads;
   R* scratch;
   int64_t scratch_step;
@@ -92,7 +92,7 @@ struct Forward {
   }
 
   // X^(t+1) = X^t + U, rounded to the storage type, from which the next iteration goes on.
-  void add_residual(const Iteration<S>& iteration, R* update) const {
+  void add_residual(const Iteration<Operand<S>>& iteration, R* update) const {
     R* const x = a.x;
     const int64_t ld = a.ld;
     iteration.each_output([&](int64_t at, int64_t lanes, Vector<R> factor, int64_t signs, int64_t k) {
@@ -148,15 +148,15 @@ void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs
   const Samples all = Samples::all(p, tensors.lengths, w.start);
   parallel_for(w.split.workers, blocks(p.batch, w.split.unit), [&](int64_t unit, int worker) {
     const Samples samples = all.part(unit * w.split.unit, w.split.unit);
-    Activations<S> a = w.of_worker(worker);
+    Activations<Operand<S>> a = w.of_worker(worker);
     R* const update = w.of_worker(w.update, worker);
     R* const scratch = w.scratch + worker * w.scratch_step;
     const Forward<S> forward{p, tensors, outputs, samples, w.gates, a, w.split.threads_each, scratch, w.scratch_step};
     const auto in = [&](P phase, auto f) { cpu::timed(resources.times, phase, f); };
     in(P::load, [&] { forward.load_features(); });
     for (int t = 0; t < p.iterations; ++t) {
-      a.place(p, KeptPieces<Held<S>>::of(p, tensors.kept, t), samples.first, samples.start[0] - all.start[0]);
-      const Iteration<S> iteration{
+      a.place(p, KeptPieces<Operand<S>>::of(p, tensors.kept, t), samples.first, samples.start[0] - all.start[0]);
+      const Iteration<Operand<S>> iteration{
           p, samples, w.weights[p.shared ? 0 : t], a, tensors.seed, t, w.split.threads_each, scratch, w.scratch_step};
       in(P::project_joint, [&] {
         iteration.project_joint();

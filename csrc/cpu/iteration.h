@@ -14,7 +14,7 @@
 namespace grjca::GRJCA_ISA {
 
 // Activations of one iteration. Matrices are [rows, ld] with the modalities side by side.
-template <class S, class H = Held<S>, class R = Compute<S>>
+template <class E, class H = Held<E>, class R = Compute<E>>
 struct Activations {
   int64_t ld, held_ld, hidden_ld;
   R* x;
@@ -76,16 +76,15 @@ inline void project(int threads, int64_t rows, int64_t terms, Left<T> a, const R
   });
 }
 
-template <class S>
+template <class E>
 struct Iteration {
-  using R = Compute<S>;
-  using E = Operand<S>;
-  using H = Held<S>;
+  using R = Compute<E>;
+  using H = Held<E>;
 
   const Problem& p;
   const Samples& samples;
   const LayerWeights<R>& weights;
-  const Activations<S>& a;
+  const Activations<E>& a;
   uint64_t seed;
   int t;  // from 0
   int threads;

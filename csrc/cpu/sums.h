@@ -12,7 +12,7 @@ GRJCA_INLINE void add(R* to, Vector<R> v, int64_t lanes) {
   store_some<R>(to, load_some<R>(to, lanes) + v, lanes);
 }
 
-template <class S, class R = Compute<S>, class E = Operand<S>, class H = Held<S>>
+template <class E, class R = Compute<E>, class H = Held<E>>
 class Sums {
  public:
   Sums(const Problem& p, const Samples& samples) : p_(p), samples_(samples) {}

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ LENGTHS = (24, 17, 5)  # of its samples
 WEIGHT_SEED, INPUT_SEED = 1, 2
 SPEED = SHAPES["abaw"]
 DROPOUT, REPETITIONS = 0.6, 3
+FEW_SAMPLES = 2  # of a step in bfloat16
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def doctor(config: DoctorConfig) -> int:
     """Print all of it; 1 if a backend is wrong, the native one cannot run, or the data has problems, else 0."""
     print(_machine())
     wrong = [*_check_backends(config.speed)]
+    if config.speed and environment.has_amx() and backends()["cpu"] is None:
+        print(f"\n{_compare_bfloat16()}")
     if config.data is not None:
         wrong += _check_data(config)
     print()
@@ -183,11 +186,14 @@ def _rms(values: list[float]) -> float:
 # ---- how fast they are
 
 
-def times(names: list[str], device: str) -> dict[str, float]:
+def times(
+    names: list[str], device: str, batch: int | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Seconds of a training step of the fusion alone, by eager and by these backends."""
-    blocks = {name: _block(SPEED, name, dropout=DROPOUT).to(device) for name in ("eager", *names)}
-    features = [x.detach().to(device).requires_grad_() for x in SPEED.inputs(INPUT_SEED)]
-    incoming = torch.randn(SPEED.batch, SPEED.length, SPEED.dim_visual + SPEED.dim_audio, device=device)
+    shape = SPEED if batch is None else replace(SPEED, batch=batch)
+    blocks = {name: _block(shape, name, dropout=DROPOUT).to(device, dtype) for name in ("eager", *names)}
+    features = [x.detach().to(device, dtype).requires_grad_() for x in shape.inputs(INPUT_SEED)]
+    incoming = torch.randn(shape.batch, shape.length, shape.dim_visual + shape.dim_audio, device=device, dtype=dtype)
 
     def step(block: GatedRJCAFused) -> None:
         block(*features).backward(incoming)
@@ -196,6 +202,23 @@ def times(names: list[str], device: str) -> dict[str, float]:
 
     calls: dict[str, Callable[[], object]] = {name: partial(step, block) for name, block in blocks.items()}
     return {name: statistics.median(seconds) for name, seconds in alternate(calls, REPETITIONS).items()}
+
+
+def _compare_bfloat16() -> str:
+    """What to use in bfloat16 on a processor with AMX, by a measurement."""
+    seconds = times(["cpu", "reference"], "cpu", FEW_SAMPLES, torch.bfloat16)
+    fastest = min(seconds, key=seconds.__getitem__)
+    shown = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
+    advice = "keep --backend auto."
+    if fastest != "cpu":
+        advice = f"with --precision bf16 use --backend {fastest}, or stay in float32."
+        if seconds["reference"] < seconds["cpu"]:
+            advice += ' A block of your own takes backend="reference" for that.'
+    return (
+        "This processor multiplies tiles of bfloat16 (AMX), which PyTorch uses and the native kernels do not. A "
+        f"training step of the fusion on {FEW_SAMPLES} samples of bfloat16 takes {shown}: {fastest} is the fastest, so "
+        f"{advice}"
+    )
 
 
 def _block(shape: Shape, name: str, *, dropout: float) -> GatedRJCAFused:

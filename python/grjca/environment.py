@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -47,10 +49,22 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def has_amx(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the CPU multiplies tiles of bfloat16 (AMX). PyTorch's products then do; the native kernels never do."""
+    try:
+        return re.search(r"^flags\b.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
+    except OSError:  # no Linux
+        return False
+
+
 def processor() -> str:
     """The name of the CPU."""
     try:  # platform.processor() is empty on most Linux systems
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
