@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grjca_kernels import memory, native
 from grjca_kernels.call import Call, Gradients
+from grjca_kernels.modes import constant_when_compiled
 from grjca_kernels.problem import Problem
 
 _instruction_set: ContextVar[str | None] = ContextVar("grjca_instruction_set", default=None)
@@ -56,6 +57,7 @@ def phase_times() -> Iterator[Any]:
         _times.reset(token)
 
 
+@constant_when_compiled
 def held(dtype: torch.dtype) -> int:
     """Bytes of an element of what a forward keeps: the operands of products are kept as these take them."""
     if dtype == torch.bfloat16:

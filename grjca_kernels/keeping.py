@@ -66,8 +66,12 @@ def all_pieces(problem: Problem) -> int:
     return sum(piece.bit for piece in _pieces(problem)) + (SIGNS if problem.released else 0)
 
 
-def choose(problem: Problem, keep: str, dtype: torch.dtype) -> int:
-    """The bits that ``keep`` stands for. A problem of batch 0 stands for one of any batch, as compiled programs are."""
+def choose(problem: Problem, keep: str, dtype: torch.dtype, held: int | None = None) -> int:
+    """The bits that ``keep`` stands for, where an element of a piece takes ``held`` bytes: by default as many as one of
+    the dtype, or of float32 in float16.
+
+    A problem of batch 0 stands for one of any batch, as compiled programs are.
+    """
     pieces, signs = tuple(_pieces(problem)), SIGNS if problem.released else 0
     if keep == "least":
         return 0
@@ -77,8 +81,7 @@ def choose(problem: Problem, keep: str, dtype: torch.dtype) -> int:
     room = (_eager(problem, dtype.itemsize) / 2 - states) / problem.iterations
     if problem.batch:
         room = max(room, ALLOWED / (problem.batch * problem.iterations * dtype.itemsize))
-    if dtype == torch.float16:  # pieces are float32
-        room /= 2
+    room *= dtype.itemsize / (held or (4 if dtype == torch.float16 else dtype.itemsize))
     best: tuple[Any, ...] = (0, 0, 0)
     for count in range(len(pieces) + 1):
         for chosen in combinations(pieces, count):

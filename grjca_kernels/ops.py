@@ -96,10 +96,11 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
 
 def _kept_pieces(problem: Problem, keep: str, backend: str, dtype: torch.dtype, directly: bool) -> int:
     """What ``keep`` means to a backend."""
-    if TABLE[backend].held is not None and directly:
-        return keeping.choose_once(problem, keep, dtype)
-    if TABLE[backend].held is not None:  # the batch may be a symbol
-        return keeping.choose(replace(problem, batch=0), keep, dtype)
+    held = TABLE[backend].held
+    if held is not None and directly:
+        return keeping.choose_once(problem, keep, dtype, held(dtype))
+    if held is not None:  # the batch may be a symbol
+        return keeping.choose(replace(problem, batch=0), keep, dtype, held(dtype))
     if keep == "most":
         raise ValueError(
             f"keep: expected 'auto' or 'least' with backend {backend!r}, which keeps X^t alone, got 'most'."
@@ -215,7 +216,8 @@ def _backward_now(
     gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
     if problem.batch:
         # Hooks on saved tensors, and Inductor, may have laid them out anew.
-        kept = None if kept is None else kept.contiguous()
+        if kept is not None and (not kept.is_contiguous() or kept.data_ptr() % keeping.LINE):
+            kept = kept.clone(memory_format=torch.contiguous_format)
         call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous(), kept=kept)
         _compute("grjca::backward", wanted, TABLE[wanted.backend].backward, call, gradients)
     else:
