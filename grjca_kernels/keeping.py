@@ -70,17 +70,19 @@ def choose(problem: Problem, keep: str, dtype: torch.dtype, held: int | None = N
     """The bits that ``keep`` stands for, where an element of a piece takes ``held`` bytes: by default as many as one of
     the dtype, or of float32 in float16.
 
-    A problem of batch 0 stands for one of any batch, as compiled programs are.
+    A problem of batch 0 stands for one of any size, as compiled programs are: "auto" then is J, K, V and the signs,
+    which always fit.
     """
     pieces, signs = tuple(_pieces(problem)), SIGNS if problem.released else 0
     if keep == "least":
         return 0
     if keep == "most":
         return all_pieces(problem)
+    if not problem.batch:
+        return all_pieces(problem) & (JOINT | KEY | VALUE | SIGNS)
     states = (problem.iterations + 1) * problem.length * problem.width  # which are saved in any case
     room = (_eager(problem, dtype.itemsize) / 2 - states) / problem.iterations
-    if problem.batch:
-        room = max(room, ALLOWED / (problem.batch * problem.iterations * dtype.itemsize))
+    room = max(room, ALLOWED / (problem.batch * problem.iterations * dtype.itemsize))
     room *= dtype.itemsize / (held or (4 if dtype == torch.float16 else dtype.itemsize))
     best: tuple[Any, ...] = (0, 0, 0)
     for count in range(len(pieces) + 1):

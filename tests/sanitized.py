@@ -18,9 +18,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE, INSTALLED = (ROOT / "build" / "sanitized" / name for name in ("source", "installed"))
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
 TESTS = ["tests/test_cpu.py", "tests/test_keeping.py"]
-CASES = (
-    "everything or one-block-and-more or lengths or many-rows or four-modalities or empty or one-frame or raw-blocks or hooks"
-)
+CASES = "everything or one-block-and-more or lengths or many-rows or four-modalities or empty or one-frame or hooks"
 FOUND = "import grjca_kernels as g; from grjca_kernels.native import library; print(g.__file__, library.__file__)"
 
 

@@ -195,6 +195,10 @@ def test_no_other_pieces_that_fit_save_more(dtype):
 
         signs = SIGNS if problem.released else 0
         chosen = keeping.choose(problem, "auto", dtype)
+        if not problem.batch:  # of any size
+            assert chosen == keeping.all_pieces(problem) & ~(keeping.HIDDEN | keeping.CORRELATION)
+            assert states + problem.iterations * total(of, chosen - signs)[0] <= half
+            continue
         assert chosen & SIGNS == signs and fits(chosen - signs) | (dtype == torch.float16), problem
         if dtype == torch.float16:  # whose states are not float32, so that what fits is reckoned otherwise
             continue
