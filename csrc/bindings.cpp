@@ -21,9 +21,9 @@ using namespace grjca::python;
 
 namespace {
 
-using Host =
-    std::tuple<py::object, int, std::optional<std::string>, cpu::PhaseTimes*>;  // workspace, threads, instruction set
-using Device = std::tuple<uintptr_t, uintptr_t, int>;                           // workspace, stream, device
+using Host = std::tuple<py::object, int, std::optional<std::string>,
+                        cpu::PhaseTimes*>;             // workspace, threads, instruction set, clock
+using Device = std::tuple<uintptr_t, uintptr_t, int>;  // workspace, stream, device
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -199,7 +199,7 @@ struct Read {
   }
   Read(const Read&) = delete;
 
-  // What the forward keeps for the backward beside the iterates.
+  // Finds what the forward keeps for the backward beside the iterates.
   void look_at_kept(const Problem& p, py::handle call, const Resources& r) {
     tensors.kept = address(p, "kept", static_cast<int64_t>(cpu::kept_bytes(p, r)), call.attr("kept"));
     if (p.keep && !tensors.kept) throw py::value_error("kept: expected the tensor that the forward filled, got None.");

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import reduce, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -152,17 +151,7 @@ def flat_problem(features: Sequence[Tensor], parameters: Sequence[Tensor], setti
     """Check a call of an operator, whose parameters are one list; ``settings`` are those of Problem."""
     alike = likeness([*features, *parameters])
     key = alike and (alike, len(features), tuple(settings), tuple(map(type, settings)))
-    return once(key, lambda: _checked_flat(features, parameters, settings))
-
-
-def _checked_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
-    """``keep`` comes last, and has to name pieces that there are: kernels find them by it."""
-    *others, keep = settings
-    problem = problems.check_flat(features, parameters, (*others, False))
-    most = keeping.all_pieces(problem)
-    if keep & ~most:
-        raise ValueError(f"keep: expected bits of {most}, got {keep}.")
-    return replace(problem, keep=keep)
+    return once(key, lambda: problems.check_flat(features, parameters, settings))
 
 
 # ---- its tensors

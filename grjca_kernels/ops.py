@@ -1,29 +1,36 @@
-"""The operators ``grjca::forward`` and ``grjca::backward``: schema, shapes, allocation, differentiation, FLOPs.
+"""The operators ``grjca::forward`` and ``grjca::backward``: schema, checks, differentiation, FLOPs.
 
-Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work on
-tensors allocated here. A new backend therefore registers nothing. In plain eager mode nobody asks for an operator, and
-:func:`run` goes around it, to the very functions that the operator calls.
+Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work. A new
+backend therefore registers nothing. In plain eager mode nobody asks for an operator, and :func:`run` goes around it, to
+the very functions of execution.py that the operator calls.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import MISSING, fields, replace
-from functools import partial
 from itertools import repeat
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from grjca_kernels import flops, keeping, memory
+from grjca_kernels import flops, keeping
 from grjca_kernels.backends import TABLE
-from grjca_kernels.call import Call, Gradients, flat_problem, known_lengths, once
+from grjca_kernels.call import Call, flat_problem, known_lengths, once
+from grjca_kernels.execution import (
+    Wanted,
+    backward_now,
+    check_incoming,
+    forward_now,
+    kept_pieces,
+    new_gradients,
+    new_results,
+)
 from grjca_kernels.modes import undisturbed
 from grjca_kernels.native import likeness
 from grjca_kernels.problem import Problem, check_choice, check_lengths, check_seed
@@ -45,20 +52,10 @@ _library.define(
 )
 
 
-class Wanted(NamedTuple):
-    """All of a call that is no tensor; ``directly``: nothing stands between the call and the memory of its tensors."""
-
-    problem: Problem
-    concat: bool
-    return_gates: bool
-    backend: str
-    likeness: Any = None  # of features and parameters, as they were checked
-    directly: bool = False
-
-    def options(self) -> tuple[Any, ...]:
-        """As the operators take it."""
-        settings = self.problem.settings
-        return (*settings[: len(_SETTINGS)], self.concat, self.return_gates, self.backend, *settings[len(_SETTINGS) :])
+def _options(wanted: Wanted) -> tuple[Any, ...]:
+    """As the operators take them."""
+    settings, later = wanted.problem.settings[: len(_SETTINGS)], wanted.problem.settings[len(_SETTINGS) :]
+    return (*settings, wanted.concat, wanted.return_gates, wanted.backend, *later)
 
 
 def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
@@ -68,17 +65,17 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
     tensors = (*call.features, *call.parameters)
     differentiable = _differentiable(tensors)
     if differentiable and not _exporting():
-        pieces = _kept_pieces(problem, call.keep, backend, call.features[0].dtype, directly)
+        pieces = kept_pieces(problem, call.keep, backend, call.features[0].dtype, directly)
         problem = replace(problem, keep=pieces)
     wanted = Wanted(problem, call.concat, call.return_gates, backend, call.likeness, directly)
     if directly:
         if differentiable:
             results = _apply(wanted, call.lengths, call.seed, *tensors)
         else:
-            results = _forward_now(wanted, *call[1:5])
+            results = forward_now(wanted, *call[1:5])
     elif torch.compiler.is_compiling():  # traced as one operator, whose own gradient is GatedRJCA
         results = torch.ops.grjca.forward(
-            list(call.features), list(call.parameters), call.lengths, call.seed, *wanted.options()
+            list(call.features), list(call.parameters), call.lengths, call.seed, *_options(wanted)
         )
     else:
         _check_plain(tensors)
@@ -92,20 +89,6 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
         if problem.gating == "hierarchical":
             values = [value.split(problem.gate_ways, dim=-1) for value in values]
     return list(results[:count]), iterates, values
-
-
-def _kept_pieces(problem: Problem, keep: str, backend: str, dtype: torch.dtype, directly: bool) -> int:
-    """What ``keep`` means to a backend."""
-    held = TABLE[backend].held
-    if held is not None and directly:
-        return keeping.choose_once(problem, keep, dtype, held(dtype))
-    if held is not None:  # the batch may be a symbol
-        return keeping.choose(replace(problem, batch=0), keep, dtype, held(dtype))
-    if keep == "most":
-        raise ValueError(
-            f"keep: expected 'auto' or 'least' with backend {backend!r}, which keeps X^t alone, got 'most'."
-        )
-    return 0
 
 
 _exporting = getattr(torch.compiler, "is_exporting", bool)
@@ -125,122 +108,6 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
 
 def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-# ---- what both the operators and the way around them do
-
-
-def _result_shapes(problem: Problem, concat: bool, return_gates: bool) -> list[tuple[int, ...]]:
-    """Of the outputs, of the iterates, and of the gate values."""
-    frames, width = (problem.batch, problem.length), problem.width
-    ways = sum(problem.gate_ways) if return_gates else 0
-    shapes = [(*frames, d_m) for d_m in ((width,) if concat else problem.widths)]
-    return [*shapes, (problem.iterations, *frames, width), *[(*frames, ways)] * (len(problem.widths) if ways else 0)]
-
-
-def _new_results(wanted: Wanted, like: Tensor) -> list[Tensor]:
-    problem = wanted.problem
-    results = [like.new_empty(shape) for shape in _result_shapes(problem, wanted.concat, wanted.return_gates)]
-    if problem.keep:
-        held = TABLE[wanted.backend].held
-        if held is None:
-            raise ValueError(f"keep: backend {wanted.backend!r} keeps X^t alone, got {problem.keep} instead of 0.")
-        size = keeping.kept_bytes(problem, held(like.dtype))
-        results.append(memory.take(size) if wanted.directly else like.new_empty(size, dtype=torch.uint8))
-    return results
-
-
-def _new_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
-    """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
-    new = torch.empty_like if all(map(Tensor.is_contiguous, tensors)) else _new_contiguous
-    return [new(tensor) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)]
-
-
-_new_contiguous = partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
-def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list[Any], Any, list[Any]]:
-    """Outputs per modality (views of the concatenation), the iterates, and the gates; an absent gradient stays None."""
-    none, count = [None] * len(problem.widths), 1 if concat else len(problem.widths)
-    outputs = list(results[:count])
-    if concat:
-        outputs = none if outputs[0] is None else list(outputs[0].split(problem.widths, dim=-1))
-    gates = list(results[count + 1 :])
-    return outputs, results[count], gates[:-1] if problem.keep else gates
-
-
-def _compute(name: str, wanted: Wanted, row: Any, *given: Any) -> None:
-    """By a function of a row; under a name in profiles, which operators have anyway."""
-    profiled = wanted.directly and torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    with torch.profiler.record_function(name) if profiled else nullcontext():
-        row(*given)
-
-
-def _forward_now(
-    wanted: Wanted,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-) -> list[Tensor]:
-    """The results of a call that has been checked."""
-    problem = wanted.problem
-    results = _new_results(wanted, features[0])
-    outputs, iterates, gates = _parts(problem, results, wanted.concat)
-    kept = results[-1] if problem.keep else None
-    call = Call(
-        problem, features, parameters, lengths, seed, outputs=outputs, iterates=iterates, gates=gates, kept=kept
-    )
-    if problem.batch:
-        _compute("grjca::forward", wanted, TABLE[wanted.backend].forward, call)
-    return results
-
-
-def _backward_now(
-    wanted: Wanted,
-    grads: Sequence[Tensor | None],
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    iterates: Tensor,
-    needed: Sequence[bool],
-    kept: Tensor | None,
-) -> list[Any]:
-    """A gradient for every feature and parameter, or None."""
-    problem, count = wanted.problem, len(features)
-    none: list[None] = [None] * count
-    of_outputs, of_iterates, of_gates = _parts(problem, grads, wanted.concat)
-    of_iterates = none if of_iterates is None else of_iterates.split(problem.widths, dim=-1)
-    computed = _new_gradients((*features, *parameters), needed)
-    gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
-    if problem.batch:
-        # Hooks on saved tensors, and Inductor, may have laid them out anew.
-        if kept is not None and (not kept.is_contiguous() or kept.data_ptr() % keeping.LINE):
-            kept = kept.clone(memory_format=torch.contiguous_format)
-        call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous(), kept=kept)
-        _compute("grjca::backward", wanted, TABLE[wanted.backend].backward, call, gradients)
-    else:
-        for gradient in gradients.parameters:
-            if gradient is not None:
-                gradient.zero_()
-    return computed
-
-
-def _check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Tensor, like: Tensor) -> None:
-    """Refuse gradients, and iterates, that are not those of the results."""
-    shapes = _result_shapes(wanted.problem, wanted.concat, wanted.return_gates)
-    count = len(shapes) + bool(wanted.problem.keep)  # what is kept comes last, and has no gradient
-    if len(grads) != count:
-        raise ValueError(f"grads: expected {count} of them or None, one for each result, got {len(grads)}.")
-    named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=False))]
-    named.append(("iterates", iterates, shapes[1 if wanted.concat else len(wanted.problem.widths)]))
-    for name, x, shape in named:
-        if x is not None and (x.shape != shape or x.dtype != like.dtype or x.device != like.device):
-            raise ValueError(
-                f"{name}: expected {list(shape)} of {like.dtype} on {like.device}, as the features have it, got "
-                f"{list(x.shape)} of {x.dtype} on {x.device}."
-            )
 
 
 # ---- the operators
@@ -263,6 +130,8 @@ def _checked(
     settings, (concat, return_gates, backend) = _split(options)
     check_choice("backend", backend, [name for name, row in TABLE.items() if row.forward is not None])
     problem = flat_problem(features, parameters, settings)
+    if problem.keep & ~(pieces := keeping.all_pieces(problem)):
+        raise ValueError(f"keep: expected bits of {pieces}, got {problem.keep}.")
     if lengths is not None:
         check_lengths(lengths, problem.batch, features[0])
     if seed is not None:
@@ -282,12 +151,12 @@ def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | N
 
 @torch.library.register_fake("grjca::forward", lib=_library)
 def _forward_fake(features, parameters, lengths, seed, *options):
-    return _new_results(_checked(features, parameters, lengths, seed, options), features[0])
+    return new_results(_checked(features, parameters, lengths, seed, options), features[0])
 
 
 def _forward(features, parameters, lengths, seed, *options):
     wanted = _checked(features, parameters, lengths, seed, options)
-    return _forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
+    return forward_now(wanted, features, parameters, *_real(wanted, features[0], lengths, seed))
 
 
 def _all_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -306,7 +175,7 @@ def _checked_backward(grads, features, parameters, lengths, seed, iterates, need
     wanted = _checked(features, parameters, lengths, seed, options)
     if len(needed) != len(features) + len(parameters):
         raise ValueError(f"needed: expected one for each of the features and parameters, got {len(needed)}.")
-    _check_incoming(wanted, grads, iterates, features[0])
+    check_incoming(wanted, grads, iterates, features[0])
     return wanted
 
 
@@ -314,7 +183,7 @@ def _checked_backward(grads, features, parameters, lengths, seed, iterates, need
 def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed, *options):
     options, _ = _without_kept(options)
     _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
-    return [gradient for gradient in _new_gradients((*features, *parameters), needed) if gradient is not None]
+    return [gradient for gradient in new_gradients((*features, *parameters), needed) if gradient is not None]
 
 
 def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):
@@ -323,7 +192,7 @@ def _backward(grads, features, parameters, lengths, seed, iterates, needed, *opt
     # PyTorch makes lazy negations and zeros real wherever they are given to an operator, but not in lists with None.
     grads = [grad.clone() if grad is not None and (grad.is_neg() or grad._is_zerotensor()) else grad for grad in grads]
     lengths, seed = _real(wanted, features[0], lengths, seed)
-    gradients = _backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed, kept)
+    gradients = backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed, kept)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -360,8 +229,8 @@ class GatedRJCA(_OnceDifferentiable):
         count = len(wanted.problem.widths)
         features, parameters = tensors[:count], tensors[count:]
         if wanted.directly:
-            return tuple(_forward_now(wanted, features, parameters, lengths, seed))
-        return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *wanted.options()))
+            return tuple(forward_now(wanted, features, parameters, lengths, seed))
+        return tuple(torch.ops.grjca.forward(features, parameters, lengths, seed, *_options(wanted)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -386,17 +255,17 @@ class GatedRJCA(_OnceDifferentiable):
         plain = undisturbed((*given, iterates, *features), parameters)
         fit = likeness([*given, iterates, features[0]]) if plain else None
         if torch.is_grad_enabled() or not as_checked or fit is None:
-            arguments = (len(grads), count), lengths, seed, iterates, list(needed), wanted.options(), kept
+            arguments = (len(grads), count), lengths, seed, iterates, list(needed), _options(wanted), kept
             found = iter(GatedRJCAGradient.apply(*arguments, *grads, *tensors))
             return (None, None, None, *(next(found) if wanted else None for wanted in needed))
-        key = fit, (*map(is_, grads, repeat(None)),), wanted.likeness, wanted.options()
-        once(key, lambda: _check_incoming(wanted, grads, iterates, features[0]))
+        key = fit, (*map(is_, grads, repeat(None)),), wanted.likeness, _options(wanted)
+        once(key, lambda: check_incoming(wanted, grads, iterates, features[0]))
         now = wanted._replace(directly=True)
         return (
             None,
             None,
             None,
-            *_backward_now(now, grads, features, parameters, lengths, seed, iterates, needed, kept),
+            *backward_now(now, grads, features, parameters, lengths, seed, iterates, needed, kept),
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -187,13 +187,15 @@ def check_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], setting
     """The same for parameters in the order of :func:`flatten`; ``settings`` are iterations to shared of Problem."""
     _check_modalities(features)
     options = dict(zip([field.name for field in fields(Problem)[3:]], settings, strict=True))
+    keep = options.pop("keep")  # which the operator checks, as it knows the pieces
     check_options(**options)
     problem = Problem(*_check_features(features), **options)
     count = sum(1 for _ in expected_tensors(problem))
     if len(parameters) != count:
         raise ValueError(f"parameters: expected {count} tensors in the order of flatten(), got {len(parameters)}.")
     chosen = tuple(options[name] for name in SETTINGS)
-    return check(features, *unflatten(problem, parameters), parameters, chosen, problem.reduced)
+    checked = check(features, *unflatten(problem, parameters), parameters, chosen, problem.reduced)
+    return replace(checked, keep=keep)
 
 
 def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates) -> None:

@@ -10,7 +10,7 @@ import torch
 from benchmarks import counted
 from grjca.eager import GatedRJCAEager
 from grjca.measure import Shape
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, keeping, native, ops
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, execution, keeping, native
 from grjca_kernels.call import Call
 
 pytestmark = pytest.mark.skipif(
@@ -63,14 +63,14 @@ def recorded(small, capsys):
 def test_a_larger_saved_tensor(recorded, monkeypatch):
     """The iterates as a part of what holds one more: no operator more, and no result changes."""
     recorded("fused")
-    new = ops._new_results
+    new = execution.new_results
 
     def larger(wanted, *others):
         outputs, iterates, *rest = new(wanted, *others)
         more = iterates.new_empty((wanted.problem.iterations + 1, *iterates.shape[1:]))
         return [outputs, more[:-1], *rest]
 
-    monkeypatch.setattr(ops, "_new_results", larger)
+    monkeypatch.setattr(execution, "new_results", larger)
     (line,) = recorded.changed("fused")
     one = counted.BATCH * 9 * 11 * 4
     problem = replace(counted.described(counted.SHAPES["small"]), batch=counted.BATCH)

@@ -28,7 +28,8 @@ from cases import (
     parameter_names,
     run,
 )
-from grjca_kernels import cpu, derivation, gated_rjca, memory, reference
+from grjca.measure import threads
+from grjca_kernels import GatedRJCAFused, cpu, derivation, gated_rjca, memory, reference
 from grjca_kernels import problem as problems
 from grjca_kernels.call import Gradients
 from grjca_kernels.native import library, problem_of
@@ -236,6 +237,20 @@ def test_instruction_sets_end_with_the_baseline():
 def test_an_unknown_instruction_set_is_refused():
     with cpu.instruction_set("mmx"), pytest.raises(ValueError, match=r"instruction_set: .*mmx"):
         run(native, EVERYTHING, make(EVERYTHING))
+
+
+@each_way(*problems.DTYPES)
+@mark.parametrize("length", [64, 128])
+def test_threads_that_prepare_rows_of_whole_lines_do_not_meet(length, dtype, instruction_set):
+    """Rows of W_k then stand without a gap, and two threads write neighbouring ones at the same time."""
+    draw = torch.Generator().manual_seed(0)
+    block = GatedRJCAFused(24, 16, length, dropout=0.0, dtype=dtype, backend="cpu")
+    features = [torch.randn(1, length, d, generator=draw).to(dtype) for d in (24, 16)]
+    with torch.no_grad():
+        expected = block(*features)
+        with threads(2):
+            for _ in range(20):
+                assert all(map(torch.equal, block(*features), expected))
 
 
 def test_small_calls_wake_no_further_thread(monkeypatch):

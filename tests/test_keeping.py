@@ -18,7 +18,7 @@ from benchmarks import cases as benchmark
 from benchmarks.baselines import GatedRJCAStrong
 from cases import BY_NAME, EVERYTHING, Case, Inputs, cotangents, describe, make, run
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
-from grjca_kernels import GatedRJCAFused, cpu, flops, gated_rjca, keeping, memory, native, ops
+from grjca_kernels import GatedRJCAFused, cpu, execution, flops, gated_rjca, keeping, memory, native, ops
 from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE
 from grjca_kernels.keeping import CHOICES, CORRELATION, HIDDEN, JOINT, KEY, SIGNS, VALUE
@@ -110,7 +110,7 @@ def test_any_pieces_change_no_bit(case, name, dtype, monkeypatch):
         for bits in range(ALL + 1):
             if bits & ~most:
                 continue
-            monkeypatch.setattr(ops, "_kept_pieces", lambda *_, bits=bits: bits)
+            monkeypatch.setattr(ops, "kept_pieces", lambda *_, bits=bits: bits)
             found = run(fused, case, inputs)
             expected = expected or found
             assert_same(found, expected, f"the bits {bits}")
@@ -324,9 +324,9 @@ def test_what_is_kept_ends_with_its_graph(use, monkeypatch):
 def test_most_is_refused_of_backends_that_keep_nothing(backend):
     problem = described(ABAW)
     with pytest.raises(ValueError, match=f"keep: expected 'auto' or 'least' with backend '{backend}'.*got 'most'"):
-        ops._kept_pieces(problem, "most", backend, torch.float32, True)
+        execution.kept_pieces(problem, "most", backend, torch.float32, True)
     for keep in ("auto", "least"):
-        assert ops._kept_pieces(problem, keep, backend, torch.float32, True) == 0
+        assert execution.kept_pieces(problem, keep, backend, torch.float32, True) == 0
 
 
 @mark.parametrize(

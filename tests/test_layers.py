@@ -14,7 +14,8 @@ KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
 pytestmark = mark.skipif(not KERNELS.exists(), reason="needs the sources")
 ORDER = [
     "problem", "memory", "keeping", "native", "modes", "call", "dropout", "reference", "derivation", "division",
-    "config", "triton", "cuda", "cpu", "verification", "verdicts", "backends", "flops", "ops", "functional",
+    "config", "triton", "cuda", "cpu", "verification", "verdicts", "backends", "execution", "flops", "ops",
+    "functional",
     "projections", "gates", "recognition", "released", "module", "__init__",
 ]  # fmt: skip
 

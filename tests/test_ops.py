@@ -158,8 +158,8 @@ def ways(monkeypatch):
 
         monkeypatch.setattr(ops, name, noted)
 
-    noting("_forward_now")
-    noting("_backward_now")
+    noting("forward_now")
+    noting("backward_now")
     return found
 
 

@@ -6,8 +6,8 @@
 namespace grjca::GRJCA_ISA {
 namespace {
 
-// The work on some samples, with all that is in the storage type S: states and gradients are read, the gates go before
-// the iterations, and the gradients of the features are written.
+// A Backward works on some samples. It adds to the iterations all that is in the storage type S: it reads states and
+// gradients, goes through the gates first, and writes the gradients of the features.
 template <class S>
 struct Backward : IterationBackward<Operand<S>> {
   using Base = IterationBackward<Operand<S>>;
@@ -152,7 +152,7 @@ void add_sums(const Problem& p, const BackwardMemory<S>& w, const Activations<Op
   sums.run(threads, w.scratch, w.scratch_step);
 }
 
-// A sum before anything is added, which several threads clear: it is new memory, whose pages the system clears first.
+// Several threads clear a sum before anything is added: it is new memory, whose pages the system has to clear first.
 template <class R>
 struct Cleared {
   static constexpr int64_t kSize = 1 << 14;

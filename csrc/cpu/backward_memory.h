@@ -8,17 +8,17 @@
 
 namespace grjca::GRJCA_ISA {
 
-// Rows of C_m that one task of the correlation's backward takes at most, and columns it keeps on chip at a time. The
-// sums of d J are made of one part for each task, so that how many rows a task takes follows from the shapes alone; one
-// or two samples are cut finer, that there are tasks enough for some threads.
+// A task of the correlation's backward takes at most so many rows of C_m, and keeps so many columns on chip at a time.
+// The sum of d J has one part for each task, so how many rows a task takes must follow from the shapes alone. Tasks of
+// one or two samples take fewer, so that there are enough for some threads.
 constexpr int64_t kCorrelationRows = kRowBlock, kCorrelationColumns = 256;
 inline int64_t correlation_rows(const Problem& p) { return p.batch > 2 ? kCorrelationRows : kCorrelationRows / 2; }
 
-// Frames from which on tanh(K J) is held from attend() until d (V C) is there, instead of being computed anew: a value
-// takes L products. Tried at L = 300, where it pays; the limit is an estimate.
+// From so many frames on, tanh(K J) is held from attend() until d (V C) is there, instead of being computed anew: a
+// value takes L products. Tried at L = 300, where it pays; the limit is an estimate.
 constexpr int64_t kHeldFrom = 64;
 
-// Gradients that a chunk holds until its sums are taken. Rows are those of the chunk.
+// A chunk holds these gradients until its sums are taken. Rows are those of the chunk.
 template <class R>
 struct ChunkGradients {
   R* d_state[kMaxIterations + 1];  // d X^t, [rows, ld]
@@ -109,8 +109,8 @@ struct BackwardMemory {
   static int64_t scratch_size(const Problem& p) {
     int64_t rows = 0, most = larger(Iteration<E>::scratch_size(p), Sums<E>::scratch_size(p));
     for (int m = 0; m < p.modalities; ++m) rows = larger(rows, smaller(kCorrelationRows, p.widths[m]));
-    // two prepared operands, two blocks of C in an operand's type, panels of C, d (K J) and that packed, and K once
-    // more
+    // A task needs two prepared operands, two blocks of C in an operand's type, panels of C, d (K J) and that packed,
+    // and K once more.
     most = larger(most, 2 * prepared_size<R>(rows, p.length) + 2 * rows * leading<R>(kCorrelationColumns) +
                             3 * rows * kPanel<R> + prepared_size<R>(kRowBlock, rows));
     for (int m = 0; m < p.modalities; ++m)
@@ -148,7 +148,7 @@ struct BackwardMemory {
 
   template <class T>
   T* of_worker(T* piece, int worker) const {
-    return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * step) : nullptr;
+    return beyond(piece, worker * step);
   }
   // The activations and transients of a unit that begins at `row` of the chunk.
   Activations<E> activations_of(int64_t row, int worker) const {

@@ -52,7 +52,7 @@ struct Workspace {
 
   template <class T>
   T* of_worker(T* piece, int worker) const {
-    return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + worker * activations_step) : nullptr;
+    return beyond(piece, worker * activations_step);
   }
   Activations<Operand<S>> of_worker(int worker) const {
     Activations<Operand<S>> a = activations;

@@ -31,8 +31,8 @@ struct Activations {
     a.hidden_ld = held_leading<H>(p.width() * p.modalities);
     return a;
   }
-  // What the sums of the weights' gradients read, and what only passes from equation to equation; what the forward
-  // keeps has its place already.
+  // The first plans what the sums of the weights' gradients read, the second what only passes from equation to
+  // equation. What the forward keeps has its place already.
   void plan_lasting(const Problem& p, int64_t rows, Arena& arena) {
     x = arena.take<R>(rows * ld);
     if (!p.keeps(Keep::hidden)) hidden = arena.take<H>(rows * hidden_ld);
@@ -43,7 +43,7 @@ struct Activations {
     if (!p.keeps(Keep::key)) key = arena.take<H>(rows * held_ld);
     if (!p.keeps(Keep::value)) value = arena.take<H>(rows * held_ld);
   }
-  // Those that the forward keeps, of samples from `first` on, whose frames begin at `row` of the batch.
+  // Points to the kept pieces of samples from `first` on, whose frames begin at `row` of the batch.
   void place(const Problem& p, const KeptPieces<H>& kept, int64_t first, int64_t row) {
     if (kept.joint) joint = kept.joint + row * held_ld;
     if (kept.key) key = kept.key + row * held_ld;
@@ -54,13 +54,13 @@ struct Activations {
   }
 };
 
-// Panels that a task takes at once: all of them for one thread, because the left operand is prepared anew for each
-// task, and for several as many as leave them tasks enough.
+// A task takes so many panels at once. One thread takes all of them, because every task prepares its left operand anew;
+// several threads take as many as leave them tasks enough.
 inline int64_t panels_at_once(int threads, int64_t all, int64_t others) {
   return threads > 1 ? larger(2, smaller(4, all * others / (8 * threads))) : larger(1, all);
 }
 
-// Rows times packed weights: epilogue(row, column, vector). Every thread has `step` of scratch.
+// Multiplies rows by packed weights and calls epilogue(row, column, vector). Every thread has `step` of scratch.
 template <class E, class T, class R = Compute<E>, class Epilogue, class F = R>
 inline void project(int threads, int64_t rows, int64_t terms, Left<T> a, const R* weights, int64_t columns, R* scratch,
                     int64_t step, Epilogue epilogue, Fetched<F> fetched = {}) {
@@ -126,7 +126,7 @@ struct Iteration {
       });
   }
 
-  // J as the correlation takes it.
+  // Packs J as the correlation takes it.
   void pack_joint() const {
     const int64_t all = panels<R>(p.width());
     parallel_for(threads, samples.count * all, [&](int64_t task, int) {
@@ -201,7 +201,7 @@ struct Iteration {
     return a.correlation + (b * p.width() + p.offset(m) + i) * a.held_ld + q * kPanel<R>;
   }
 
-  // tanh(K_m J / sqrt(d)) of panel q, as a panel [rows][kPanel]; `key` are rows of C_m from i on.
+  // Computes panel q of tanh(K_m J / sqrt(d)), as [rows][kPanel]. `key` holds the rows of C_m from i on.
   void correlate(const Prepared<R>& key, int64_t b, int m, int64_t q, int64_t i, R* panel) const {
     const int64_t columns = p.width() - q * kPanel<R>, ld = a.held_ld;
     H* const held = a.correlation ? held_correlation(b, m, q, i) : nullptr;
@@ -211,12 +211,13 @@ struct Iteration {
       if (held) store_some(held + r * ld + c, y, columns - c);
     });
   }
-  // The same from where it is held.
+  // Copies the same panel from where it is held.
   void load_correlation(int64_t b, int m, int64_t q, int64_t i, int64_t rows, R* panel) const {
     copy_rows(panel, held_correlation(b, m, q, i), a.held_ld, rows, p.width() - q * kPanel<R>);
   }
 
-  // f(place in a panel [rows][kPanel], factor) over rows [i, i + rows) of C_m and panel q, where factor is the dropout.
+  // Calls f(place in a panel [rows][kPanel], factor) for rows [i, i + rows) of C_m and panel q, where factor is the
+  // dropout.
   template <class F>
   void drop_correlation(int64_t b, int m, int64_t q, int64_t i, int64_t rows, F f) const {
     if (p.dropout == 0) {
@@ -246,8 +247,8 @@ struct Iteration {
     }
   }
 
-  // f(address offset in [rows, ld], lanes, factor, place among the signs, frame of 8) over all elements of U_m, where
-  // factor is the dropout of that site.
+  // Calls f(address offset in [rows, ld], lanes, factor, place among the signs, frame of 8) for all elements of U_m,
+  // where factor is the dropout of that site.
   template <class F>
   void each_output(F f) const {
     const int64_t groups = blocks(p.length, kFrames), of_signs = blocks(p.length, kDropoutRows);
@@ -275,7 +276,7 @@ struct Iteration {
     });
   }
 
-  // Bit k of the signs of some columns: where u is positive or NaN.
+  // Sets bit k of the signs of some columns where u is positive or NaN.
   void keep_signs(int64_t at, int64_t lanes, int64_t k, Vector<R> u) const {
     Signs<R> signs = k ? load_signs(at, lanes) : Signs<R>{};
     signs |= __builtin_convertvector(u <= 0 ? WordsOf<R>{} : WordsOf<R>{} + (1u << k), Signs<R>);
@@ -284,7 +285,7 @@ struct Iteration {
     else
       std::memcpy(a.signs + at, &signs, lanes);
   }
-  // What passes the relu of U: d where u is positive or NaN, and elsewhere 0.
+  // Returns what passes the relu of U: d where u is positive or NaN, and elsewhere 0.
   Vector<R> where_positive(int64_t at, int64_t lanes, int64_t k, Vector<R> d) const {
     return (__builtin_convertvector(load_signs(at, lanes), WordsOf<R>) & (1u << k)) != 0 ? d : Vector<R>{};
   }

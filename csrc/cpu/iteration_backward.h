@@ -1,5 +1,5 @@
-// One iteration in reverse, equation by equation, on the rows of some samples. A name d_x is the gradient of the loss
-// by x.
+// This file goes through one iteration in reverse, equation by equation, on the rows of some samples. A name d_x is the
+// gradient of the loss by x.
 #pragma once
 
 #include "backward_memory.h"
@@ -30,7 +30,7 @@ struct IterationBackward {
   const LayerWeights<R>& layer(int t) const { return weights[p.shared ? 0 : t]; }
   Iteration<E> iteration(int t) const { return {p, samples, layer(t), a, seed, t, threads, scratch, scratch_step}; }
 
-  // d X^t and what the sums of the weights' gradients are made of, from X^t and d X^(t+1).
+  // Computes, from X^t and d X^(t+1), d X^t and all that the sums of the weights' gradients read.
   void run(int t) const {
     using P = cpu::Phase;
     const Iteration<E> forward = iteration(t);
@@ -53,7 +53,7 @@ struct IterationBackward {
     cpu::timed(times, phase, f);
   }
 
-  // What the forward did not keep.
+  // Computes what the forward did not keep.
   void recompute(const Iteration<E>& forward) const {
     using P = cpu::Phase;
     const bool correlated = p.keeps(Keep::correlation);
@@ -126,7 +126,7 @@ struct IterationBackward {
     });
   }
 
-  // Panel q of the transposed matrix, [panel of frames][d][kPanel], of which `from` is [frames, d].
+  // Writes panel q of the transpose [panel of frames][d][kPanel] of the matrix `from` [frames, d].
   void transpose(R* to, const H* from, int64_t ld, int64_t q, int64_t frames) const {
     const int64_t l = q * kPanel<R>, d = p.width();
     if (l < frames) pack_columns<E>(to + l * d, from + l * ld, ld, d, frames - l);
@@ -148,7 +148,7 @@ struct IterationBackward {
   }
   int64_t joint_parts() const { return threads > 1 ? Transients<E>::correlation_blocks(p) : 1; }
 
-  // Rows of C_m of sample b from i on.
+  // Takes the rows of C_m of sample b from i on.
   void correlation_block(const Iteration<E>& iteration, int64_t b, int m, int64_t i, R* d_joint_part, bool add_to,
                          R* space) const {
     constexpr int64_t kPanels = kCorrelationColumns / kPanel<R>;
@@ -203,7 +203,7 @@ struct IterationBackward {
     }
   }
 
-  // to [rows, frames] (+)= A B, B in panels of frames, of which these are `terms` of the d rows.
+  // Writes A B to [rows, frames], or adds it. B stands in panels of frames, of whose d rows these are `terms`.
   void accumulate(R* to, int64_t rows, int64_t frames, Left<E> left, const R* b, int64_t terms, bool add_to,
                   R* space) const {
     const int64_t ld = chunk.frames_ld;

@@ -1,5 +1,5 @@
-// What the forward keeps for the backward beside X^t, where the problem says so: pieces of every iteration, held in the
-// type of the activations (storage.h). Rows are the present frames of the batch, one after another.
+// The forward keeps for the backward, beside X^t, the pieces of every iteration that the problem names, in the type of
+// the activations (storage.h). Rows are the present frames of the batch, one after another.
 #pragma once
 
 #include "storage.h"
@@ -7,14 +7,14 @@
 
 namespace grjca::GRJCA_ISA {
 
-// Distance between rows of held activations: of 64 bytes, and never a multiple of the page (see leading()).
+// Rows of held activations stand so far apart: multiples of 64 bytes, and never of the page (see leading()).
 template <class H>
 constexpr int64_t held_leading(int64_t columns) {
   const int64_t bytes = (columns * static_cast<int64_t>(sizeof(H)) + 63) / 64 * 64;
   return (bytes % 1024 ? bytes : bytes + 64) / static_cast<int64_t>(sizeof(H));
 }
 
-// A byte for each lane of a vector, and words as wide as its lanes.
+// The signs of a vector take a byte for each lane; the words are as wide as its lanes.
 template <class R>
 struct LanesOf;
 template <>
@@ -32,7 +32,7 @@ using Signs = typename LanesOf<R>::bytes;
 template <class R>
 using WordsOf = typename LanesOf<R>::words;
 
-// The pieces of one iteration; null where they are not kept.
+// These are the pieces of one iteration. A piece that is not kept is null.
 template <class H>
 struct KeptPieces {
   H *joint, *key, *value;  // [rows, ld]
@@ -59,7 +59,7 @@ struct KeptPieces {
     return static_cast<int64_t>(measuring.used());
   }
 
-  // Those of iteration t, from 0.
+  // Finds the pieces of iteration t, from 0, in what was kept.
   static KeptPieces of(const Problem& p, void* kept, int t) {
     if (!kept) return {};
     Arena placed(static_cast<char*>(kept) + t * bytes(p));

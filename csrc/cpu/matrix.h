@@ -1,4 +1,4 @@
-// Matrix products: a left operand, prepared by rows, times packed panels of a right one. A tile of kTileRows x two
+// This file multiplies a left operand, prepared by rows, by packed panels of a right one. A tile of kTileRows x two
 // vectors stays in registers while the sum runs. E is the type of the operands (storage.h), R that of sums, T that of
 // what an operand is made from.
 #pragma once
@@ -28,7 +28,7 @@ int64_t leading(int64_t columns) {
   return padded * sizeof(R) % 1024 ? padded : padded + kPanel<R>;
 }
 
-// Whether operands hold words of two terms, each in the place of an R.
+// A paired operand holds words of two terms, each in the place of an R.
 template <class E>
 constexpr bool kPaired = !std::is_same_v<E, Compute<E>>;
 
@@ -48,15 +48,15 @@ struct Left {
   Left from(int64_t i, int64_t k = 0) const { return {data + i * row + k * column, row, column}; }
 };
 
-// The same as products read it: word k of row r of a tile stands at data[r * row + k * step], and the tiles of
-// kTileRows rows stand `tile` apart.
+// A product reads a left operand in this form: word k of row r of a tile stands at data[r * row + k * step], and the
+// tiles of kTileRows rows stand `tile` apart.
 template <class R>
 struct Prepared {
   const R* data;
   int64_t rows, tile, row, step;
 };
 
-// Rows of a left operand that are prepared at a time.
+// A product prepares so many rows of its left operand at a time.
 constexpr int64_t kRowBlock = 128;
 
 template <class E, class R = Compute<E>>
@@ -64,10 +64,11 @@ int64_t prepared_size(int64_t rows, int64_t terms) {
   return blocks(rows, kTileRows) * kTileRows * leading<R>(words<E>(terms));
 }
 
-// Terms of all rows or panels that are copied before the next ones, so that memory is read along its lines.
+// A copy takes so many terms of all rows or panels before it takes the next ones, so that it reads memory along its
+// lines.
 constexpr int64_t kAtOnce = 64;
 
-// Row `to` of words: `terms` consecutive values.
+// Fills row `to` with the words of `terms` consecutive values.
 template <class E, class T, class R = Compute<E>>
 GRJCA_INLINE void prepare_row(R* to, const T* from, int64_t terms) {
   if constexpr (kPaired<E>)
@@ -76,7 +77,7 @@ GRJCA_INLINE void prepare_row(R* to, const T* from, int64_t terms) {
     load_row(to, from, 1, terms);
 }
 
-// A tile of words: to[k * kTileRows + r] = from[k * step + r] for r < rows.
+// Fills a tile with words: to[k * kTileRows + r] = from[k * step + r] for r < rows.
 template <class E, class T, class R = Compute<E>>
 GRJCA_INLINE void prepare_tile(R* to, const T* from, int64_t step, int64_t terms, int64_t rows) {
   if constexpr (kPaired<E>) {
@@ -120,14 +121,14 @@ inline Prepared<R> prepare(int64_t rows, Left<T> a, int64_t terms, R* space) {
 // number of runs, not of their product.
 constexpr int64_t kRun = 128;
 
-// In registers, where `= {}` makes GCC fill memory.
+// Clears them in registers, where `= {}` makes GCC fill memory.
 template <class R, int V>
 GRJCA_INLINE void clear(Vector<R> (&acc)[kTileRows][V]) {
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = Vector<R>{};
 }
 
-// acc += A B for a tile: a[r] is row r of A (Step between terms), b is a panel [words][kPanel].
+// Adds A B to a tile: a[r] is row r of A, whose terms stand Step apart, and b is a panel [words][kPanel].
 template <class E, int V, int Step, class R = Compute<E>>
 GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[kTileRows], const R* b, int64_t count) {
   for (int64_t k = 0; k < count; ++k, b += kPanel<R>) {
@@ -144,7 +145,7 @@ GRJCA_INLINE void multiply(Vector<R> (&acc)[kTileRows][V], const R* const (&a)[k
   }
 }
 
-// One tile. Pairs need no runs: beside what rounding the operands does, that of the sum is nothing.
+// Computes one tile. Pairs need no runs: beside what rounding the operands does, that of the sum is nothing.
 template <class E, int V, int Step, class R = Compute<E>>
 GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows], const R* panel, int64_t count) {
   if constexpr (kPaired<E>) {
@@ -162,7 +163,7 @@ GRJCA_INLINE void tile(Vector<R> (&acc)[kTileRows][V], const R* (&a)[kTileRows],
   }
 }
 
-// What an epilogue reads: rows of T, `ld` apart, that are fetched while the sum runs; or nothing.
+// Names what an epilogue reads, rows of T that stand `ld` apart, or nothing: a product fetches them while its sum runs.
 template <class T>
 struct Fetched {
   const T* data = nullptr;
@@ -208,7 +209,7 @@ inline void product(const Prepared<R>& a, int64_t columns, const R* panel, int64
                 : product_of<E, 1, kTileRows>(a, panel, terms, epilogue, fetched);
 }
 
-// The same with any number of columns, in panels `step` apart. `space` is for kRowBlock prepared rows.
+// This product has any number of columns, in panels that stand `step` apart. It prepares kRowBlock rows in `space`.
 template <class E, class T, class R, class Epilogue, class F = R>
 inline void product(int64_t rows, int64_t columns, Left<T> a, const R* panel, int64_t step, int64_t terms, R* space,
                     Epilogue epilogue, Fetched<F> fetched = {}) {

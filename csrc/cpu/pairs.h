@@ -7,7 +7,7 @@
 
 namespace grjca::GRJCA_ISA {
 
-// Word i of two vectors: (even[i], odd[i]).
+// Word i of the result is (even[i], odd[i]).
 GRJCA_INLINE Vector<float> pair(Halves even, Halves odd) {
   return (Vector<float>)(__builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16));
 }
@@ -19,7 +19,7 @@ GRJCA_INLINE Vector<float> pair(Halves even, Halves odd) {
 
 namespace grjca::GRJCA_ISA {
 
-// acc += the products of both halves of `left` and of each word of `right`
+// Adds the products of both halves of `left` and of each word of `right`.
 GRJCA_INLINE Vector<float> add_products(Vector<float> acc, const float* left, Vector<float> right) {
   uint32_t word;
   std::memcpy(&word, left, sizeof word);
@@ -35,7 +35,8 @@ GRJCA_INLINE Vector<float> pair(Vector<float> even, Vector<float> odd) {
   return (Vector<float>)_mm512_permutexvar_epi16(order, (__m512i)both);
 }
 
-// `terms` consecutive values as words, the last one filled with zero; 16 words are written at a time.
+// Makes words of `terms` consecutive values and fills the last one with zero. The first function writes 16 words at a
+// time, and the second one none beyond the last, for another thread may have written what follows.
 GRJCA_INLINE void pair_along(float* words, const float* from, int64_t terms) {
   for (int64_t k = 0; k < terms; k += 32, words += 16) {
     const uint32_t present = terms - k < 32 ? (uint32_t{1} << (terms - k)) - 1 : ~uint32_t{0};
@@ -46,7 +47,7 @@ GRJCA_INLINE void pair_along(float* words, const float* from, int64_t terms) {
   }
 }
 GRJCA_INLINE void pair_along(float* words, const BFloat16* from, int64_t terms) {
-  std::memset(words + terms / 2, 0, sizeof(float));
+  if (terms % 2) std::memset(words + terms / 2, 0, sizeof(float));
   std::memcpy(words, from, terms * sizeof(BFloat16));
 }
 

@@ -80,7 +80,7 @@ GRJCA_INLINE void narrow(float x, Float16* to) {
   to->bits = static_cast<uint16_t>(sign | (magnitude < 0x47800000u ? rounded : large));
 }
 
-// What J, K, V, H and C are held as between two products: what these take.
+// J, K, V, H and C are held, between two products, as what these take.
 template <class S>
 using Held = Operand<S>;
 
@@ -119,7 +119,7 @@ GRJCA_INLINE void store_some(BFloat16* to, Vector<float> x, int64_t count) {
   std::memcpy(to, &rounded, count * sizeof(BFloat16));
 }
 
-// x as it comes back from where it is held
+// Returns x as it comes back from where it is held.
 template <class H, class R>
 GRJCA_INLINE Vector<R> rounded(Vector<R> x) {
   if constexpr (std::is_same_v<H, BFloat16>)
@@ -128,7 +128,7 @@ GRJCA_INLINE Vector<R> rounded(Vector<R> x) {
     return x;
 }
 
-// A vector of R from consecutive elements of any storage type.
+// Loads a vector of R from consecutive elements of any storage type.
 template <class R, class S>
 GRJCA_INLINE Vector<R> load_wide(const S* from) {
   if constexpr (std::is_same_v<S, R> || std::is_same_v<S, BFloat16>) {

@@ -17,7 +17,7 @@ class Sums {
  public:
   Sums(const Problem& p, const Samples& samples) : p_(p), samples_(samples) {}
 
-  // Those of y = x W^T + b, with d_y (output, row) and x [rows, in], of R or H; a null sum is not wanted.
+  // Adds the sums of y = x W^T + b, with d_y (output, row) and x [rows, in], of R or H. A null sum is not wanted.
   template <class X>
   void linear(R* weight, R* bias, int64_t out, int64_t in, Left<R> d_y, const X* x, int64_t x_ld) {
     if (weight)
@@ -27,7 +27,7 @@ class Sums {
                  blocks(out, d_y.column == 1 ? kFrames : kLanes<R>));
   }
 
-  // Those of K = X^T W_k^T + b_k, times `scale`, with d_key [d_m, frames] and x [rows, d_m].
+  // Adds the sums of K = X^T W_k^T + b_k, times `scale`, with d_key [d_m, frames] and x [rows, d_m].
   void key(R* weight, R* bias, int64_t d_m, const R* d_key, int64_t d_ld, const R* x, int64_t x_ld, R scale) {
     const Left<R> d{d_key, d_ld, 1};
     if (weight)
@@ -58,7 +58,7 @@ class Sums {
   static constexpr int64_t kKeyIn = 2;        // panels of the rows of W_k
   enum Kind { kWeight, kColumns, kRows, kKeyWeight, kKeyBias };
 
-  // X, whose rows are the terms; one of both, where it has elements of R and H.
+  // The rows of X are the terms. Its elements are of R or of H, and the other pointer is null.
   struct Right {
     const R* plain = nullptr;
     const H* held = nullptr;
@@ -127,8 +127,8 @@ class Sums {
       });
   }
 
-  // to [l, l'] += scale * sum over samples of d_key^T x^T, some panels of l at a time: they are fetched transposed,
-  // added to sample by sample, and put back, so that where a chunk ends makes no difference.
+  // Adds scale * d_key^T x^T of all samples to [l, l']. A task fetches some panels of l transposed, adds sample by
+  // sample, and puts them back, so that where a chunk ends makes no difference.
   void key_weight(const Sum& s, int64_t task, R* space) const {
     const int64_t length = p_.length, first = task * kKeyIn * kPanel<R>;
     const int64_t columns = smaller(kKeyIn * kPanel<R>, length - first);

@@ -16,7 +16,7 @@ struct LayerWeights {
   // for d_y W, in the backward: panels of W, and W_k^T in prepared tiles
   R *query_back, *key_back[kMaxModalities], *value_back[kMaxModalities], *output_back[kMaxModalities];
 
-  // In the backward, those of what it computes anew; null where the forward has kept that.
+  // A backward packs for itself, beside its own, the weights of what it computes anew; the others stay null.
   static LayerWeights plan(const Problem& p, bool backward, Arena& arena) {
     LayerWeights w{};
     const int64_t d = p.width();
@@ -51,7 +51,7 @@ struct LayerWeights {
     return w;
   }
 
-  // The first `frames` rows of W_k, and of its transpose.
+  // These return the first `frames` rows of W_k, and of its transpose.
   template <class E>
   Prepared<R> key_rows(const Problem& p, int m, int64_t frames) const {
     const int64_t row = leading<R>(words<E>(p.length));

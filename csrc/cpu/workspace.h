@@ -30,6 +30,12 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Returns the piece that stands so many bytes behind this one, or null for null.
+template <class T>
+T* beyond(T* piece, int64_t bytes) {
+  return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + bytes) : nullptr;
+}
+
 // Calls f(task, thread) for every task until the call is stopped. Which thread takes a task never changes the result.
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, F f) {
