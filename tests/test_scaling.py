@@ -298,7 +298,7 @@ def test_saved_bytes_are_linear_in_length():
     """What capacity() fits."""
     for name in scaling.COMPARED:
         saved = []
-        for length in (8, 16, 24):
+        for length in (64, 128, 192):  # whole words of the signs of U
             shape = Shape(length, 8, 4, 2, 2, "flat", normalize=True)
             block = IMPLEMENTATIONS[name](memory.Raw(shape), dropout=0.6).train()
             inputs = shape.inputs(0, requires_grad=True)
