@@ -100,8 +100,8 @@ def described(fusion: str, batch: int, minutes: float) -> Row:
         "fusion": fusion,
         "batch": batch,
         "length": LENGTH,
-        "dim_visual": CONFIG.visual_channels[-1],
-        "dim_audio": CONFIG.audio_channels[-1],
+        "dim_visual": CONFIG.encoders["visual"][-1],
+        "dim_audio": CONFIG.encoders["audio"][-1],
         "dtype": "float32",
         "backend": environment.backend_used("auto", "cpu"),
         "settings": {"minutes": minutes, "model": model},
@@ -123,7 +123,7 @@ def make_batch(size: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     visual, audio = (
         torch.randn(size, LENGTH, width, generator=generator)
-        for width in (CONFIG.visual_features, CONFIG.audio_features)
+        for width in CONFIG.widths.values()
     )
     label = 2 * torch.rand(size, LENGTH, generator=generator) - 1
     return Batch(visual, audio, torch.full((size,), LENGTH), label, torch.ones(size, LENGTH, dtype=torch.bool))

@@ -15,7 +15,7 @@ from grjca.config import Fusion, ModelConfig, Target, TrainConfig
 from grjca.model import AudioVisualModel
 
 MODEL = ModelConfig(
-    visual_features=6, audio_features=5, visual_channels=(7, 6), audio_channels=(4,), kernel=3, hidden=5
+    modalities={"visual": 6, "audio": 5}, channels={"visual": (7, 6), "audio": (4,)}, kernel=3, hidden=5
 )
 WINDOW, HOP = 20, 12
 LENGTHS = {
@@ -34,7 +34,7 @@ def write_data(root: Path) -> Path:
         for name, length in lengths.items():
             folder = root / "features" / name
             folder.mkdir(parents=True)
-            for kind, width in (("visual", MODEL.visual_features), ("audio", MODEL.audio_features)):
+            for kind, width in MODEL.widths.items():
                 np.save(folder / f"{kind}.npy", generator.normal(size=(length, width)).astype(np.float32))
             if split != "test":
                 labels = np.tanh(generator.normal(size=(length, 2))).round(3)

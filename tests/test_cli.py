@@ -46,7 +46,8 @@ def test_help_of_a_command_explains_every_option(name, capsys):
         main([name, "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for field in fields(COMMANDS[name].settings):
-        found = re.search(rf" --{field.name} (?:{field.name.upper()}|\{{\S+\}}|\[ITEM,...\]|CONFIG) (?!--)(.)", printed)
+        value = rf"(?:{field.name.upper()}|\{{\S+\}}|\[ITEM,...\]|CONFIG)"
+        found = re.search(rf" --{field.name} {value}(?:, --\w+ \S+)? (?!--)(.)", printed)
         assert found and found[1] != "(", f"--{field.name} has no explanation"
     assert (name == "train") == ("--resume" in printed)
 
@@ -75,7 +76,7 @@ TRAIN = ["train", "--target", "valence", "--out", "run", "--data", "nowhere"]
         ([*TRAIN, "--target", "joy"], 2, "--target: Expected one of 'valence', 'arousal'. Got value: joy"),
         ([*TRAIN, "--fusion", "lstm"], 2, "--fusion: .*'grjca'.*lstm"),
         ([*TRAIN, "--epochs", "many"], 2, "--epochs: .*int.*many"),
-        ([*TRAIN, "--model.visual_channels", "[a]"], 2, "--model.visual_channels: .*int.*a"),
+        ([*TRAIN, "--model.channels.visual", "[a]"], 2, "--model.channels: .*int.*a"),
         ([*TRAIN, "--speed", "11"], 2, "unrecognized arguments: --speed 11"),
         ([*TRAIN, "--config", "nowhere.yaml"], 2, "--config: .*nowhere.yaml"),
         ([*TRAIN, "--epochs", "0"], 1, "--epochs: expected a whole number above 0, got 0"),
@@ -103,16 +104,16 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
     [
         (["--model.dropout", "1"], "model.dropout: .*got 1"),
         (["--model.iterations", "17"], "model.iterations: .*got 17"),
-        (["--model.visual_features", "7"], r"visual\.npy.*7"),
+        (["--model.modalities", "visual:7,audio:5"], r"visual\.npy.*7"),
         pytest.param(["--precision", "fp16"], "precision: .* got none", marks=without_gpu),
         (["--backend", "cuda"], "cuda"),
     ],
 )
 def test_refusals_of_settings_leave_no_folder(option, match, capsys, folder, tmp_path):
     out = tmp_path / "run"
-    sizes = ["--model.visual_features", "6", "--model.audio_features", "5", "--model.visual_channels", "[4]"]
+    sizes = ["--model.modalities", "visual:6, audio:5", "--model.channels", "{visual: [4], audio: [4]}"]
     words = ["train", "--data", str(folder), "--target", "valence", "--out", str(out), "--epochs", "1"]
-    assert re.search(match, said(capsys, [*words, *sizes, "--model.audio_channels", "[4]", *option], 1))
+    assert re.search(match, said(capsys, [*words, *sizes, *option], 1))
     assert not out.exists()
 
 
@@ -139,7 +140,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     def smaller(out, seed):
         words = real(out, seed)
         words[0] = [*words[0], "--videos", "4", "--length", "[30, 50]"]
-        words[1] = [*words[1], "--speed", "false"]
+        words[3] = [*words[3], "--speed", "false"]
         return words
 
     monkeypatch.setattr(demo, "commands", smaller)

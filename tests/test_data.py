@@ -19,14 +19,14 @@ from grjca.data.reading import annotation
 from grjca.errors import UserError
 from grjca.predict import read_template
 
-WIDTHS = (6, 3)
+WIDTHS = {"visual": 6, "audio": 3}
 LENGTHS = {"train": {"a": 20, "b_left": 31, "b_right": 31}, "validate": {"c": 12}}
 
 
 def write_features(folder: Path, length: int, names=("visual.npy", "audio.npy"), seed=0, dtype=np.float32):
     rng = np.random.default_rng([seed, length])
     folder.mkdir(parents=True)
-    for name, width in zip(names, WIDTHS, strict=True):
+    for name, width in zip(names, WIDTHS.values(), strict=True):
         np.save(folder / name, rng.standard_normal((length, width)).astype(dtype))
 
 
@@ -142,7 +142,7 @@ class TestLoad:
         for video in videos:
             assert video.labels.dtype == np.float64 and video.valid.all() and video.notes == ()
             np.testing.assert_array_equal(video.labels, labels_of(video.length))
-            visual, audio = video.features(3, 9)
+            visual, audio = video.read(3, 9).values()
             assert visual.dtype == audio.dtype == np.float32
             np.testing.assert_array_equal(visual, np.load(root / "features" / video.name / "visual.npy")[3:9])
             np.testing.assert_array_equal(audio, np.load(root / "features" / video.name / "audio.npy")[3:9])
@@ -179,7 +179,9 @@ class TestLoad:
             for other in (npy_root, flat):
                 for a, b in zip(plain, load(other, split, widths=WIDTHS), strict=True):
                     assert (a.name, a.length) == (b.name, b.length)
-                    for x, y in zip((a.labels, *a.features(0, 12)), (b.labels, *b.features(0, 12)), strict=True):
+                    for x, y in zip(
+                        (a.labels, *a.read(0, 12).values()), (b.labels, *b.read(0, 12).values()), strict=True
+                    ):
                         np.testing.assert_array_equal(x, y)
 
     @mark.parametrize(
@@ -246,7 +248,7 @@ class TestLoad:
     def test_flat_npy_data_without_labels_is_for_testing(self, tmp_path):
         write_features(tmp_path / "npy_data" / "x", 7, ("video.npy", "logmel.npy"))
         (video,) = load(tmp_path, "test", widths=WIDTHS)
-        assert video.audio_path.name == "logmel.npy"
+        assert video.files["audio"].name == "logmel.npy"
         with raises(UserError, match=r"create annotations/train/<video>\.txt.*or move.*into npy_data/train/"):
             load(tmp_path, "train", widths=WIDTHS)
         assert problems(tmp_path, widths=WIDTHS).problems == []
@@ -278,12 +280,12 @@ class TestLoad:
         write_features(root / "features/a", 20 + difference)
         video = load(root, "train", widths=WIDTHS)[0]
         stored = np.load(root / "features/a/visual.npy")
-        visual, audio = video.features(0, 20)
+        visual, audio = video.read(0, 20).values()
         assert video.length == len(visual) == len(audio) == 20
         kept = min(20, len(stored))
         np.testing.assert_array_equal(visual[:kept], stored[:kept])
         assert (visual[kept:] == stored[-1]).all()
-        np.testing.assert_array_equal(video.features(18, 20)[0], visual[18:])
+        np.testing.assert_array_equal(video.read(18, 20)["visual"], visual[18:])
         assert len(video.notes) == 2 and f"has {20 + difference} frames instead of 20" in video.notes[0]
         assert set(video.notes) <= set(problems(root, widths=WIDTHS).notes)
 
@@ -291,13 +293,13 @@ class TestLoad:
         write_features(root / "features/z", 9)
         np.save(root / "features/z/audio.npy", np.ones((7, 3), np.float32))
         (video,) = load(root, "test", widths=WIDTHS)
-        assert video.length == 9 and video.features(8, 9)[1].shape == (1, 3)
+        assert video.length == 9 and video.read(8, 9)["audio"].shape == (1, 3)
 
     @mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
     def test_float_dtypes(self, root, dtype):
         shutil.rmtree(root / "features/a")
         write_features(root / "features/a", 20, dtype=dtype)
-        visual, _ = load(root, "train", widths=WIDTHS)[0].features(0, 20)
+        visual = load(root, "train", widths=WIDTHS)[0].read(0, 20)["visual"]
         assert visual.dtype == np.float32 and visual.flags.writeable
         np.testing.assert_array_equal(visual, np.load(root / "features/a/visual.npy").astype(np.float32))
 
@@ -307,19 +309,19 @@ class TestLoad:
         np.save(root / "features/a/visual.npy", np.zeros((20, 50_000), np.float32))  # 4 MB
         for name in ("b_left", "b_right"):
             (root / f"annotations/train/{name}.txt").unlink()
-        (video,) = load(root, "train", widths=(50_000, 3))
+        (video,) = load(root, "train", widths={"visual": 50_000, "audio": 3})
         assert len(pickle.dumps(video)) < 10_000 + video.labels.nbytes
         np.save(root / "features/a/visual.npy", np.ones((20, 50_000), np.float32))
-        assert (pickle.loads(pickle.dumps(video)).features(0, 2)[0] == 1).all()
+        assert (pickle.loads(pickle.dumps(video)).read(0, 2)["visual"] == 1).all()
         (root / "features/a/visual.npy").unlink()
         with raises(UserError, match=r"visual\.npy is missing"):
-            video.features(0, 2)
+            video.read(0, 2)
 
     def test_frames_outside_of_a_video(self, root):
         video = load(root, "train", widths=WIDTHS)[0]
         for span in ((-1, 3), (0, 21), (5, 4)):
             with raises(ValueError, match="frames 0 to 20"):
-                video.features(*span)
+                video.read(*span)
 
     def test_hidden_files_are_ignored(self, root):
         (root / "annotations/train/.DS_Store").write_bytes(b"\xff")
@@ -368,7 +370,7 @@ BAD_FEATURES = {
     "wrong ndim": (saved(np.zeros((20, 2, 3), np.float32)), r"holds \[20, 2, 3\]; expected"),
     "transposed": (saved(np.zeros((6, 20), np.float32)), r"holds \[6, 20\]; expected.*Transpose the array"),
     "one number": (saved(np.float32(3)), r"holds \[\]; expected"),
-    "images": (saved(np.zeros((20, 3, 8, 8), np.uint8)), "holds images.*face network"),
+    "images": (saved(np.zeros((20, 3, 8, 8), np.uint8)), "holds .*face or voice network"),
     "integers": (saved(np.zeros((20, 6), np.int32)), "holds int32 numbers; expected.*float32"),
     "complex": (saved(np.zeros((20, 6), complex)), "holds complex128 numbers"),
     "no frames": (saved(np.zeros((0, 6), np.float32)), "holds no frames"),
@@ -586,7 +588,7 @@ class TestWindowDataset:
         assert dataset.spans == [(0, 0, 20), (1, 0, 25), (1, 6, 31), (2, 0, 25), (2, 6, 31)] and len(dataset) == 5
         for i, (video, start, stop) in enumerate(dataset.spans):
             item, n = dataset[i], stop - start
-            visual, audio = videos[video].features(start, stop)
+            visual, audio = videos[video].read(start, stop).values()
             for name, expected in {
                 "visual": visual,
                 "audio": audio,

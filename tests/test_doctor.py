@@ -20,7 +20,7 @@ from grjca_kernels import backends
 from small import LENGTHS, MODEL, write_data
 
 needs_native = pytest.mark.skipif(backends()["cpu"] is not None, reason="the native code was not built")
-WIDTHS = {"visual_features": MODEL.visual_features, "audio_features": MODEL.audio_features}
+WIDTHS = {"modalities": MODEL.widths}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tolerances import length as norm
 
 B, L, LENGTHS = 4, 9, (9, 4, 0, 1)
 SMALL = ModelConfig(
-    visual_features=7, audio_features=5, visual_channels=(8, 6, 6), audio_channels=(5, 4), kernel=3, hidden=6
+    modalities={"visual": 7, "audio": 5}, channels={"visual": (8, 6, 6), "audio": (5, 4)}, kernel=3, hidden=6
 )
 NAN = float("nan")
 BACKENDS = ("auto", "reference", "eager")
@@ -337,15 +337,18 @@ def test_the_authors_sizes():
 @mark.parametrize(
     "field, value",
     [
-        ("visual_features", 0), ("audio_features", -1), ("visual_channels", ()), ("audio_channels", (4, 0)),
-        ("visual_channels", 4), ("kernel", 0), ("kernel", 2.5), ("encoder_dropout", 1.0), ("encoder_dropout", -0.1),
+        ("channels", {"visual": (), "audio": (4,)}), ("channels", {"visual": (8,), "audio": (4, 0)}),
+        ("channels", {"visual": 4, "audio": (4,)}), ("channels", {"smell": (4,)}), ("modalities", "visual:7"),
+        ("modalities", {"visual": 7, "audio": -1}), ("modalities", {"visual": 7, "audio": 0}),
+        ("modalities", "visual:7, Audio:5"), ("modalities", "visual:7, label:5"), ("modalities", "a:1, a:2"),
+        ("modalities", "a:1, b:2, c:3, d:4, e:5"), ("modalities", "a:1:2, b:2"), ("kernel", 0), ("kernel", 2.5), ("encoder_dropout", 1.0), ("encoder_dropout", -0.1),
         ("dropout", 1), ("dropout", NAN), ("iterations", 0), ("iterations", 17), ("temperature", 0), ("hidden", 0),
         ("temperature", float("inf")), ("normalize", "yes"), ("hidden", True),
     ],
 )  # fmt: skip
 @mark.parametrize("fusion", ["concat", "grjca"])
 def test_settings_that_make_no_sense(field, value, fusion):
-    with pytest.raises(UserError, match=rf"^model\.{field}: expected .*, got "):
+    with pytest.raises(UserError, match=rf"^(--)?model\.{field}(\.\w+)?: expected .*[,;] got "):
         AudioVisualModel(replace(SMALL, **{field: value}), fusion=fusion, length=L)
 
 
@@ -379,5 +382,5 @@ def test_inputs_that_do_not_fit(fusion, change, error, match):
     net = model(fusion, dtype=torch.float32)
     before = deepcopy(net.state_dict())
     with pytest.raises(error, match=match):
-        net(**{"visual": visual, "audio": audio, "lengths": None, **change})
+        net(*({"visual": visual, "audio": audio} | change).values())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +185,9 @@ def test_refuses_runs_that_do_not_fit(valence: Path, arousal: Path, data: Path, 
 
     assert "both predict valence" in refusal(valence, other=valence)
     wider = write_run(
-        tmp_path / "wider", data, target="arousal", model=type(MODEL)(**vars(MODEL) | {"audio_features": 9})
+        tmp_path / "wider", data, target="arousal", model=replace(MODEL, modalities={"visual": 6, "audio": 9})
     )
-    assert "the same widths of features" in refusal(valence, other=wider)
+    assert "the same modalities" in refusal(valence, other=wider)
     assert "cannot run" in refusal(valence, backend="cuda")
     assert "expected the folder of a run" in refusal(tmp_path)
 

@@ -29,7 +29,7 @@ from grjca.config import TrainConfig
 from grjca.train import train
 from grjca_kernels import cpu
 
-WIDTHS = ["--visual_features", str(small.MODEL.visual_features), "--audio_features", str(small.MODEL.audio_features)]
+WIDTHS = ["--modalities", str(small.MODEL.widths)]
 
 
 @pytest.fixture(scope="module")
@@ -335,18 +335,22 @@ CONFIGS = {
 }
 SIZES = [
     {"hidden": 10**10},
-    {"hidden": 10**7, "visual_channels": [10**6]},
+    {"hidden": 10**7, "channels": {"visual": [10**6]}},
     {"hidden": 10**30},
     {"hidden": -1},
     {"hidden": "many"},
-    {"visual_channels": [10**10, 10**10]},
+    {"channels": {"visual": [10**10, 10**10]}},
     {"iterations": 10**6},
     {"kernel": 10**9},
     {"window": 10**6},
     {"window": 10**30},
     {"batch_size": 0},
-    {"visual_channels": [7] * 29},
-    {"visual_channels": [7] * 64},
+    {"channels": {"visual": [7] * 29}},
+    {"channels": {"visual": [7] * 64}},
+    {"channels": {"smell": [7]}},
+    {"modalities": {"visual": 6}},
+    {"modalities": {"visual": 6, "../audio": 5}},
+    {"modalities": {"visual": 10**30, "audio": 5}},
     {"warmup_epochs": 10**400},
     {"learning_rate": 1e300},
     {"workers": 10**6},

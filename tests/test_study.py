@@ -10,7 +10,7 @@ from scipy import stats
 import small
 from grjca import study, study_report
 from grjca.cli import main
-from grjca.config import FUSIONS, StudyConfig
+from grjca.config import STUDIED, StudyConfig
 from grjca.data import load
 from grjca.errors import UserError
 from grjca.study_report import Cells, Estimate
@@ -28,13 +28,13 @@ def tiny(tmp_path_factory):
 
     def preset(config):
         chosen = PRESET(config)
-        model = replace(small.MODEL, visual_features=48, audio_features=32)
+        model = replace(small.MODEL, modalities={"visual": 48, "audio": 32})
         training = replace(chosen.training, epochs=1, window=20, hop=15, model=model)
         scenario = replace(chosen.scenario, videos=4, length=(30, 60))
         return study.Preset(LEVELS, SEEDS, scenario, 6, training)
 
     patch.setattr(study, "preset", preset)
-    patch.setattr(study, "FUSIONS", SOME)
+    patch.setattr(study, "STUDIED", SOME)
     assert main(["study", "--out", str(out), "--jobs", "1"]) == 0
     yield StudyConfig(out)
     patch.undo()
@@ -58,14 +58,17 @@ def test_every_cell_is_there_once(tiny):
 
 def test_what_is_scored_was_not_trained_on(tiny):
     folder = tiny.out / "data" / "weak-0.50-seed-0"
-    trained, scored = (load(folder / part, "all", widths=(48, 32)) for part in ("train", "held-out"))
+    trained, scored = (load(folder / part, "all", widths={"visual": 48, "audio": 32}) for part in ("train", "held-out"))
     assert not {video.name for video in trained} & {video.name for video in scored}
     assert not any(np.array_equal(a.labels[:20], b.labels[:20]) for a in trained for b in scored)
 
 
 def test_all_fusions_see_the_same_data_of_a_level(tiny):
     assert len(list((tiny.out / "data").iterdir())) == len(LEVELS) * SEEDS
-    labels = [load(tiny.out / "data" / f"weak-{w:.2f}-seed-0" / "held-out", "all", widths=(48, 32)) for w in LEVELS]
+    labels = [
+        load(tiny.out / "data" / f"weak-{w:.2f}-seed-0" / "held-out", "all", widths={"visual": 48, "audio": 32})
+        for w in LEVELS
+    ]
     for clean, weak in zip(*labels, strict=True):  # what is weak changes no label
         np.testing.assert_array_equal(clean.labels, weak.labels)
 
@@ -132,9 +135,9 @@ def test_gains_are_paired_and_gates_compared_with_clean_frames():
 
 def test_presets_differ_in_size_alone(tmp_path):
     small_one, full = (PRESET(StudyConfig(tmp_path, name)) for name in ("small", "full"))
-    assert full.training.model.visual_channels == (512, 512, 256, 256) and full.training.window == 300
+    assert full.training.model.encoders["visual"] == (512, 512, 256, 256) and full.training.window == 300
     for chosen in (small_one, full):
         assert chosen.levels[0] == 0 and chosen.seeds >= 5 and chosen.training.model.normalize
-        assert chosen.training.model.visual_features == chosen.scenario.visual_features
+        assert chosen.training.model.widths["visual"] == chosen.scenario.visual_features
         assert json.dumps(asdict(chosen), default=str)
-    assert set(study_report.COLOURS) == set(FUSIONS)
+    assert set(study_report.COLOURS) == set(STUDIED)

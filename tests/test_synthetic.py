@@ -21,7 +21,7 @@ from grjca.synthetic import CODES, INVALID, JITTER, SyntheticVideo, generate
 
 SMALL = Scenario(videos=8, visual_features=24, audio_features=16, length=(80, 200))
 PROBE = replace(SMALL, videos=60, length=(200, 400), weak=0.2)
-WIDTHS = (24, 16)
+WIDTHS = {"visual": 24, "audio": 16}
 FEW = dict(videos=8, visual_features=24, audio_features=16, length=(80, 200))
 
 
@@ -253,7 +253,7 @@ class TestWrite:
             np.testing.assert_array_equal(video.labels, source.labels)
             np.testing.assert_array_equal(video.valid, (source.labels != INVALID).all(axis=1))
             np.testing.assert_array_equal(np.load(folder / "truth" / f"{video.name}.npy"), source.truth)
-            for m, features in enumerate(video.features(0, video.length)):
+            for m, features in enumerate(video.read(0, video.length).values()):
                 np.testing.assert_array_equal(features, aligned(source, m))
         assert not expected
 
@@ -267,7 +267,9 @@ class TestWrite:
         for split in ("train", "validate"):
             for a, b in zip(*(load(root, split, widths=WIDTHS) for root in (folder, tmp_path / "npy")), strict=True):
                 assert (a.name, a.length) == (b.name, b.length)
-                pairs = zip((a.labels, *a.features(0, a.length)), (b.labels, *b.features(0, a.length)), strict=True)
+                pairs = zip(
+                    (a.labels, *a.read(0, a.length).values()), (b.labels, *b.read(0, a.length).values()), strict=True
+                )
                 for x, y in pairs:
                     np.testing.assert_array_equal(x, y)
                 path = tmp_path / "npy" / "npy_data" / a.name / "VA_continuous_label.npy"

@@ -26,7 +26,7 @@ from grjca.train import Result, train, warmup_rate
 from grjca_kernels import backends
 
 EPOCHS = 4
-WIDTHS = ["--visual_features", str(small.MODEL.visual_features), "--audio_features", str(small.MODEL.audio_features)]
+WIDTHS = ["--modalities", str(small.MODEL.widths)]
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +503,7 @@ def learnable(tmp_path_factory):
 
 def learn(data, out, target, backend="auto"):
     model = ModelConfig(
-        visual_features=64, audio_features=32, visual_channels=(48, 48), audio_channels=(32, 32), hidden=48
+        modalities={"visual": 64, "audio": 32}, channels={"visual": (48, 48), "audio": (32, 32)}, hidden=48
     )
     options = {"window": 120, "hop": 80, "learning_rate": 1e-3, "warmup_epochs": 2, "tensorboard": False}
     return train(TrainConfig(data, target, out, epochs=12, backend=backend, model=model, **options), progress=False)

@@ -16,7 +16,7 @@ from test_benchmarks import Slightly
 pytest.importorskip("scipy")
 
 SMALL = ModelConfig(
-    visual_features=9, audio_features=7, visual_channels=(8, 6), audio_channels=(5,), kernel=3, hidden=8
+    modalities={"visual": 9, "audio": 7}, channels={"visual": (8, 6), "audio": (5,)}, kernel=3, hidden=8
 )
 
 

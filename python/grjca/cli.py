@@ -21,6 +21,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(config.SynthConfig, "grjca.synth"),
+    "prepare": Command(config.PrepareConfig, "grjca.prepare"),
+    "extract": Command(config.ExtractConfig, "grjca.extract"),
     "train": Command(config.TrainConfig, "grjca.train"),
     "evaluate": Command(config.EvaluateConfig, "grjca.evaluate"),
     "predict": Command(config.PredictConfig, "grjca.predict"),
@@ -90,7 +92,7 @@ def _run(name: str, words: list[str]) -> int:
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
         words = _with_settings_of_the_run(words)
-    words = settings.with_model(words)
+    words = settings.with_groups(words)
     try:
         namespace = parser.parse_args(words)
     except Exception as error:  # jsonargparse does not hand all errors to the parser's error()

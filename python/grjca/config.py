@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,17 +11,37 @@ from typing import Any, Literal, get_args
 from grjca.errors import UserError
 
 Target = Literal["valence", "arousal"]
-Fusion = Literal["concat", "rjca", "dca", "grjca", "hgrjca", "tagf"]
+Fusion = Literal["concat", "rjca", "rjcma", "dca", "grjca", "hgrjca", "tagf"]
+Source = Literal["features", "arrays"]
+NetworkSize = Literal["released", "small"]
 Precision = Literal["no", "bf16", "fp16"]
 WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
+SynthLayout = Literal["plain", "npy_data", "footage"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 MOST = 10**9
 """The largest number that a setting of a training may be; float32 holds it."""
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
 MODALITIES = ("visual", "audio")
-FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
-GATING = {"rjca": "none", "dca": "dynamic", "grjca": "flat", "hgrjca": "hierarchical", "tagf": "temporal"}
+"""Those of the authors' experiment, of synthetic data, and of the face and voice networks."""
+WIDTHS = {"visual": 512, "audio": 128}
+"""Modalities by default, and the widths of their features."""
+CHANNELS = {"visual": (512, 512, 256, 256)}
+"""Channels of an encoder by default, where they are not those of :data:`PLAIN_CHANNELS`."""
+PLAIN_CHANNELS = (128, 128, 128, 128)
+RESERVED = ("label", "mask", "length", "index")
+"""Names that a window has for other things than modalities."""
+FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "rjcma", "dca", "grjca", "hgrjca", "tagf")
+GATING = {
+    "rjca": "none",
+    "rjcma": "none",
+    "dca": "dynamic",
+    "grjca": "flat",
+    "hgrjca": "hierarchical",
+    "tagf": "temporal",
+}
 """What the fused block calls them."""
+STUDIED: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
+"""Those that grjca study compares; of two modalities, rjcma is rjca but for the projection."""
 NORMALISED = ("grjca", "hgrjca", "tagf")
 """Those whose authors divide every frame by its norm first."""
 
@@ -39,9 +61,9 @@ class Scenario:
     weak_kind: WeakKind = "mixed"
     """How: swamped by noise, showing the negated emotion, showing that of 1-2 s earlier or later, or absent."""
     visual_features: int = 512
-    """Width of a row of the visual features."""
+    """Width of a row of the visual features, which layout footage does not have."""
     audio_features: int = 128
-    """Width of a row of the audio features."""
+    """Width of a row of the audio features, which layout footage does not have."""
     length: tuple[int, int] = (150, 900)
     """Frames of the shortest and of the longest video."""
     invalid: float = 0.03
@@ -68,22 +90,27 @@ class SynthConfig(Scenario):
 
     out: Path
     """Folder to write; it must not exist, or be empty."""
-    layout: Literal["plain", "npy_data"] = "plain"
-    """features/<video>/{visual,audio}.npy, or npy_data/<video>/{video,vggish,VA_continuous_label}.npy."""
+    layout: SynthLayout = "plain"
+    """plain: features/<video>/{visual,audio}.npy; npy_data: npy_data/<video>/{video,vggish,VA_continuous_label}.npy;
+    footage: videos/<video>.mp4, a drawn face and a tone like a voice, and cropped_aligned/<video>/00001.jpg."""
+    fps: float = 25.0
+    """Frames a second of the footage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "fps", 1 <= self.fps <= 240, "1 to 240 frames a second")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model around the fusion block, with the sizes of the authors' experiment as defaults."""
 
-    visual_features: int = 512
-    """Width of a row of the visual features."""
-    audio_features: int = 128
-    """Width of a row of the audio features."""
-    visual_channels: tuple[int, ...] = (512, 512, 256, 256)
-    """Channels of the visual encoder's blocks; block k has dilation 2^k. The last is d_v."""
-    audio_channels: tuple[int, ...] = (128, 128, 128, 128)
-    """The same of the audio encoder; the last is d_a."""
+    modalities: dict[str, int] | str = field(default_factory=lambda: dict(WIDTHS))
+    """Two to four modalities in order, each with the width of its features, as in "visual:512, audio:128, text:768".
+    The features of a video are in files with these names."""
+    channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Channels of the blocks of a modality's encoder; block k has dilation 2^k, and the last is d_m. A modality that is
+    left out has the authors': 512, 512, 256, 256 for visual, and four times 128 for audio and all others."""
     kernel: int = 5
     """Frames that one convolution sees."""
     encoder_dropout: float = 0.1
@@ -101,6 +128,50 @@ class ModelConfig:
     hidden: int = 256
     """Width inside the head."""
 
+    def __post_init__(self) -> None:
+        # Frozen, but what was written as text is read once, here.
+        object.__setattr__(self, "modalities", modalities_of("model.modalities", self.modalities))
+        unknown = self.channels.keys() - self.widths.keys()
+        if unknown:
+            raise UserError(f"--model.channels: expected names of --model.modalities; got {sorted(unknown)[0]!r}.")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of each modality's features."""
+        assert isinstance(self.modalities, dict)
+        return self.modalities
+
+    @property
+    def encoders(self) -> dict[str, tuple[int, ...]]:
+        """Channels of each modality's encoder."""
+        return {name: self.channels.get(name, CHANNELS.get(name, PLAIN_CHANNELS)) for name in self.widths}
+
+
+@dataclass(frozen=True)
+class NetworksConfig:
+    """The face and voice networks in the loop of a training."""
+
+    size: NetworkSize = "released"
+    """The authors' sizes, or a small pair for trials, about a hundred times cheaper."""
+    visual: Path | None = None
+    """File with the weights of the face network, or of a whole model of the authors; random weights if left out."""
+    audio: Path | None = None
+    """The same of the voice network."""
+    statistics: Literal["batch", "frozen"] = "batch"
+    """batch: train mode throughout, with statistics of the batch and dropout, as the authors do. frozen: evaluation
+    mode throughout."""
+    release: bool = True
+    """Train parts of them from epoch 0 on, and more whenever the learning rate has fallen to 1e-8, in three stages, as
+    the authors do; a fourth fall ends the training."""
+    augment: bool = True
+    """Crop and flip the faces of each window at random."""
+    chunk: int = 0
+    """Faces and patches that pass through a network at once and are computed anew in the backward, to save memory; 0
+    is all of a batch, and keeps everything."""
+
+    def __post_init__(self) -> None:
+        _require(self, "chunk", self.chunk >= 0, "0 or more")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -112,6 +183,8 @@ class TrainConfig:
     """What to predict: one model for valence, another for arousal."""
     out: Path
     """Folder of the run. It must not exist, unless the run is resumed."""
+    source: Source = "features"
+    """What the model reads: features, or the arrays of grjca prepare, with the face and voice networks in the loop."""
     fusion: Fusion = "grjca"
     """How the modalities are fused; concat has no attention at all."""
     backend: Backend = "auto"
@@ -150,6 +223,13 @@ class TrainConfig:
     """Stop when the validation CCC has not risen for long."""
     early_stop_epochs: int = 50
     """After so many epochs without a better one."""
+    early_stop_from: Literal["best", "warmup"] = "best"
+    """Count those epochs from the best one alone, or, as the authors do, not before the end of the warm-up."""
+    restart: bool = False
+    """Begin anew from the best weights, with a new optimiser and a warm-up, when the learning rate has fallen to 1e-8,
+    as the authors do; otherwise it stays there. Releasing networks implies it."""
+    shuffle: Literal["epoch", "once"] = "epoch"
+    """Shuffle the windows in every epoch, or, as the authors do, once."""
     precision: Precision = "no"
     """Mixed precision; no is full float32."""
     workers: int = 0
@@ -158,8 +238,13 @@ class TrainConfig:
     """Write curves for TensorBoard as well."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the model."""
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+    """The face and voice networks, where the model reads arrays."""
 
     def __post_init__(self) -> None:
+        expected = f"{WIDTHS}, what the networks put out, with --source arrays"
+        if self.source == "arrays" and self.model.widths != WIDTHS:
+            raise UserError(f"--model.modalities: expected {expected}, got {self.model.modalities}.")
         for name in ["epochs", "window", "hop", "batch_size", "warmup_epochs", "plateau_epochs", "early_stop_epochs"]:
             _require(self, name, getattr(self, name) >= 1, "a whole number above 0")
             _require(self, name, getattr(self, name) <= MOST, f"at most {MOST}")
@@ -170,6 +255,57 @@ class TrainConfig:
         _require(self, "learning_rate", 0 < self.learning_rate <= MOST, f"a positive number up to {MOST}")
         _require(self, "weight_decay", 0 <= self.weight_decay <= MOST, f"0 to {MOST}")
         _require(self, "plateau_factor", 0 < self.plateau_factor < 1, "a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Make arrays of faces and sound from videos, cropped faces and annotations; what was interrupted goes on."""
+
+    videos: Path
+    """Folder with <video>.mp4 or another kind of video, or <video>.wav, or both; then the .wav is the sound."""
+    out: Path
+    """Folder for annotations/ and npy_data/<video>/{video,logmel,VA_continuous_label}.npy."""
+    faces: Path | None = None
+    """Folder with cropped faces, <video>/00001.jpg and so on; a missing one is a black frame."""
+    annotations: Path | None = None
+    """Folder with {train,validate}/<video>.txt, or by the names as downloaded; videos without one are for testing."""
+    fps: float | None = None
+    """Frames per second; what each video file says if left out. Sound alone does not say."""
+    jobs: int = 2
+    """Videos at the same time, each in a process of its own."""
+    detect: bool = False
+    """Find faces in the videos that have no cropped ones, with OpenCV."""
+
+    def __post_init__(self) -> None:
+        _require(self, "fps", self.fps is None or 1 <= self.fps <= 1000, "1 to 1000")
+        _require(self, "jobs", 1 <= self.jobs <= 1024, "1 to 1024")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Turn the arrays of prepare into features, by the face and voice networks in evaluation mode."""
+
+    data: Path
+    """Folder that grjca prepare has written."""
+    out: Path
+    """Folder for annotations and features. An extraction that was interrupted goes on there."""
+    visual: Path | None = None
+    """File with the weights of the face network, or of a whole model of the authors; random weights if left out, which
+    are for trials alone."""
+    audio: Path | None = None
+    """The same of the voice network."""
+    size: NetworkSize = "released"
+    """The networks: those of the authors, or a small pair for trials, about a hundred times cheaper."""
+    batch_size: int = 64
+    """Frames that pass through a network at once."""
+    device: str | None = None
+    """Where to compute, as cpu or cuda:1; a GPU if there is one and this is left out."""
+    seed: int = 0
+    """Of random weights."""
+
+    def __post_init__(self) -> None:
+        _require(self, "batch_size", 1 <= self.batch_size <= MOST, f"a whole number from 1 to {MOST}")
+        _require(self, "seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -206,10 +342,21 @@ class PredictConfig:
 
     run: Path
     """Folder of the run."""
-    data: Path
-    """Folder with features, and annotations if there are any."""
-    out: Path
-    """Folder for the files. It must not exist, or be empty."""
+    data: Path | None = None
+    """Folder with features or arrays, and annotations if there are any; or give --video."""
+    out: Path | None = None
+    """Folder for the files. It must not exist, or be empty; RUN/predicted/NAME if left out, by the name of the data or
+    video."""
+    video: Path | None = None
+    """A video file: a table and a plot of its values over time."""
+    faces: Path | None = None
+    """Folder with cropped faces of that video, 00001.jpg and so on; if left out, OpenCV looks for them."""
+    draw: bool = False
+    """Write a copy of that video with the curves below it as well."""
+    visual: Path | None = None
+    """File with the weights of the face network, for a run that was trained on its features."""
+    audio: Path | None = None
+    """The same of the voice network."""
     other: Path | None = None
     """Run of the other target: the challenge file has a column for each."""
     template: Path | None = None
@@ -223,6 +370,18 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", self.batch_size >= 1, "a whole number above 0")
+        if (self.data is None) == (self.video is None):
+            raise UserError(f"--data, --video: expected one of the two, got {'none' if self.data is None else 'both'}.")
+        for name in ("faces", "visual", "audio", "template"):
+            wanted = "data" if name == "template" else "video"
+            if getattr(self, name) is not None and getattr(self, wanted) is None:
+                raise UserError(f"--{name}: expected it with --{wanted} alone.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        of = (self.video or self.data or Path()).absolute()
+        return self.out or self.run / "predicted" / (of.stem if self.video else of.name)
 
 
 @dataclass(frozen=True)
@@ -231,12 +390,19 @@ class DoctorConfig:
 
     data: Path | None = None
     """Folder to inspect."""
-    visual_features: int = 512
-    """Expected width of a row of the visual features."""
-    audio_features: int = 128
-    """Expected width of a row of the audio features."""
+    modalities: dict[str, int] | str = field(default_factory=lambda: dict(WIDTHS))
+    """Expected modalities and widths of their features."""
     speed: bool = True
     """Measure each backend."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", modalities_of("modalities", self.modalities))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of each modality's features."""
+        assert isinstance(self.modalities, dict)
+        return self.modalities
 
 
 @dataclass(frozen=True)
@@ -262,6 +428,28 @@ class DemoConfig:
     """Folder for everything; a new temporary one if left out."""
     seed: int = 0
     """Of data and training."""
+
+
+def modalities_of(option: str, value: Mapping[str, int] | str) -> dict[str, int]:
+    """Names and widths, from a mapping or from text such as "visual:512, audio:128".
+
+    Raises:
+        UserError: naming ``option``, for anything else.
+    """
+    pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else list(value.items())
+    widths: dict[str, int] = {}
+    for pair in pairs:
+        name, width = (str(pair[0]).strip(), str(pair[-1]).strip())
+        usable = re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (*RESERVED, *widths)
+        if len(pair) != 2 or not usable or not re.fullmatch("[1-9][0-9]{0,8}", width):
+            raise UserError(
+                f"--{option}: expected names of small letters, each once, with the widths of their features, as in "
+                f"visual:512, audio:128; got {value!r}."
+            )
+        widths[name] = int(width)
+    if not 2 <= len(widths) <= 4:
+        raise UserError(f"--{option}: expected two to four modalities, got {len(widths)}.")
+    return widths
 
 
 def _require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -22,8 +22,7 @@ from grjca.gates import iterate_weights
 from grjca.inference import Prediction
 from grjca.measure import EAGER_FACTOR, FEW_ULP
 from grjca.metrics import Scores, SplitScores, split_scores
-from grjca.model import AudioVisualModel
-from grjca.predict import Trained, infer
+from grjca.trained import Trained, infer
 
 EVALUATION, METRICS, SCATTER, GATES, VIDEO = "evaluation", "metrics.json", "scatter.png", "gates.png", "video_{}.png"
 LONGEST_TITLE = 60
@@ -61,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> int:
     on = inference.accelerator(settings.precision, config.batch_size)
     _check(config, settings, root, on.device.type)
     about = _about(config, trained, root, on.device.type)
-    videos = data.load(root, config.split, fold=settings.fold, widths=trained.widths, progress=on.is_main_process)
+    videos = trained.videos(root, config.split, progress=on.is_main_process)
     files.make_folder(out)
     old = _old_plots(out, videos)
     with files.alone(out, "evaluates") if on.is_main_process else nullcontext():
@@ -74,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> int:
             for path in old:
                 path.unlink(missing_ok=True)
             if config.plots:
-                draw(out, trained, videos, predictions, scores, config.plotted_videos)
+                draw(out, trained, videos, predictions, scores, config.plotted_videos, about["random_networks"])
             print(f"\n{out}: {METRICS}" + (" and plots" if config.plots else ""))
     return 0
 
@@ -106,6 +105,7 @@ def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) ->
         "backend": trained.backend_used(device),
         "device": device,
         "precision": trained.settings.precision,
+        "random_networks": runs.random_networks(trained.settings, root),
         "epoch": _epoch(tensor_files.read_about(config.run / runs.BEST)),
         "versions": environment.versions(),
     }
@@ -138,6 +138,7 @@ def report(
         f"{about['run']}: {about['target']} by {about['fusion']} ({backend}), weights of epoch {about['epoch']}",
         f"{about['data']}: {about['split']} split of fold {about['fold']}, {len(videos)} videos, "
         f"{scores.together.frames} of {sum(video.length for video in videos)} frames valid",
+        *([f"With the {about['random_networks']}."] if about.get("random_networks") else []),
         "",
         f"{'':<{width}}{'frames':>10}{'CCC':>9}{'RMSE':>9}{'Pearson':>9}",
         _row("all together", scores.together, width),
@@ -198,11 +199,11 @@ def rounding(eager: Trained, video: data.Video, batch_size: int) -> float:
 
 
 @torch.no_grad()
-def _on_cpu(model: AudioVisualModel, of: Trained, video: data.Video, batch_size: int, dtype: torch.dtype) -> np.ndarray:
+def _on_cpu(model: runs.Model, of: Trained, video: data.Video, batch_size: int, dtype: torch.dtype) -> np.ndarray:
     """[N] float64; inference.Windows is for any device, and those have no float64 at times."""
     dataset = data.WindowDataset([video], of.settings.target, of.settings.window, of.settings.hop)
     values = [
-        model(batch["visual"].to(dtype), batch["audio"].to(dtype), batch["length"])
+        model(*(x.to(dtype) if x.is_floating_point() else x for x in dataset.features(batch)), lengths=batch["length"])
         for batch in DataLoader(dataset, batch_size)
     ]
     return data.stitch(dataset.spans, [video.length], torch.cat(values))[0]
@@ -215,10 +216,12 @@ def draw(
     predictions: Sequence[Prediction],
     scores: SplitScores,
     plotted_videos: int,
+    warning: str = "",
 ) -> None:
-    """The plots of an evaluation, as PNG in ``out``."""
+    """The plots of an evaluation, as PNG in ``out``; ``warning`` ends their titles."""
     from grjca import plots
 
+    ending = f" ({warning})" if warning else ""
     target, fusion, iterations = trained.settings.target, trained.settings.fusion, trained.settings.model.iterations
     by_name = {video.name: (video, prediction) for video, prediction in zip(videos, predictions, strict=True)}
     weights = {
@@ -228,18 +231,18 @@ def draw(
     for name in selected(scores, plotted_videos):
         video, prediction = by_name[name]
         shown = name if len(name) <= LONGEST_TITLE else f"{name[:LONGEST_TITLE]}…"
-        title = f"{shown}: CCC {scores.videos[name].ccc:.3f}, {fusion}"
+        title = f"{shown}: CCC {scores.videos[name].ccc:.3f}, {fusion}{ending}"
         figure = plots.over_time(title, target, prediction.values, _label(video, target), weights[name])
         plots.save(figure, out / VIDEO.format(name))
     everywhere = {m: np.concatenate([of[m] for of in weights.values()]) for m in next(iter(weights.values()))}
     if everywhere:
         frames = len(next(iter(everywhere.values())))
-        title = f"Gates of {fusion} for {target}: {frames} frames of {len(videos)} videos"
+        title = f"Gates of {fusion} for {target}: {frames} frames of {len(videos)} videos{ending}"
         plots.save(plots.gate_histogram(title, everywhere), out / GATES)
     label = np.concatenate([_label(video, target) for video in videos])
     values = np.concatenate([prediction.values for prediction in predictions])
     valid = ~np.isnan(label)
-    title = f"{fusion}: CCC {scores.together.ccc:.3f}, {scores.together.frames} frames"
+    title = f"{fusion}: CCC {scores.together.ccc:.3f}, {scores.together.frames} frames{ending}"
     plots.save(plots.scatter(title, target, values[valid], label[valid]), out / SCATTER)
 
 

@@ -20,7 +20,6 @@ from grjca import environment
 from grjca.config import Precision
 from grjca.data import Video, WindowDataset, stitch
 from grjca.errors import UserError
-from grjca.model import AudioVisualModel
 from grjca.processes import Context
 
 
@@ -109,7 +108,7 @@ class Windows:
         self.loader = on.prepare_data_loader(loader(self.dataset, batch_size, workers))
 
     @torch.no_grad()
-    def predict(self, model: AudioVisualModel, *, gates: bool = False, progress: str | None = None) -> list[Prediction]:
+    def predict(self, model: torch.nn.Module, *, gates: bool = False, progress: str | None = None) -> list[Prediction]:
         """One Prediction for each video, the same on every process.
 
         Args:
@@ -122,11 +121,12 @@ class Windows:
         hide = True if progress is None or not self.accelerator.is_main_process else None  # None: unless a terminal
         for batch in tqdm(self.loader, progress, leave=False, disable=hide, dynamic_ncols=True):
             out: dict[str, Any] = {"index": batch["index"]}
+            features = self.dataset.features(batch)
             if gates:
-                values, ways = model(batch["visual"], batch["audio"], batch["length"], return_gates=True)
+                values, ways = model(*features, lengths=batch["length"], return_gates=True)
                 out |= {f"{m}.{i}": gate for m, of in ways.items() for i, gate in enumerate(_as_tuple(of))}
             else:
-                values = model(batch["visual"], batch["audio"], batch["length"])
+                values = model(*features, lengths=batch["length"])
             out = self.accelerator.gather_for_metrics({**out, "values": values})
             collected.append({name: tensor.cpu().double() for name, tensor in out.items()})
         return self._stitch(collected)
@@ -136,7 +136,7 @@ class Windows:
         together = {name: torch.cat([out[name] for out in collected]) for name in collected[0]}
         order = together.pop("index").long().argsort()
         frames = {name: stitch(self.dataset.spans, lengths, of[order].numpy()) for name, of in together.items()}
-        names = sorted(name for name in frames if name != "values")
+        names = [name for name in frames if name != "values"]
         return [
             Prediction(
                 frames["values"][v],
@@ -147,7 +147,7 @@ class Windows:
 
 
 def _modalities(names: list[str]) -> list[str]:
-    return sorted({name.partition(".")[0] for name in names}, reverse=True)  # visual first
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _as_tuple(gates: Any) -> tuple[Any, ...]:

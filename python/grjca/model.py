@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from grjca.config import FUSIONS, GATING, MODALITIES, NORMALISED, Backend, Fusion, ModelConfig
+from grjca.config import FUSIONS, GATING, NORMALISED, Backend, Fusion, ModelConfig
 from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError
 from grjca_kernels import GatedRJCAFused
@@ -50,7 +50,10 @@ class _CausalBlock(nn.Module):
         super().__init__()
         self.conv1 = weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation))
         self.conv2 = weight_norm(nn.Conv1d(outputs, outputs, kernel, dilation=dilation))
-        self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.downsample = nn.Conv1d(inputs, outputs, 1)
+            nn.init.xavier_uniform_(self.downsample.weight, gain=math.sqrt(2))
         self.dropout = nn.Dropout(dropout)
         self.reach = (kernel - 1) * dilation
 
@@ -94,16 +97,17 @@ class Head(nn.Module):
 
 
 class AudioVisualModel(nn.Module):
-    """Valence or arousal of every frame, from features of face and voice.
+    """Valence or arousal of every frame, from features of face and voice, or of two to four modalities of any kind.
 
     Args:
-        config: sizes, dropout and settings of the fusion block.
-        fusion: "concat" (no attention), "rjca", "dca", "grjca", "hgrjca" or "tagf".
+        config: modalities, sizes, dropout and settings of the fusion block.
+        fusion: "concat" (no attention), "rjca", "rjcma" (its joint features are not projected), "dca", "grjca",
+            "hgrjca" or "tagf".
         length: L, the frames of a window. Pad shorter ones and pass ``lengths``.
         backend: what computes the fusion, see :class:`grjca_kernels.GatedRJCAFused`; "eager" is plain PyTorch. Dropout
             masks are the same in all of them.
 
-    Encoders and head start as PyTorch initialises them, the fusion block as the authors do.
+    All weights start as the authors' do.
 
     Raises:
         UserError: naming the setting that makes no sense.
@@ -113,50 +117,56 @@ class AudioVisualModel(nn.Module):
     def __init__(self, config: ModelConfig, *, fusion: Fusion, length: int, backend: Backend = "auto") -> None:
         super().__init__()
         _check(config, fusion, length)
-        self.features = (config.visual_features, config.audio_features)
+        self.widths = config.widths
         self.length = length
-        channels = (config.visual_channels, config.audio_channels)
         self.encoders = nn.ModuleDict(
             {
-                name: TemporalConvNet(inputs, tuple(widths), kernel=config.kernel, dropout=config.encoder_dropout)
-                for name, inputs, widths in zip(MODALITIES, self.features, channels, strict=True)
+                name: TemporalConvNet(
+                    width, tuple(config.encoders[name]), kernel=config.kernel, dropout=config.encoder_dropout
+                )
+                for name, width in self.widths.items()
             }
         )
-        self.norms = nn.ModuleDict({name: FrameNorm(c[-1]) for name, c in zip(MODALITIES, channels, strict=True)})
+        encoded = {name: config.encoders[name][-1] for name in self.widths}
+        self.norms = nn.ModuleDict({name: FrameNorm(d_m) for name, d_m in encoded.items()})
         self.fusion = None if fusion == "concat" else _fusion(config, fusion, length, backend)
-        self.head = Head(channels[0][-1] + channels[1][-1], config.hidden)
+        self.head = Head(sum(encoded.values()), config.hidden)
 
-    def forward(
-        self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None, *, return_gates: bool = False
-    ) -> Any:
+    def forward(self, *features: Tensor, lengths: Tensor | None = None, return_gates: bool = False) -> Any:
         """A value from -1 to 1 for every frame, [B, L].
 
         Args:
-            visual, audio: features [B, L, visual_features] and [B, L, audio_features], in the model's dtype.
+            features: of each modality [B, L, width], in the order of the setting and in the model's dtype. ``lengths``
+                may follow them without its name.
             lengths: [B] integers, 0 <= length <= L. Frames beyond are absent: whatever stands there, NaN included, has
                 no influence on anything, and their values are 0.
-            return_gates: return (values, gates) instead, ``gates`` a dict with "visual" and "audio": [B, L, ways], a
-                tuple of them for hgrjca, None for rjca and concat.
+            return_gates: return (values, gates) instead, ``gates`` a dict by modality: [B, L, ways], a tuple of them
+                for hgrjca, None for rjca, rjcma and concat.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        for name, x, width in zip(MODALITIES, (visual, audio), self.features, strict=True):
-            if x.dim() != 3 or x.shape[1:] != (self.length, width) or len(x) != len(visual):
-                batch = "B" if x is visual else len(visual)
+        if len(features) == len(self.widths) + 1 and lengths is None:
+            *features, lengths = features  # type: ignore[assignment]
+        if len(features) != len(self.widths):
+            raise TypeError(f"expected features of {', '.join(self.widths)}, got {len(features)} tensors.")
+        first = features[0]
+        for (name, width), x in zip(self.widths.items(), features, strict=True):
+            if x.dim() != 3 or x.shape[1:] != (self.length, width) or len(x) != len(first):
+                batch = "B" if x is first else len(first)
                 raise ValueError(f"{name}: expected shape [{batch}, {self.length}, {width}], got {list(x.shape)}.")
-        present = None if lengths is None else self._presence(lengths, visual)
-        encoded = [self._encode(name, x, present) for name, x in zip(MODALITIES, (visual, audio), strict=True)]
-        gates: tuple[Any, ...] = (None, None)
+        present = None if lengths is None else self._presence(lengths, first)
+        encoded = [self._encode(name, x, present) for name, x in zip(self.widths, features, strict=True)]
+        gates: tuple[Any, ...] = (None,) * len(encoded)
         if self.fusion is None:
             fused = torch.cat(encoded, dim=-1)
         elif return_gates:
-            fused, extras = self.fusion(*encoded, lengths, return_gates=True)
+            fused, extras = self.fusion(*encoded, lengths=lengths, return_gates=True)
             gates = extras["gates"]
         else:
-            fused = self.fusion(*encoded, lengths)
+            fused = self.fusion(*encoded, lengths=lengths)
         values = self.head(fused, present)
-        return (values, dict(zip(MODALITIES, gates, strict=True))) if return_gates else values
+        return (values, dict(zip(self.widths, gates, strict=True))) if return_gates else values
 
     def _encode(self, name: str, x: Tensor, present: Tensor | None) -> Tensor:
         """[B, L, d_m], 0 where a frame is absent."""
@@ -164,13 +174,13 @@ class AudioVisualModel(nn.Module):
             x = torch.where(present[..., None], x, 0)
         return self.norms[name](self.encoders[name](x), present)
 
-    def _presence(self, lengths: Tensor, visual: Tensor) -> Tensor:
+    def _presence(self, lengths: Tensor, first: Tensor) -> Tensor:
         """[B, L], true for the frames that exist."""
         if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}.")
-        if lengths.shape != visual.shape[:1] or lengths.device != visual.device:
+        if lengths.shape != first.shape[:1] or lengths.device != first.device:
             raise ValueError(
-                f"lengths: expected shape [{len(visual)}] on {visual.device}, "
+                f"lengths: expected shape [{len(first)}] on {first.device}, "
                 f"got {list(lengths.shape)} on {lengths.device}."
             )
         if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > self.length)).any():
@@ -179,14 +189,14 @@ class AudioVisualModel(nn.Module):
 
 
 def _fusion(config: ModelConfig, fusion: Fusion, length: int, backend: Backend) -> GatedRJCAFused:
-    """The block that puts out [B, L, d_v + d_a]."""
+    """The block that puts out [B, L, d]."""
     kind = GatedRJCAEager if backend == "eager" else GatedRJCAFused
     block = kind(
-        config.visual_channels[-1],
-        config.audio_channels[-1],
-        length,
+        [config.encoders[name][-1] for name in config.widths],
+        length=length,
         iterations=config.iterations,
         gating=GATING[fusion],
+        joint="raw" if fusion == "rjcma" else "projected",
         dropout=config.dropout,
         gate_dropout=config.gate_dropout,
         temperature=config.temperature,
@@ -206,8 +216,7 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
     if not _is_count(length):
         raise UserError(f"length: expected a whole number of frames above 0, got {length!r}.")
     for names, holds, expected in (
-        ("visual_features audio_features kernel hidden", _is_count, "a whole number above 0"),
-        ("visual_channels audio_channels", _are_counts, "one whole number above 0 for each block, at least one"),
+        ("kernel hidden", _is_count, "a whole number above 0"),
         ("iterations", lambda value: _is_count(value) and value <= 16, "a whole number from 1 to 16"),
         ("encoder_dropout dropout gate_dropout", _is_probability, "at least 0 and below 1"),
         ("temperature", lambda value: _is_number(value) and 0 < value < math.inf, "a finite number above 0"),
@@ -216,11 +225,16 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
         for name in names.split():
             if not holds(value := getattr(config, name)):
                 raise UserError(f"model.{name}: expected {expected}, got {value!r}.")
-    for name in ("visual_channels", "audio_channels"):
-        blocks = len(getattr(config, name))
+    for name, channels in config.encoders.items():
+        if not _are_counts(channels):
+            raise UserError(
+                f"model.channels.{name}: expected one whole number above 0 for each block, at least one, "
+                f"got {channels!r}."
+            )
+        blocks = len(channels)
         if blocks > 30 or (config.kernel - 1) * 2 ** (blocks - 1) > LONGEST_REACH:
             raise UserError(
-                f"model.{name}: expected blocks of which the last reaches back (kernel - 1) 2^(blocks - 1) <= "
+                f"model.channels.{name}: expected blocks of which the last reaches back (kernel - 1) 2^(blocks - 1) <= "
                 f"{LONGEST_REACH} frames, got {blocks} blocks and a kernel of {config.kernel}."
             )
 

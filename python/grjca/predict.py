@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from accelerate import Accelerator
 
-from grjca import data, environment, files, inference, runs
-from grjca.config import TARGETS, Backend, PredictConfig, Target, TrainConfig
+from grjca import data, files, inference, runs, video_prediction
+from grjca.config import TARGETS, PredictConfig, Target
 from grjca.errors import UserError
-from grjca.model import AudioVisualModel
+from grjca.trained import Trained, Values, infer, write_predictions
 
 CHALLENGE, HEADER = "challenge.txt", "image_location,valence,arousal"
 IMAGE = re.compile(r"(?P<video>[^/\\,]+)/(?P<frame>[0-9]{1,9})\.jpg", re.ASCII)
-
-Values = Mapping[Target, Mapping[str, np.ndarray]]
-"""target -> video -> [N]"""
 
 
 class Row(NamedTuple):
@@ -33,47 +28,23 @@ class Row(NamedTuple):
     """From 1."""
 
 
-class Trained(NamedTuple):
-    """The model of a run."""
-
-    folder: Path
-    settings: TrainConfig
-    model: AudioVisualModel
-    backend: Backend
-    """Asked for; "auto" still is "auto"."""
-
-    @classmethod
-    def load(cls, folder: Path, backend: Backend | None = None) -> Trained:
-        """With the best weights, and with the backend of the training if None; UserError if ``folder`` is no run."""
-        settings, model = runs.load_best(folder, backend=backend)
-        settings = replace(settings, precision=inference.available(settings.precision))
-        return cls(folder, settings, model, backend or settings.backend)
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Of the features it reads."""
-        return self.settings.model.visual_features, self.settings.model.audio_features
-
-    def backend_used(self, device: str) -> str | None:
-        """What computes the fusion, None if there is nothing to compute; UserError if it cannot."""
-        return None if self.settings.fusion == "concat" else environment.backend_used(self.backend, device)
-
-
 def predict(config: PredictConfig) -> int:
     """Predict by the best weights of one run, or of one for each target; the exit code.
 
-    ``config.out`` gets ``predictions/<video>.txt`` and ``challenge.txt``. It appears at the end, as a whole.
+    ``config.folder`` gets ``predictions/<video>.txt`` and ``challenge.txt``, or for a video file what
+    :mod:`grjca.video_prediction` says. It appears at the end, as a whole.
 
     Raises:
         UserError: if runs, data, template or folder are not what they should be.
     """
-    files.check_new_folder(config.out)
+    files.check_new_folder(config.folder)
     trained = _load(config)
     first = trained[0]
     on = inference.accelerator(first.settings.precision, config.batch_size)
-    everything = data.load(
-        config.data, config.split, fold=first.settings.fold, widths=first.widths, progress=on.is_main_process
-    )
+    if config.video is not None:
+        return video_prediction.predict_video(config, on, trained)
+    assert config.data is not None
+    everything = first.videos(config.data, config.split, progress=on.is_main_process)
     rows = None if config.template is None else read_template(config.template, {video.name for video in everything})
     listed = {video.name for video in everything} if rows is None else {row.video for row in rows}
     videos = [video for video in everything if video.name in listed]
@@ -84,47 +55,11 @@ def predict(config: PredictConfig) -> int:
         values[of.settings.target] = {v.name: p.values for v, p in zip(videos, predictions, strict=True)}
     if on.is_main_process:
         rows = rows or every_frame(videos)
-        with files.whole_folder(config.out) as folder:
+        with files.whole_folder(config.folder) as folder:
             write_predictions(folder / runs.PREDICTIONS, values)
             files.write_text(folder / CHALLENGE, challenge(rows, values))
         print(_report(config, values, videos, rows, left_out=len(everything) - len(videos)))
     return 0
-
-
-def infer(
-    on: Accelerator, trained: Trained, videos: Sequence[data.Video], batch_size: int, *, gates: bool = False
-) -> list[inference.Prediction]:
-    """What a model says of each video, by the windows and in the precision of its training.
-
-    Raises:
-        UserError: if a value is not finite, or the backend cannot run here.
-    """
-    settings = trained.settings
-    trained.backend_used(on.device.type)
-    windows = inference.Windows(videos, settings.window, settings.hop, batch_size, on)
-    model = on.prepare_model(trained.model, evaluation_mode=True)
-    predictions = windows.predict(model, gates=gates, progress=f"predicting {settings.target}")
-    for video, prediction in zip(videos, predictions, strict=True):
-        finite = np.isfinite(prediction.values)
-        if not finite.all():
-            raise UserError(
-                f"{trained.folder}: expected finite predictions, got {prediction.values[np.argmin(finite)]} for "
-                f"{video.name}, frame {np.argmin(finite) + 1}; train anew, or try --backend reference."
-            )
-    return predictions
-
-
-def write_predictions(folder: Path, values: Values) -> None:
-    """``<folder>/<video>.txt`` for each video: a column per target that is there, under its name; a row per frame."""
-    targets = [target for target in TARGETS if target in values]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in values[targets[0]]:
-        columns = np.column_stack([values[target][name] for target in targets])
-
-        def fill(file: IO[bytes], columns: np.ndarray = columns) -> None:
-            np.savetxt(file, columns, "%.8f", ",", header=",".join(targets), comments="")
-
-        files.write(folder / f"{name}.txt", fill)
 
 
 def every_frame(videos: Sequence[data.Video]) -> list[Row]:
@@ -216,7 +151,8 @@ def _load(config: PredictConfig) -> list[Trained]:
         return [first]
     other = Trained.load(config.other, config.backend)
     same: list[tuple[str, object, object]] = [
-        ("widths of features", first.widths, other.widths),
+        ("modalities", first.widths, other.widths),
+        ("source", first.settings.source, other.settings.source),
         ("precision", first.settings.precision, other.settings.precision),
     ]
     if config.split in ("train", "validate"):
@@ -241,8 +177,8 @@ def _report(
     mended = sum(len(video.notes) for video in videos)
     missing = [target for target in TARGETS if target not in values]
     lines = [
-        f"{config.out / runs.PREDICTIONS}: {len(videos)} videos, {' and '.join(t for t in TARGETS if t in values)}",
-        f"{config.out / CHALLENGE}: {len(rows)} frames",
+        f"{config.folder / runs.PREDICTIONS}: {len(videos)} videos, {' and '.join(t for t in TARGETS if t in values)}",
+        f"{config.folder / CHALLENGE}: {len(rows)} frames",
         *(f"The column {target} is 0: --other takes a run that predicts it." for target in missing),
     ]
     if left_out:

@@ -29,10 +29,11 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
-from grjca import environment, files, settings, tensor_files
-from grjca.config import Backend, TrainConfig
+from grjca import backbones, environment, extract, files, settings, tensor_files
+from grjca.config import MODALITIES, Backend, TrainConfig
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
+from grjca.whole import WholeModel
 
 CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
     "config.yaml",
@@ -42,6 +43,7 @@ CONFIG, BEST, METRICS, PREDICTIONS, TENSORBOARD = (
     "tensorboard",
 )
 CHECKPOINT, STATE = "checkpoint", "state.json"
+Model = AudioVisualModel | WholeModel
 _TENSORS, _CURVES = re.compile(r"epoch-(\d{4,9})\.safetensors"), "events.out.tfevents.*"
 MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
 """Settings that a resumed run may change: where, how far and how fast, but not what is computed.
@@ -58,6 +60,10 @@ class State:
     """Epochs that are done."""
     best_ccc: float = -2.0  # below any
     best_epoch: int = -1
+    started: int = 0
+    """The epoch in which the training began, or began anew from the best weights."""
+    stage: int = 0
+    """How often parts of the networks have been released."""
     plateau: dict[str, Any] = field(default_factory=dict)
     optimizer: list[dict[str, Any]] = field(default_factory=list)
     """param_groups."""
@@ -186,7 +192,7 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
 def _state(content: Any) -> State:
     """The state that :func:`save` has written as ``content``; an exception of some kind if it has not."""
     state = State(**content)
-    numbers = [state.epoch, state.best_epoch, state.best_ccc, *state.plateau.values()]
+    numbers = [state.epoch, state.best_epoch, state.best_ccc, state.started, state.stage, *state.plateau.values()]
     numbers += [value for record in state.history for value in record.values() if value is not None]
     if not all(type(number) in (int, float) for number in numbers):
         raise TypeError("something else stands where a number should")
@@ -239,17 +245,22 @@ def read_config(folder: Path) -> TrainConfig:
     return settings.from_yaml(TrainConfig, folder / CONFIG)
 
 
-def new_model(config: TrainConfig, *, backend: Backend | None = None) -> AudioVisualModel:
+def new_model(config: TrainConfig, *, backend: Backend | None = None) -> Model:
     """The model of these settings, with initial weights; ``backend``: other than that of the settings.
 
     Raises:
         UserError: naming the setting that makes no sense, or if memory cannot hold the weights.
     """
 
-    def make() -> AudioVisualModel:
-        return AudioVisualModel(
+    def make() -> Model:
+        model = AudioVisualModel(
             config.model, fusion=config.fusion, length=config.window, backend=backend or config.backend
         )
+        if config.source == "features":
+            return model
+        of = config.networks
+        networks = {name: backbones.make(name, of.size) for name in MODALITIES}
+        return WholeModel(model, networks, statistics=of.statistics, chunk=of.chunk)
 
     try:
         with torch.device("meta"):  # sizes alone
@@ -265,7 +276,29 @@ def new_model(config: TrainConfig, *, backend: Backend | None = None) -> AudioVi
     return make()
 
 
-def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainConfig, AudioVisualModel]:
+def load_networks(config: TrainConfig, model: Model) -> None:
+    """Give the networks in the loop the weights that the settings name.
+
+    Raises:
+        UserError: if a file is not what it should be.
+    """
+    if isinstance(model, WholeModel):
+        for name, path in (("visual", config.networks.visual), ("audio", config.networks.audio)):
+            if path is not None:
+                backbones.load(model.backbones[name], path)
+
+
+def random_networks(config: TrainConfig, data: Path) -> str:
+    """Which networks had random weights at first, as figures must say; empty if none, or if nobody has noted it."""
+    if config.source == "arrays":
+        given = {"visual": config.networks.visual, "audio": config.networks.audio}
+        names = [name for name, path in given.items() if path is None]
+    else:
+        names = extract.random_networks(data)
+    return f"{' and '.join(names)} network{'s' * (len(names) > 1)} of random weights" if names else ""
+
+
+def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainConfig, Model]:
     """Settings and trained model of a run, with the best weights, in eval mode.
 
     Args:

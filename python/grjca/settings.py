@@ -20,6 +20,11 @@ set_parsing_settings(
     import_path_denylist=["*"],  # without it, jsonargparse imports, and so runs, a module that a value names
 )
 
+GROUPS = ("--model", "--networks")
+"""Options that stand for several, and take a file of them."""
+OTHER_NAMES = {"--source": "--from"}
+"""Options that may be written in another way; the fields of a dataclass cannot have these names."""
+
 MOST, DEEPEST, LONGEST = 1 << 20, 20, 4096
 """Limits of a file of settings: its bytes, its lists within lists, and the characters of a value, as of a path."""
 
@@ -55,11 +60,15 @@ def parser(kind: type, **options: Any) -> Parser:
     result = Parser(description=(kind.__doc__ or "").strip(), **options)
     result.add_argument("--config", action="config", help="YAML file of options; those given after it win")
     result.add_class_arguments(kind, as_group=False)
+    for name, other in OTHER_NAMES.items():
+        if name in result._option_string_actions:
+            result._option_string_actions[other] = result._option_string_actions[name]
+            result._option_string_actions[name].option_strings = [name, other]
     return result
 
 
-def with_model(words: list[str]) -> list[str]:
-    """The command line ``words``, with ``--model FILE`` replaced by what that file holds.
+def with_groups(words: list[str]) -> list[str]:
+    """The command line ``words``, with ``--model FILE`` and ``--networks FILE`` replaced by what that file holds.
 
     Raises:
         UserError: if that is no file of settings.
@@ -67,20 +76,20 @@ def with_model(words: list[str]) -> list[str]:
     result: list[str] = []
     for word in words:
         option, equals, value = word.partition("=")
-        if option == "--model" and equals:
-            result.append(f"{option}={_model(value)}")
+        if option in GROUPS and equals:
+            result.append(f"{option}={_group(option, value)}")
         else:
-            result.append(_model(word) if result[-1:] == ["--model"] else word)
+            result.append(_group(result[-1], word) if result[-1:] and result[-1] in GROUPS else word)
     return result
 
 
-def _model(value: str) -> str:
+def _group(option: str, value: str) -> str:
     if value.lstrip().startswith("{"):
         return value
     try:
         return read_yaml(Path(value))
     except OSError as error:
-        raise UserError(f"--model: expected a file of settings, got {value} ({error.strerror}).") from error
+        raise UserError(f"{option}: expected a file of settings, got {value} ({error.strerror}).") from error
 
 
 def build(kind: type[Config], options: ArgumentParser, namespace: Namespace) -> Config:
@@ -113,7 +122,8 @@ def read_yaml(path: Path) -> str:
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: expected names of settings and their values, got something else.")
         for key, value in node.value:
-            if key.value == "config" or (key.value == "model" and not isinstance(value, yaml.MappingNode)):
+            group = f"--{key.value}" in GROUPS
+            if key.value == "config" or (group and not isinstance(value, yaml.MappingNode)):
                 raise UserError(f"{path}: {key.value}: expected settings, got the name of a file or something else.")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected settings in YAML, got something else ({error}).") from error

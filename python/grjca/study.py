@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from grjca import data, environment, files, inference, runs, study_report
 from grjca.config import (
-    FUSIONS,
     GATING,
     MODALITIES,
+    STUDIED,
     Fusion,
     ModelConfig,
     Scenario,
@@ -65,10 +65,8 @@ def preset(config: StudyConfig) -> Preset:
         training = TrainConfig(config.out, target, config.out, epochs=60, model=ModelConfig(normalize=True))
         return Preset((0.0, 0.2, 0.4, 0.6), 5, scenario, 48, training)
     model = ModelConfig(
-        visual_features=48,
-        audio_features=32,
-        visual_channels=(32, 32),
-        audio_channels=(24, 24),
+        modalities={"visual": 48, "audio": 32},
+        channels={"visual": (32, 32), "audio": (24, 24)},
         hidden=32,
         normalize=True,
     )
@@ -110,13 +108,13 @@ class Cell:
 def study(config: StudyConfig) -> int:
     """Run what is missing, then write results.jsonl (what ran, then a line per cell), table.md and plots."""
     chosen = preset(config)
-    cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in FUSIONS]
+    cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in STUDIED]
     _check(config, chosen)
     files.make_folder(config.out)
     with files.alone(config.out, "studies"):
         files.write_text(config.out / PRESET, _settings(chosen))
         results = _results(config, chosen, cells)
-        rows = sorted(results, key=lambda row: (row["level"], row["seed"], FUSIONS.index(row["fusion"])))
+        rows = sorted(results, key=lambda row: (row["level"], row["seed"], STUDIED.index(row["fusion"])))
         about = {
             "preset": config.preset,
             **environment.versions(),
@@ -194,8 +192,7 @@ def _done(path: Path, cell: Cell) -> dict[str, Any]:
 def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
     """CCC on videos that were not trained on, over all frames and by what is weak; and what the gates did there."""
     _, model = runs.load_best(config.out)
-    widths = (config.model.visual_features, config.model.audio_features)
-    videos = data.load(held_out, "all", widths=widths)
+    videos = data.load(held_out, "all", widths=config.model.widths)
     windows = inference.Windows(videos, config.window, config.hop, config.batch_size, inference.accelerator("no", 1))
     predictions = windows.predict(model, gates=config.fusion != "concat")
     together = split_scores([p.values for p in predictions], videos, config.target).together

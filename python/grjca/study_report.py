@@ -11,12 +11,12 @@ import numpy as np
 from scipy import stats
 
 from grjca import files
-from grjca.config import FUSIONS, GATING, MODALITIES, Fusion
+from grjca.config import GATING, MODALITIES, STUDIED, Fusion
 
 KINDS = ("noisy", "contradicting", "misaligned", "absent")
 OKABE_ITO = "#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"
-COLOURS = dict(zip(FUSIONS, OKABE_ITO, strict=True))
-MARKERS = dict(zip(FUSIONS, "so^Dvp", strict=True))
+COLOURS = dict(zip(STUDIED, OKABE_ITO, strict=True))
+MARKERS = dict(zip(STUDIED, "so^Dvp", strict=True))
 
 
 class Estimate(NamedTuple):
@@ -49,7 +49,7 @@ class Cells:
         self.rows = {(row["fusion"], row["level"], row["seed"]): row for row in rows}
         self.levels = sorted({row["level"] for row in rows})
         self.seeds = sorted({row["seed"] for row in rows})
-        self.fusions = [fusion for fusion in FUSIONS if any(row["fusion"] == fusion for row in rows)]
+        self.fusions = [fusion for fusion in STUDIED if any(row["fusion"] == fusion for row in rows)]
 
     @property
     def gated(self) -> list[Fusion]:

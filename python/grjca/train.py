@@ -18,15 +18,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from grjca import data, environment, files, inference, runs
+from grjca import backbones, data, environment, files, inference, runs
 from grjca.config import TrainConfig
 from grjca.errors import UserError
 from grjca.losses import ccc_loss
 from grjca.metrics import split_scores
-from grjca.model import AudioVisualModel
-from grjca.predict import write_predictions
+from grjca.trained import write_predictions
+from grjca.whole import WholeModel
 
 T = TypeVar("T")
+LOWEST_RATE = 1e-8 * (1 + 1e-6)  # at which a training begins anew; rounding allowed for
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the rest follows from the settings
 
 
@@ -59,9 +60,15 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     if config.fusion != "concat":
         environment.backend_used(config.backend, on.device.type)  # refused here if it cannot run
     _on_main(on, lambda: runs.check(config, resume))
-    widths = (config.model.visual_features, config.model.audio_features)
     splits = [
-        data.load(config.data, split, fold=config.fold, widths=widths, progress=progress and on.is_main_process)
+        data.load(
+            config.data,
+            split,
+            fold=config.fold,
+            widths=config.model.widths,
+            kind=config.source,
+            progress=progress and on.is_main_process,
+        )
         for split in ("train", "validate")
     ]
     for split, videos in zip(("train", "validate"), splits, strict=True):
@@ -70,10 +77,13 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
                 f"{config.data}: expected valid labels in the {split} split, got none in {len(videos)} videos."
             )
     _say(on, progress, _mended(splits[0] + splits[1]))
+    if networks := runs.random_networks(config, config.data):
+        _say(on, progress, f"The {networks} say little of faces and voices: this is a trial.")
     if on.num_processes > 1:
         _say(on, progress, f"{on.num_processes} processes, {config.batch_size // on.num_processes} windows each.")
     set_seed(config.seed)
     model = runs.new_model(config)
+    runs.load_networks(config, model)
     training = _Training(config, on, model, *splits, progress=progress)
     lock = files.lock(config.out)
     try:
@@ -103,27 +113,27 @@ class _Training:
         self,
         config: TrainConfig,
         on: Accelerator,
-        model: AudioVisualModel,
+        model: runs.Model,
         training: list[data.Video],
         validation: list[data.Video],
         *,
         progress: bool,
     ) -> None:
         self.config, self.on, self.progress = config, on, progress
-        dataset = data.WindowDataset(training, config.target, config.window, config.hop)
+        self.dataset = dataset = data.WindowDataset(training, config.target, config.window, config.hop)
         self.order = torch.Generator()
         sampler = RandomSampler(dataset, generator=self.order)
         loader = inference.loader(dataset, config.batch_size, config.workers, sampler)
-        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        self.plateau = ReduceLROnPlateau(
-            optimizer, "max", config.plateau_factor, patience=config.plateau_epochs - 1, threshold=0
-        )
-        self.model, self.optimizer, self.loader = on.prepare(model, optimizer, loader)
-        self.inner: AudioVisualModel = on.unwrap_model(self.model, keep_fp32_wrapper=True)
+        self.loader = on.prepare(loader)
+        self.inner = model
         self.validation = inference.Windows(
             validation, config.window, config.hop, config.batch_size, on, workers=config.workers
         )
         self.state = runs.State(environment=_environment(on, config, (training, validation)))
+        self.releases = config.source == "arrays" and config.networks.release
+        self.stages = len(backbones.STAGES[config.networks.size])
+        if self.releases:
+            self.state.stage = 1
         self.best: dict[str, Tensor] = {}
         self.curves: Any = None
 
@@ -138,14 +148,31 @@ class _Training:
             _say(self.on, self.progress, _differences(state.environment, self.state.environment))
             self.state = state
             self.inner.load_state_dict(tensors["model"])
+            self._begin()
             self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
             try:
                 self._restore_schedule(state, _nested(tensors["optimizer"]))
             except Exception as error:  # PyTorch raises all kinds for what it has not written
                 where = self.config.out / runs.CHECKPOINT / runs.STATE
                 raise UserError(f"{where}: the checkpoint is damaged ({error}); choose another --out.") from error
+        else:
+            self._begin()
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
+
+    def _begin(self) -> None:
+        """A new optimiser and plateau for the parameters that are trained in this stage."""
+        config, model = self.config, self.inner
+        if isinstance(model, WholeModel):
+            model.release(min(self.state.stage, self.stages))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, config.learning_rate, weight_decay=config.weight_decay)
+        self.plateau = ReduceLROnPlateau(
+            optimizer, "max", config.plateau_factor, patience=config.plateau_epochs - 1, threshold=0
+        )
+        self.plateau.best = max(self.plateau.best, self.state.best_ccc)
+        self.model, self.optimizer = self.on.prepare(model, optimizer)
+        self.inner = self.on.unwrap_model(self.model, keep_fp32_wrapper=True)
 
     def _restore_schedule(self, state: runs.State, moments: dict[int, dict[str, Tensor]]) -> None:
         """Load optimiser, plateau and scaler; an exception of some kind if they are not of this training."""
@@ -170,15 +197,21 @@ class _Training:
     @property
     def finished(self) -> bool:
         """Whether the last epoch is done, or there has been no better one for long."""
-        waited = self.state.epoch - 1 - self.state.best_epoch
-        stop = self.config.early_stop and self.state.epoch > 0 and waited >= self.config.early_stop_epochs
-        return stop or self.state.epoch >= self.config.epochs
+        state, config = self.state, self.config
+        begun = state.started - 1  # the last epoch that does not count
+        if config.early_stop_from == "warmup" and config.warmup != "none":
+            begun += config.warmup_epochs
+        waited = state.epoch - 1 - max(state.best_epoch, begun)
+        stop = config.early_stop and state.epoch > 0 and waited >= config.early_stop_epochs
+        released_all = self.releases and state.stage > self.stages
+        return stop or released_all or state.epoch >= config.epochs
 
     def epoch(self) -> None:
         """One epoch: train, validate, adapt, commit."""
         start, epoch = time.perf_counter(), self.state.epoch
         loss = self._pass_over_training_windows(epoch)
         rate = self.optimizer.param_groups[0]["lr"]
+        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         if self._warms_up(epoch):
             self._set_rate(self.config.learning_rate)
         for buffer in self.inner.buffers():  # each process has its own statistics of batch normalisation
@@ -194,6 +227,7 @@ class _Training:
             **scores.as_json(),
             "best_ccc": self.state.best_ccc,
             "learning_rate": rate,
+            "trained": trained,
             "seconds": round(time.perf_counter() - start, 3),
         }
         self._commit(record)
@@ -201,7 +235,7 @@ class _Training:
     def _pass_over_training_windows(self, epoch: int) -> float:
         """The mean loss."""
         seed = _seed_of(self.config.seed, epoch)
-        self.order.manual_seed(seed)
+        self.order.manual_seed(seed if self.config.shuffle == "epoch" else self.config.seed)
         self.model.train()
         total = torch.zeros(2, device=self.on.device)  # sum of losses, number of windows
         bar = tqdm(
@@ -215,8 +249,8 @@ class _Training:
             if step == 0:  # not before: a loader draws a number of its own when it begins
                 set_seed(seed, device_specific=True)
             if self._warms_up(epoch):
-                self._set_rate(warmup_rate(self.config, epoch, step, len(self.loader)))
-            prediction = self.model(batch["visual"], batch["audio"], batch["length"])
+                self._set_rate(warmup_rate(self.config, epoch - self.state.started, step, len(self.loader)))
+            prediction = self.model(*self.dataset.features(batch), lengths=batch["length"], **self._augmented(batch))
             loss = ccc_loss(prediction, batch["label"], batch["mask"], convention=self.config.loss)
             counted = batch["mask"].any(dim=-1).sum()  # windows
             self.optimizer.zero_grad()
@@ -228,6 +262,15 @@ class _Training:
         if not math.isfinite(mean):
             raise self._diverged("the loss")
         return mean
+
+    def _augmented(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A crop and a flip for each window; nothing without pictures."""
+        if not (isinstance(self.inner, WholeModel) and self.config.networks.augment):
+            return {}
+        count = len(batch["length"])
+        offsets = torch.randint(backbones.PICTURE - backbones.CROP + 1, (count, 2))
+        flip = torch.rand(count) < 0.5
+        return {"offsets": offsets.to(self.on.device), "flip": flip.to(self.on.device)}
 
     def _weight(self, counted: Tensor) -> Tensor | float:
         """What makes the mean over processes one over windows, of which this process has ``counted``."""
@@ -247,6 +290,19 @@ class _Training:
             self.plateau.best = max(self.plateau.best, ccc)  # to be beaten, but these epochs don't count
         elif self.config.plateau:
             self.plateau.step(ccc)
+        since = self.state.epoch - self.state.started
+        fallen = self.optimizer.param_groups[0]["lr"] <= LOWEST_RATE and since > self.config.warmup_epochs
+        if fallen and (self.config.restart or self.releases):
+            self._restart()
+
+    def _restart(self) -> None:
+        """Go on from the best weights as if they were initial ones, and train more of the networks in the loop."""
+        self.state.started = self.state.epoch
+        self.state.stage += self.releases
+        self.inner = self.on.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.inner.load_state_dict(self.best)
+        self.on.free_memory()  # its lists of what was prepared
+        self._begin()
 
     def _commit(self, record: dict[str, Any]) -> None:
         state = self.state
@@ -279,7 +335,7 @@ class _Training:
             self.curves.close()
 
     def _warms_up(self, epoch: int) -> bool:
-        return self.config.warmup != "none" and epoch < self.config.warmup_epochs
+        return self.config.warmup != "none" and epoch - self.state.started < self.config.warmup_epochs
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -20,6 +20,11 @@ LONGEST_NAME = 245
 EXPECTED = "annotations/{train,validate}/<video>.txt and features/<video>/{visual,audio}.npy, or npy_data/"
 TEXTS = (".txt", ".csv")
 """How the names of annotations end."""
+PICTURES_AND_PATCHES = {"visual": "video.npy", "audio": "logmel.npy"}
+"""What the networks read, in npy_data/<video>/."""
+
+_IN_NPY_DATA = {"visual": "video.npy", "audio": "vggish.npy"}
+"""What features are called in npy_data/<video>/, where that is not the name of the modality."""
 
 _HOLDERS = ("annotations", "vaestimationchallenge", "va")
 """Folders that hold those of the splits, within each other or alone, as :func:`_plain` spells them."""
@@ -32,7 +37,7 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one video; those of its features may turn out not to exist."""
+    """Where the files of one video are; those of its features may turn out not to exist."""
 
     name: str
     split: str | None
@@ -40,8 +45,21 @@ class Source:
     labels: Path | None
     """.txt or .npy"""
     folder: Path
-    visual: Path
-    audio: Path
+    plain: bool
+    """Whether it is one of features/, not of npy_data/, where files have other names."""
+
+    def features(self, modality: str) -> Path:
+        """The file of a modality's features."""
+        usual = f"{modality}.npy"
+        path = self.folder / (usual if self.plain else _IN_NPY_DATA.get(modality, usual))
+        if modality == "audio" and not self.plain and not path.exists():
+            logmel = self.folder / "logmel.npy"  # what some call the features of VGGish
+            return logmel if logmel.exists() else path
+        return path
+
+    def arrays(self, modality: str) -> Path:
+        """The file of what a modality's network reads: pictures or log-mel patches."""
+        return self.folder / PICTURES_AND_PATCHES[modality]
 
 
 @dataclass(frozen=True)
@@ -71,15 +89,15 @@ class _Folder:
 
 def find(root: Path) -> Layout:
     """Everything in ``root``; UserError if that is no data folder."""
-    splits = _check_root(root)
-    annotations, others = _annotations(splits)
+    parts = _check_root(root)
+    annotations, others = _annotations(parts)
     strays: list[Path] = []
     folders = list(_folders(root, strays))
     features = {composed(folder.path.name): folder for folder in folders}
     annotated = {composed(path.stem): path for path in annotations}
     if annotated:
         sources = [
-            _source(name, splits[path.parent], path, features.get(name) or _missing(root, name))
+            _source(name, parts[path.parent], path, features.get(name) or _missing(root, name))
             for name, path in annotated.items()
         ]
         sources += [_source(name, "test", None, features[name]) for name in features.keys() - annotated.keys()]
@@ -88,7 +106,7 @@ def find(root: Path) -> Layout:
     lost = [path for path in others if composed(path.stem) in features.keys() - annotated.keys()]
     problems = [*_clashes(annotations, [folder.path for folder in folders]), *map(_not_read, lost)]
     strays = [path for path in others if path not in lost] + strays
-    return Layout(root, sorted(sources, key=lambda source: source.name), problems, strays, splits)
+    return Layout(root, sorted(sources, key=lambda source: source.name), problems, strays, parts)
 
 
 def composed(name: str) -> str:
@@ -175,24 +193,24 @@ def _check_root(root: Path) -> dict[Path, str]:
         raise UserError(f"The data folder {root} does not exist; expected {EXPECTED}.")
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds {EXPECTED}.")
-    splits = dict(_splits(root))
+    found = dict(splits(root))
     if not any((root / name).is_dir() for name in ("features", "npy_data")):
-        if splits or (root / "annotations").is_dir():
+        if found or (root / "annotations").is_dir():
             raise UserError(
                 f"{root} has annotations but no features: create features/<video>/{{visual,audio}}.npy beside."
             )
         raise UserError(f"{root} holds none of the folders annotations, features and npy_data; expected {EXPECTED}.")
-    return splits
+    return found
 
 
-def _splits(folder: Path, depth: int = 0) -> Iterator[tuple[Path, str]]:
+def splits(folder: Path, depth: int = 0) -> Iterator[tuple[Path, str]]:
     """Folders of annotations below ``folder``; in a data folder itself, "train" may also hold other things."""
     for path in _entries(folder):
         split = split_of(path.name)
         if split in OFFICIAL and path.is_dir() and (depth or any(map(_is_text, _entries(path)))):
             yield path, split
         elif depth < len(_HOLDERS) and _plain(path.name) in _HOLDERS:
-            yield from _splits(path, depth + 1)
+            yield from splits(path, depth + 1)
 
 
 def _plain(name: str) -> str:
@@ -203,9 +221,9 @@ def _is_text(path: Path) -> bool:
     return path.suffix.lower() in TEXTS
 
 
-def _annotations(splits: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+def _annotations(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Annotations, and what else is in their folders."""
-    paths = [path for folder in splits for path in _entries(folder)]
+    paths = [path for folder in folders for path in _entries(folder)]
     return [path for path in paths if _is_text(path)], [path for path in paths if not _is_text(path)]
 
 
@@ -228,12 +246,7 @@ def _missing(root: Path, name: str) -> _Folder:
 
 
 def _source(name: str, split: str | None, labels: Path | None, folder: _Folder) -> Source:
-    path = folder.path
-    if folder.plain:
-        return Source(name, split, labels, path, path / "visual.npy", path / "audio.npy")
-    use_logmel = not (path / "vggish.npy").exists() and (path / "logmel.npy").exists()
-    audio = path / ("logmel.npy" if use_logmel else "vggish.npy")
-    return Source(name, split, labels, path, path / "video.npy", audio)
+    return Source(name, split, labels, folder.path, folder.plain)
 
 
 def _unannotated(name: str, folder: _Folder) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array as packed
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,41 @@ CHUNK = 4096  # rows that are looked at together: 8 MB of 512 features
 LARGEST = float(np.finfo(np.float32).max)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a file of a modality holds: [N, *row] of one of ``dtypes``."""
+
+    what: str
+    """for messages"""
+    row: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("float16", "float32", "float64")
+
+    def __str__(self) -> str:
+        *some, last = self.dtypes
+        return f"{self.what} {['N', *self.row]} of {', '.join(some)}{' or ' * bool(some)}{last}".replace("'", "")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read: float32 where any precision is accepted."""
+        return np.dtype(np.float32 if len(self.dtypes) > 1 else self.dtypes[0])
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row that is read."""
+        return math.prod(self.row) * self.dtype.itemsize
+
+
+ARRAYS = {
+    "visual": Form("pictures", (48, 48, 3), ("uint8",)),
+    "audio": Form("log-mel patches", (96, 64), ("float16",)),
+}
+"""What the face and voice networks read."""
+
+
 def labels(path: Path) -> np.ndarray:
     """[N, 2] float64, valence and arousal, of an annotation in text or of VA_continuous_label.npy."""
     if path.suffix == ".npy":
-        values = features(path, 2, "labels")
+        values = rows(path, Form("labels", (2,)))
         check_finite(values, path)
         return np.array(values, dtype=np.float64)
     return annotation(path)
@@ -38,13 +70,13 @@ def annotation(path: Path) -> np.ndarray:
         raise UserError(f"{path}, line 1: expected the header {HEADER}, got {_quote(header)}.")
     if not lines:
         raise UserError(f"{path} has a header but no frames; expected a row per frame below it.")
-    rows = packed("d")
+    values = packed("d")
     for number, line in enumerate(lines, start=2):
         cells = [_number(cell) for cell in line.split(",")]
         if len(cells) != 2 or not all(abs(cell) <= LARGEST for cell in cells):
             raise UserError(f"{path}, line {number}: expected two numbers, valence,arousal, got {_quote(line)}.")
-        rows.extend(cells)
-    return np.array(rows).reshape(-1, 2)
+        values.extend(cells)
+    return np.array(values).reshape(-1, 2)
 
 
 def looks_annotated(path: Path) -> bool:
@@ -57,9 +89,9 @@ def looks_annotated(path: Path) -> bool:
     return {*HEADER.split(",")} <= columns and "image_location" not in columns
 
 
-def features(path: Path, width: int, kind: str) -> np.memmap:
-    """[N, width] of a float dtype, N > 0, mapped from the file; ``kind`` (visual, audio, labels) is for the message."""
-    expected = f"expected {kind} [N, {width}] of float16, float32 or float64"
+def rows(path: Path, form: Form) -> np.memmap:
+    """[N, *row], N > 0, mapped from the file."""
+    expected = f"expected {form}"
     if not path.is_file():
         raise UserError(f"{path} is missing; {expected}.")
     try:
@@ -69,12 +101,14 @@ def features(path: Path, width: int, kind: str) -> np.memmap:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no readable .npy file of numbers ({reason}); {expected}. Write it anew.") from error
     shape = list(array.shape)
-    if kind == "visual" and array.ndim == 4:
-        raise UserError(f"{path} holds images, {shape}; {expected}: the features of a face network.")
-    if array.ndim != 2 or array.shape[1] != width:
-        advice = " Transpose the array, so that frames come first." if shape[:1] == [width] and array.ndim == 2 else ""
+    if array.shape[1:] != form.row:
+        advice = ""
+        if len(form.row) == 1 and array.ndim > 2:
+            advice = " A face or voice network makes features of pictures or log-mel patches: grjca extract."
+        elif shape[:1] == [*form.row] and array.ndim == 2:
+            advice = " Transpose the array, so that frames come first."
         raise UserError(f"{path} holds {shape}; {expected}.{advice}")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+    if array.dtype.newbyteorder("=") not in map(np.dtype, form.dtypes):
         raise UserError(f"{path} holds {array.dtype} numbers; {expected}.")
     if not len(array):
         raise UserError(f"{path} holds no frames; {expected}.")
@@ -86,6 +120,7 @@ def features(path: Path, width: int, kind: str) -> np.memmap:
 
 def check_finite(array: np.ndarray, path: Path) -> None:
     """UserError that names the first frame, counted from 0, of ``array`` with a number that float32 can't hold."""
+    array = array.reshape(len(array), -1)
     for start in range(0, len(array), CHUNK):
         with np.errstate(over="ignore"):
             finite = np.isfinite(array[start : start + CHUNK].astype(np.float32, copy=False))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from grjca.config import WIDTHS
 from grjca.data import layout, reading
 from grjca.data.layout import OFFICIAL, Source
+from grjca.data.reading import ARRAYS, Form
 from grjca.errors import UserError
 
 MEND = 5
@@ -25,6 +27,7 @@ MOST_FRAMES = 1_000_000
 DEPTH = 3
 """Folders within folders in which labels are searched for that stand in the wrong place."""
 
+Kind = Literal["features", "arrays"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -35,29 +38,27 @@ class Video:
 
     name: str
     length: int
-    """N, frames of the annotation, or without one, of the visual features"""
+    """N, frames of the annotation, or without one, of the first modality"""
     labels: np.ndarray | None
     """[N, 2] float64, valence and arousal as written; None without annotation"""
     valid: np.ndarray
     """[N] bool: both labels are in [-1, 1]; all false without annotation"""
     notes: tuple[str, ...]
     """what was mended, in sentences"""
-    visual_path: Path
-    audio_path: Path
-    widths: tuple[int, int]
-    """(d_v, d_a)"""
+    files: dict[str, Path]
+    """by modality"""
+    forms: dict[str, Form]
+    """what they hold"""
 
-    def features(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Visual [stop - start, d_v] and audio [stop - start, d_a], float32, of these frames, read from disk.
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """[stop - start, ...] of each modality for these frames, from disk: features in float32, or arrays as they are.
 
         Where a file is shorter than the video, its last row is repeated.
         """
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"{self.name} has frames 0 to {self.length}, not {start} to {stop}.")
         frames = np.arange(start, stop)
-        visual = reading.features(self.visual_path, self.widths[0], "visual")
-        audio = reading.features(self.audio_path, self.widths[1], "audio")
-        return _rows(visual, frames), _rows(audio, frames)
+        return {name: _rows(reading.rows(self.files[name], form), frames, form) for name, form in self.forms.items()}
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,27 @@ class Inspection:
 
 
 def load(
-    root: Path, split: str, *, fold: int = 0, widths: tuple[int, int] = (512, 128), progress: bool = False
+    root: Path,
+    split: str,
+    *,
+    fold: int = 0,
+    widths: Mapping[str, int] = WIDTHS,
+    kind: Kind = "features",
+    progress: bool = False,
 ) -> list[Video]:
     """Videos of a split, by name, every file read once and checked.
 
     Args:
         root: folder with annotations/ and features/ or npy_data/.
         split: train or validate of this fold, test (features without annotation), or all.
-        widths: of the visual and audio features.
+        widths: modalities and the widths of their features.
+        kind: "features", or "arrays": the pictures and log-mel patches of npy_data/ that grjca prepare writes.
         progress: show a bar.
 
     Raises:
         UserError: the first thing that is wrong, or there are no such videos.
     """
+    forms = ARRAYS if kind == "arrays" else _forms(widths)
     found = layout.find(Path(root))
     if found.problems:
         raise UserError(found.problems[0])
@@ -105,15 +114,18 @@ def load(
     for source in tqdm(
         layout.select(found, split, fold), f"checking {split}", leave=False, disable=None if progress else True
     ):
-        video, errors = _read(source, widths)
+        video, errors = _read(source, forms)
         if video is None:
             raise errors[0]
         videos.append(video)
     return videos
 
 
-def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool = False) -> Inspection:
+def problems(
+    root: Path, *, widths: Mapping[str, int] = WIDTHS, kind: Kind = "features", progress: bool = False
+) -> Inspection:
     """What is wrong with a data folder, at most one problem a file, and how much it holds. Raises nothing."""
+    forms = ARRAYS if kind == "arrays" else _forms(widths)
     try:
         found = layout.find(Path(root))
     except UserError as error:
@@ -121,7 +133,7 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
     wrong, notes = [*found.problems, *_missing_parts(found), *_unused_labels(found)], _remarks(found)
     videos: dict[str, list[Video]] = {split: [] for split in (*OFFICIAL, "test")}
     for source in tqdm(found.sources, "checking", leave=False, disable=None if progress else True):
-        video, errors = _read(source, widths)
+        video, errors = _read(source, forms)
         wrong += map(str, errors)
         if video is not None:
             notes += video.notes
@@ -131,7 +143,11 @@ def problems(root: Path, *, widths: tuple[int, int] = (512, 128), progress: bool
     return Inspection(wrong, notes, {split: _summary(part) for split, part in videos.items()}, _folders(found))
 
 
-def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[UserError]]:
+def _forms(widths: Mapping[str, int]) -> dict[str, Form]:
+    return {name: Form(name, (width,)) for name, width in widths.items()}
+
+
+def _read(source: Source, forms: Mapping[str, Form]) -> tuple[Video | None, list[UserError]]:
     """The video, or None and what is wrong with its files."""
     errors: list[UserError] = []
     try:
@@ -141,22 +157,25 @@ def _read(source: Source, widths: tuple[int, int]) -> tuple[Video | None, list[U
     labels = None
     if source.labels is not None:
         labels = _attempt(errors, reading.labels, source.labels)
+    paths = {name: source.arrays(name) if forms is ARRAYS else source.features(name) for name in forms}
+    length = None if labels is None else len(labels)
+    counts: dict[Path, int] = {}
     if source.folder.is_dir():
-        length = None if labels is None else len(labels)
-        visual = _attempt(errors, _checked_length, source.visual, widths[0], "visual", length)
-        audio = _attempt(errors, _checked_length, source.audio, widths[1], "audio", length or visual)
+        for name, form in forms.items():
+            count = _attempt(errors, _checked_length, paths[name], form, length)
+            if count is not None:
+                counts[paths[name]] = count
+                length = length or count
     else:
-        visual = audio = None
-        expected = f"expected it to hold {source.visual.name} and {source.audio.name}"
+        expected = f"expected it to hold {' and '.join(path.name for path in paths.values())}"
         errors.append(UserError(f"{source.labels} has no features: the folder {source.folder} is missing; {expected}."))
-    if errors or visual is None or audio is None:
+    if errors or length is None:
         return None, errors
-    length = visual if labels is None else len(labels)
-    notes = _attempt(errors, _mend, source, length, {source.visual: visual, source.audio: audio})
+    notes = _attempt(errors, _mend, source, length, counts)
     if notes is None:
         return None, errors
     valid = np.zeros(length, bool) if labels is None else (np.abs(labels) <= 1).all(axis=1)
-    return Video(source.name, length, labels, valid, notes, source.visual, source.audio, widths), errors
+    return Video(source.name, length, labels, valid, notes, paths, dict(forms)), errors
 
 
 def _mend(source: Source, length: int, rows_of: dict[Path, int]) -> tuple[str, ...]:
@@ -165,8 +184,8 @@ def _mend(source: Source, length: int, rows_of: dict[Path, int]) -> tuple[str, .
     for path, rows in rows_of.items():
         if abs(rows - length) > MEND:
             raise UserError(
-                f"{path} has {rows} frames, but {source.labels or source.visual} has {length}; a difference of at most "
-                f"{MEND} is mended. Extract the features of this video anew."
+                f"{path} has {rows} frames, but {source.labels or next(iter(rows_of))} has {length}; a difference of "
+                f"at most {MEND} is mended. Extract the features of this video anew."
             )
         if rows != length:
             how = "the last row is repeated" if rows < length else "the last ones are left out"
@@ -182,18 +201,18 @@ def _attempt(errors: list[UserError], read: Callable[P, T], *args: P.args, **kwa
         return None
 
 
-def _checked_length(path: Path, width: int, kind: str, length: int | None) -> int:
+def _checked_length(path: Path, form: Form, length: int | None) -> int:
     """The number of frames of a file. Where it does not fit ``length``, so that the file is refused, none is read."""
-    array = reading.features(path, width, kind)
+    array = reading.rows(path, form)
     if len(array) > MOST_FRAMES:
         raise UserError(f"{path} holds {len(array)} frames; expected at most {MOST_FRAMES}.")
-    if length is None or abs(len(array) - length) <= MEND:
+    if array.dtype.kind == "f" and (length is None or abs(len(array) - length) <= MEND):
         reading.check_finite(array, path)
     return len(array)
 
 
-def _rows(array: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    return np.asarray(array[np.minimum(frames, len(array) - 1)], dtype=np.float32)
+def _rows(array: np.ndarray, frames: np.ndarray, form: Form) -> np.ndarray:
+    return np.asarray(array[np.minimum(frames, len(array) - 1)], dtype=form.dtype)
 
 
 def _unlabelled(videos: dict[str, list[Video]]) -> list[str]:

@@ -43,9 +43,10 @@ def windows(length: int, size: int = 300, hop: int = 200) -> list[tuple[int, int
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """All windows of some videos; features are read from disk when a window is asked for.
 
-    An item holds ``visual`` [size, d_v], ``audio`` [size, d_a] and ``label`` [size], float32 and 0 after the end of the
-    video; ``mask`` [size] bool, true where the frame exists and both its labels are valid (``label`` is 0 elsewhere);
-    ``length`` and ``index``, int64: frames of the window that exist, and the place in ``spans``.
+    An item holds each modality under its name, [size, d_m] in float32 (or arrays as they are), and ``label`` [size],
+    float32, all 0 after the end of the video; ``mask`` [size] bool, true where the frame exists and both its labels are
+    valid (``label`` is 0 elsewhere); ``length`` and ``index``, int64: frames of the window that exist, and the place in
+    ``spans``.
     """
 
     def __init__(self, videos: Sequence[Video], target: Target, size: int = 300, hop: int = 200) -> None:
@@ -58,8 +59,12 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     @property
     def item_bytes(self) -> int:
         """Bytes that a window takes in memory."""
-        widths = self.videos[0].widths if self.videos else ()
-        return self.size * (4 * (sum(widths) + 1) + 1)  # float32 features and labels, and the mask
+        forms = self.videos[0].forms.values() if self.videos else ()
+        return self.size * (sum(form.row_bytes for form in forms) + 4 + 1)  # float32 labels, and the mask
+
+    def features(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The modalities of a batch, in the order of the model."""
+        return [batch[name] for name in self.videos[0].forms]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -68,12 +73,11 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         """Window ``i``; UserError if a file can't be read any more."""
         index, start, stop = self.spans[i]
         video = self.videos[index]
-        visual, audio = video.features(start, stop)
         valid = video.valid[start:stop]
         label = np.zeros(stop - start, np.float32)
         if video.labels is not None:
             label[valid] = video.labels[start:stop, self.column][valid]
-        arrays = {"visual": visual, "audio": audio, "label": label, "mask": valid}
+        arrays = {**video.read(start, stop), "label": label, "mask": valid}
         item = {name: _padded(array, self.size) for name, array in arrays.items()}
         return item | {"length": torch.tensor(stop - start), "index": torch.tensor(i)}
 
