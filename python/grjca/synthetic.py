@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -53,6 +53,46 @@ class SyntheticVideo:
     """[N, 2] uint8, of visual and audio: which of :data:`CODES`"""
 
 
+class Face(NamedTuple):
+    """One face of a recording, and what it feels; the other fields as in :class:`SyntheticVideo`."""
+
+    name: str
+    split: Literal["train", "validate"]
+    labels: np.ndarray
+    truth: np.ndarray
+    emotion: np.ndarray
+    """[MARGIN + N + JITTER + MARGIN, 2], of mean 0 and variance 1; that of frame n stands in row MARGIN + n"""
+
+
+class Recording(NamedTuple):
+    """What one or two faces and their one sound are to show, in whatever form. The faces have the same truth."""
+
+    name: str
+    """That of its face, or of its two faces without ``_left`` and ``_right``"""
+    faces: list[Face]
+    shifts: np.ndarray
+    """[N] int: by how many frames a modality is late where it is misaligned"""
+    look: Generator
+    """Of what else is seen, of one face after the other"""
+    sound: Generator
+    """Of what else is heard"""
+
+    @property
+    def truth(self) -> np.ndarray:
+        """[N, 2] uint8, as in :class:`SyntheticVideo`."""
+        return self.faces[0].truth
+
+    def seen(self, face: Face) -> np.ndarray:
+        """Valence and arousal as a face shows them, [N + JITTER, 2] float64. Every call draws from ``look``."""
+        return _shown(0, face.emotion, self.truth, self.shifts, self.look)
+
+    def heard(self) -> np.ndarray:
+        """The same of the sound, to which all faces contribute. Every call draws from ``sound``."""
+        faces = len(self.faces)
+        emotion = np.mean([face.emotion for face in self.faces], axis=0)
+        return _shown(1, emotion / math.sqrt((1 + (faces - 1) * COMMON) / faces), self.truth, self.shifts, self.sound)
+
+
 class _World(NamedTuple):
     """How modalities mix what they show into features; the same in all videos of a seed."""
 
@@ -66,26 +106,38 @@ def generate(scenario: Scenario) -> Iterator[SyntheticVideo]:
     Both faces of a recording are in one split.
 
     Raises:
+        UserError: as :func:`recordings`.
+    """
+    return videos(recordings(scenario), scenario)
+
+
+def videos(sources: Iterable[Recording], scenario: Scenario) -> Iterator[SyntheticVideo]:
+    """The recordings of a scenario as features."""
+    rng = default_rng(SeedSequence([scenario.seed]))
+    worlds = [_world(width, rng) for width in (scenario.visual_features, scenario.audio_features)]
+    return islice((video for source in sources for video in _videos(source, worlds)), scenario.videos)
+
+
+def recordings(scenario: Scenario) -> Iterator[Recording]:
+    """What a scenario shows. The second face of the last recording may be a video more than it asks for.
+
+    Raises:
         UserError: at once, if there are two videos and both are faces of one recording.
     """
     splits = _splits(scenario)
     if len(splits) < 2:
         raise UserError(f"Video {scenario.first} has two faces, which belong to one split; ask for more than 2 videos.")
-    rng = default_rng(SeedSequence([scenario.seed]))
-    worlds = [_world(width, rng) for width in (scenario.visual_features, scenario.audio_features)]
-    recordings = enumerate(splits, scenario.first)
-    faces = (video for number, split in recordings for video in _recording(number, split, scenario, worlds))
-    return islice(faces, scenario.videos)
+    return (_recording(number, split, scenario) for number, split in enumerate(splits, scenario.first))
 
 
 def _splits(scenario: Scenario) -> list[Literal["train", "validate"]]:
     """Of every recording, so that the share of validation videos is kept from the first to the last."""
     splits: list[Literal["train", "validate"]] = []
-    videos = validated = 0
-    while videos < scenario.videos:
+    count = validated = 0
+    while count < scenario.videos:
         faces = _faces(scenario.first + len(splits))
-        videos += faces
-        held_out = bool(splits) and validated < math.floor(scenario.validate * videos)
+        count += faces
+        held_out = bool(splits) and validated < math.floor(scenario.validate * count)
         validated += faces * held_out
         splits.append("validate" if held_out else "train")
     if not validated:
@@ -103,37 +155,38 @@ def _world(width: int, rng: Generator) -> _World:
     return _World(rng.standard_normal((channels, width)) / math.sqrt(channels / 2), rng.standard_normal(width))
 
 
-def _recording(
-    recording: int, split: Literal["train", "validate"], scenario: Scenario, worlds: list[_World]
-) -> list[SyntheticVideo]:
-    """Its one or two videos. Two share the audio, and the stretches at which a modality is weak."""
+def _recording(recording: int, split: Literal["train", "validate"], scenario: Scenario) -> Recording:
     # A stream for each purpose, so that what is weak changes no label.
     seeds = SeedSequence([scenario.seed, recording]).spawn(5)
     life, schedule, gaps, look, sound = map(default_rng, seeds)
-    faces = _faces(recording)
+    sides = ("",) if _faces(recording) == 1 else ("_left", "_right")
+    name = f"video{recording:03d}"
     length = int(life.integers(*scenario.length, endpoint=True))
-    emotions = _emotions(length, faces, life)
     truth, shifts = _schedule(length, scenario, schedule)
-    audio = _modality(
-        1, emotions.mean(axis=0) / math.sqrt((1 + (faces - 1) * COMMON) / faces), truth, shifts, worlds[1], sound
-    )
-    videos = []
-    for face, side in enumerate(("",) if faces == 1 else ("_left", "_right")):
-        labels = np.round(np.tanh(emotions[face, MARGIN : MARGIN + length]), 6)
+    faces = []
+    for side, emotion in zip(sides, _emotions(length, len(sides), life), strict=True):
+        labels = np.round(np.tanh(emotion[MARGIN : MARGIN + length]), 6)
         for start, stop in _stretches(length, scenario.invalid, INVALID_FRAMES, gaps):
             labels[start:stop] = INVALID
-        visual = _modality(0, emotions[face], truth, shifts, worlds[0], look)
-        videos.append(SyntheticVideo(f"video{recording:03d}{side}", split, visual, audio, labels, truth))
-    return videos
+        faces.append(Face(name + side, split, labels, truth, emotion))
+    return Recording(name, faces, shifts, look, sound)
+
+
+def _videos(recording: Recording, worlds: list[_World]) -> Iterator[SyntheticVideo]:
+    """Its one or two, which have the same audio."""
+    audio = _features(1, recording.heard(), recording.truth, worlds[1], recording.sound)
+    for face in recording.faces:
+        visual = _features(0, recording.seen(face), recording.truth, worlds[0], recording.look)
+        yield SyntheticVideo(face.name, face.split, visual, audio, face.labels, face.truth)
 
 
 def _emotions(length: int, faces: int, rng: Generator) -> np.ndarray:
     """[faces, MARGIN + length + JITTER + MARGIN, 2] of mean 0 and variance 1 each."""
     total = length + JITTER + 2 * MARGIN
-    own = [_wander(total, 2, EMOTION_PACE, rng) for _ in range(faces)]
+    own = [wander(total, 2, EMOTION_PACE, rng) for _ in range(faces)]
     if faces == 1:
         return np.stack(own)
-    common = _wander(total, 2, EMOTION_PACE, rng)
+    common = wander(total, 2, EMOTION_PACE, rng)
     return np.stack([math.sqrt(COMMON) * common + math.sqrt(1 - COMMON) * each for each in own])
 
 
@@ -147,10 +200,8 @@ def _schedule(length: int, scenario: Scenario, rng: Generator) -> tuple[np.ndarr
     return truth, shifts
 
 
-def _modality(
-    m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, world: _World, rng: Generator
-) -> np.ndarray:
-    """Features float32 [about length, d] of visual (m = 0) or audio (1)."""
+def _shown(m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, rng: Generator) -> np.ndarray:
+    """Valence and arousal [N + JITTER, 2] as visual (m = 0) or audio (1) show them, weaknesses and noise included."""
     length = len(truth) + JITTER
     code, shift = (np.pad(array, (0, JITTER), mode="edge") for array in (truth[:, m], shifts))
     frames = MARGIN - LAGS[m] + np.arange(length) - np.where(code == CODES["misaligned"], shift, 0)
@@ -158,13 +209,18 @@ def _modality(
     shown[code == CODES["contradicting"]] *= -1
     for start, stop in _stretches(length, DROPOUT, DROPOUT_FRAMES, rng):
         shown[start:stop] = 0
-    shown += DRIFT * _wander(length, 2, EMOTION_PACE, rng)
+    shown += DRIFT * wander(length, 2, EMOTION_PACE, rng)
     noise = np.where(code == CODES["noisy"], SWAMPED, NOISE)
-    shown += noise[:, None] * _wander(length, 2, NOISE_PACE, rng)
-    hidden = np.concatenate([shown, _wander(length, NUISANCES, EMOTION_PACE, rng)], axis=1)
+    return shown + noise[:, None] * wander(length, 2, NOISE_PACE, rng)
+
+
+def _features(m: int, shown: np.ndarray, truth: np.ndarray, world: _World, rng: Generator) -> np.ndarray:
+    """Features float32 [about N, d] of the modality m, from what it shows."""
+    length = len(shown)
+    hidden = np.concatenate([shown, wander(length, NUISANCES, EMOTION_PACE, rng)], axis=1)
     grain = GRAIN * rng.standard_normal((length, len(world.blank)), dtype=np.float32)
     features = (hidden @ world.mixing).astype(np.float32) + grain
-    absent = code == CODES["absent"]
+    absent = np.pad(truth[:, m], (0, JITTER), mode="edge") == CODES["absent"]
     features[absent] = world.blank.astype(np.float32) + 0.1 * grain[absent]
     jitter = int(rng.integers(1, JITTER, endpoint=True) * rng.choice((-1, 1)) * (rng.random() < JITTER_SHARE))
     return features[: len(truth) + jitter]
@@ -183,7 +239,7 @@ def _stretches(length: int, share: float, typical: int, rng: Generator) -> list[
     return [(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True)]
 
 
-def _wander(length: int, channels: int, pace: float, rng: Generator) -> np.ndarray:
+def wander(length: int, channels: int, pace: float, rng: Generator) -> np.ndarray:
     """Smooth random curves [length, channels] of mean 0 and variance 1: noise through a Gaussian low-pass."""
     period = length + math.ceil(4 * pace)  # the filter works on a ring, whose two ends must not meet
     response = np.exp(-math.pi * (np.fft.rfftfreq(period) * pace) ** 2)
