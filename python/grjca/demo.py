@@ -10,30 +10,33 @@ import torch
 
 from grjca.config import TARGETS, DemoConfig
 
-FEATURES = ["--visual_features", "64", "--audio_features", "32"]
 MODEL = """\
-visual_features: 64
-audio_features: 32
-visual_channels: [48, 48, 48]
-audio_channels: [32, 32, 32]
+channels: {visual: [48, 48, 48], audio: [32, 32, 32]}
 hidden: 48
 """
-SCHEDULE = ["--epochs", "20", "--window", "120", "--hop", "80", "--learning_rate", "1e-3", "--warmup_epochs", "2"]
+SCHEDULE = ["--epochs", "20", "--window", "100", "--hop", "60", "--learning_rate", "1e-3", "--warmup_epochs", "2"]
 
 
 def commands(out: Path, seed: int) -> list[list[str]]:
     """What is run, in order; it all stays in ``out``."""
-    data, runs = out / "data", {target: out / f"run-{target}" for target in TARGETS}
+    footage, arrays, features = (str(out / name) for name in ("footage", "arrays", "features"))
+    runs = {target: str(out / f"run-{target}") for target in TARGETS}
+    seeded = ["--seed", str(seed)]
+    sources = ["--videos", f"{footage}/videos", "--faces", f"{footage}/cropped_aligned"]
     words = [
-        ["synth", "--out", str(data), "--videos", "32", "--length", "[150, 400]", "--seed", str(seed), *FEATURES],
-        ["doctor", "--data", str(data), *FEATURES],
+        ["synth", "--layout", "footage", "--out", footage, "--videos", "20", "--length", "[100, 160]", *seeded],
+        ["prepare", *sources, "--annotations", f"{footage}/annotations", "--out", arrays],
+        ["extract", "--data", arrays, "--out", features, "--size", "small", *seeded],
+        ["doctor", "--data", features],
     ]
     for target, run in runs.items():
-        what = ["--data", str(data), "--target", target, "--out", str(run), "--seed", str(seed)]
+        what = ["--data", features, "--target", target, "--out", run, *seeded]
         words.append(["train", *what, *SCHEDULE, "--model", str(out / "model.yaml")])
-        words.append(["evaluate", "--run", str(run), "--data", str(data), "--compare", "eager"])
-    both = ["--run", str(runs["valence"]), "--other", str(runs["arousal"])]
-    words.append(["predict", *both, "--data", str(data), "--split", "validate", "--out", str(out / "predicted")])
+        words.append(["evaluate", "--run", run, "--data", features, "--compare", "eager"])
+    both = ["--run", runs["valence"], "--other", runs["arousal"]]
+    words.append(["predict", *both, "--data", features, "--split", "validate", "--out", str(out / "predicted")])
+    video = ["--video", f"{footage}/videos/video000.mp4", "--faces", f"{footage}/cropped_aligned/video000"]
+    words.append(["predict", *both, *video, "--draw", "true", "--out", str(out / "video")])
     return words
 
 
@@ -59,6 +62,7 @@ All of it is in {out}:
   run-valence/                       config.yaml, best.safetensors, metrics.jsonl, predictions/, tensorboard/
   run-arousal/                       the same for arousal
   predicted/challenge.txt            the file for the challenge
+  video/                             one video's values: a table, a plot, and a copy with the curves below
 A model of the authors' size is trained by grjca train --data DATA --target valence --out RUN."""
     )
     return 0

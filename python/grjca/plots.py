@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and is not always need
 WIDTH = 9.0  # inches
 DPI = 120
 LABEL, PREDICTION, INVALID = "#000000", "#D55E00", "#E8E8E8"  # of Okabe and Ito's palette, made for the colour-blind
+COLOURS = {"valence": "#0072B2", "arousal": "#D55E00"}
 INPUT = "#BBBBBB"  # grey: X^0 is what has seen no attention
 FEW_POINTS = 100  # fewer are marked one by one, or one between two gaps would not be seen
 MOST_POINTS = 1200  # more would be finer than a pixel
@@ -55,6 +56,19 @@ def over_time(
     (beneath or [top])[-1].set(xlabel="frame", xlim=(0.5, len(label) + 0.5))
     top.xaxis.get_major_locator().set_params(integer=True)
     top.set_title(_plain(title), loc="left")
+    return figure
+
+
+def curves(title: str, seconds: np.ndarray, values: Mapping[Any, np.ndarray]) -> Figure:
+    """Valence or arousal of one video, or both, over time: [N] each."""
+    figure, (axes,) = _panels(1, [2.2])
+    marker = "." if len(seconds) < FEW_POINTS else None
+    for target, of in values.items():
+        axes.plot(seconds, of, color=COLOURS[target], lw=1.2, marker=marker, label=target)
+    axes.axhline(0, color="#999999", lw=0.6, zorder=0)
+    axes.set(xlabel="seconds", ylabel=" and ".join(values), ylim=(-1.05, 1.05), xmargin=0)
+    axes.set_title(_plain(title), loc="left")
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

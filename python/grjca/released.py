@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' full model: encoders, GRJCA or HGRJCA, and head, under their names.
+"""Checkpoints of the authors' full model: face and voice networks, encoders, GRJCA or HGRJCA, and head, by their names.
 
 Their "video" is our visual, their "logmel" our audio. ``network.k.net.0`` and ``net.4`` are the same tensors as
 ``conv1`` and ``conv2``; weight_norm calls its two tensors ``weight_g`` and ``weight_v``, or since PyTorch 2.0
@@ -7,23 +7,21 @@ Their "video" is our visual, their "logmel" our audio. ``network.k.net.0`` and `
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, serialization
+from torch import Tensor
 
-from grjca.config import FUSIONS, GATING, Backend, ModelConfig
+from grjca import backbones, checkpoints
+from grjca.config import FUSIONS, GATING, MODALITIES, Backend, ModelConfig
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
+from grjca.whole import WholeModel
 from grjca_kernels import GatedRJCAFused
 
 WEIGHT_NORM = (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v"))
@@ -39,19 +37,7 @@ RENAMED = (
 )
 """Parts of our names, and what stands there in the authors'. The fusion block has its own converter."""
 
-NOT_READ = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype",
-    "numpy.ndarray",
-    "_codecs.encode",  # bytes, as PyTorch 2.4 sees them
-    "argparse.Namespace",
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-)
-"""What training scripts save beside the weights, and torch.load refuses."""
-
 _MODEL = re.compile(r"((?:.*\.)?)H?GRJCA\.(?:.*\.)?(?:weight|bias)")
-_AVERAGED = re.compile("ema|averag|swa", re.IGNORECASE)
-_WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ALIASES = ((".net.0.", ".conv1."), (".net.4.", ".conv2."))
 _BLOCK = re.compile(r"(H?GRJCA\.)(?:coattn\.dcn_layers\.|(?:video|audio)_gating_fc_layer)")
 _WITHOUT_EFFECT = re.compile(
@@ -59,8 +45,14 @@ _WITHOUT_EFFECT = re.compile(
 )
 
 
-def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = "auto") -> AudioVisualModel:
+def load_model(
+    source: str | Path | Mapping[str, Tensor], *, backend: Backend = "auto"
+) -> AudioVisualModel | WholeModel:
     """The authors' trained model, in eval mode.
+
+    A checkpoint with all of both networks (``spatial.visual.backbone.*`` and ``spatial.audio.backbone.*``) gives a
+    :class:`grjca.whole.WholeModel`, which reads pictures and log-mel patches; any other an
+    :class:`grjca.model.AudioVisualModel`, which reads features.
 
     Args:
         source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
@@ -70,7 +62,8 @@ def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = 
         backend: what computes the fusion, as in :class:`grjca.model.AudioVisualModel`.
 
     Sizes, L, T and the gating are read from the shapes. Dtype and device are those of the weights, which are copied.
-    Keys without effect on the output (backbones, the text modality, leftovers) are ignored and named in one warning.
+    Keys without effect on the output (parts of networks, the text modality, leftovers) are ignored and named in one
+    warning.
 
     Raises:
         UserError: for a file that is not there, broken, or would run code; for a key that is missing or whose tensor
@@ -89,18 +82,19 @@ def load_model(source: str | Path | Mapping[str, Tensor], *, backend: Backend = 
     parameter = next(block.parameters())
     model.to(parameter.dtype).to_empty(device=parameter.device)
     model.load_state_dict(weights)
+    networks = checkpoint.networks()
     if note := checkpoint.note():
         warnings.warn(note, stacklevel=2)
-    return model.eval()
+    return (WholeModel(model, networks) if networks else model).eval()
 
 
 class _Checkpoint:
     """The tensors of a checkpoint by the authors' names, without aliases, and what has not been asked for."""
 
     def __init__(self, source: str | Path | Mapping[str, Tensor]) -> None:
-        self.label, content = _open(source)
+        self.label, content = checkpoints.read(source)
         models = _models(content)
-        places = [place for place in models if not _AVERAGED.search(place)] or list(models)
+        places = [place for place in models if not checkpoints.AVERAGED.search(place)] or list(models)
         if len(places) > 1:
             raise UserError(
                 f"{self.label}: expected the weights of one model, got those of {len(places)}, under "
@@ -108,19 +102,14 @@ class _Checkpoint:
             )
         self.others = models.keys() - places
         self.place = places[0]
-        content = {_WRAPPED.sub("", key): value for key, value in models[self.place].items()}
+        content = {checkpoints.unwrapped(key): value for key, value in models[self.place].items()}
         primary_last = sorted(content, key=lambda key: _replaced(key, _ALIASES) == key)
         self.tensors = {_primary(key): content[key] for key in primary_last}
         self.unused = set(self.tensors)
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
         """One with the shape of ``like``, and floating like it."""
-        tensor = self._find(name)
-        if tensor.shape != like.shape:
-            raise UserError(f"{self.label}: {name}: expected shape {list(like.shape)}, got {list(tensor.shape)}.")
-        if tensor.is_floating_point() != like.is_floating_point():
-            kind = "a floating dtype" if like.is_floating_point() else "an integer dtype"
-            raise UserError(f"{self.label}: {name}: expected {kind}, got {tensor.dtype}.")
+        tensor = checkpoints.find_like(self.label, self.tensors, name, like)
         self.unused.discard(name)
         return tensor
 
@@ -153,15 +142,25 @@ class _Checkpoint:
                 f"{block.dims[0]} and {block.dims[1]}, got {visual[-1]} and {audio[-1]}."
             )
         return ModelConfig(
-            visual_features=visual_features,
-            audio_features=audio_features,
-            visual_channels=visual,
-            audio_channels=audio,
+            modalities={"visual": visual_features, "audio": audio_features},
+            channels={"visual": visual, "audio": audio},
             kernel=kernel,
             iterations=block.iterations,
             normalize=block.normalize,
             hidden=self._shape("regressor1.weight", "[hidden, d]")[0],
         )
+
+    def networks(self) -> dict[str, backbones.Network]:
+        """By modality, if all of both is there; else none."""
+        found: dict[str, backbones.Network] = {}
+        for name in MODALITIES:
+            prefix = backbones.WHOLE[name]
+            size = backbones.size_of(name, self.tensors, prefix)
+            if size is None:
+                return {}
+            found[name] = backbones.filled(name, size, self.label, self.tensors, prefix)
+        self.unused = {key for key in self.unused if not key.startswith(tuple(backbones.WHOLE.values()))}
+        return found
 
     def note(self) -> str:
         """What was ignored, or nothing."""
@@ -197,33 +196,13 @@ class _Checkpoint:
         return shape
 
     def _find(self, name: str) -> Tensor:
-        tensor = self.tensors.get(name)
-        if not isinstance(tensor, Tensor):
-            kind = "a NumPy value" if isinstance(tensor, _StandIn) else type(tensor).__name__
-            got = kind if name in self.tensors else "no such key"
-            raise UserError(f"{self.label}: {name}: expected a tensor of the authors' model, got {got}.")
-        return tensor
-
-
-def _open(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[Any, Any]]:
-    """What to call the source in messages, and its content."""
-    if isinstance(source, Mapping):
-        return "source", source
-    if not isinstance(source, str | Path):
-        raise TypeError(f"source: expected a path or a state_dict, got {type(source).__name__}.")
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{path}: expected a checkpoint, got no such file.")
-    content = _read(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: expected a state_dict, got {type(content).__name__}.")
-    return str(path), content
+        return checkpoints.find(self.label, self.tensors, name)
 
 
 def _models(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     """The weights of each model in ``content``, by what stands before their names; or all keys that may be meant."""
     models: dict[str, dict[str, Any]] = {}
-    mappings = list(_mappings(content))
+    mappings = list(checkpoints.mappings(content))
     for place, values in mappings:
         weights = (_MODEL.fullmatch(name) for name, value in values.items() if not isinstance(value, Mapping | tuple))
         prefixes = sorted({match[1] for match in weights if match}, key=len)
@@ -231,72 +210,6 @@ def _models(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
             for prefix in [prefix for prefix in prefixes if name.startswith(prefix)][-1:]:
                 models.setdefault(place + prefix, {})[name.removeprefix(prefix)] = value
     return models or {"": max((values for _, values in mappings), key=len)}
-
-
-def _mappings(content: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """It and those in it, with where they stand; no deeper, because a checkpoint may hold itself."""
-    yield place, {str(key): value for key, value in content.items()}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and depth:
-            yield from _mappings(value, f"{place}{key}.", depth - 1)
-
-
-class _StandIn:
-    """Takes the place of a value that is not read: none of its code runs, and nothing of it is kept."""
-
-    def __new__(cls, *_: object) -> _StandIn:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _stand_in(path: str) -> type[_StandIn]:
-    """One that torch.load, from its version 2.4 on, takes for what is at ``path``."""
-    module, _, name = path.rpartition(".")
-    return type(name, (_StandIn,), {"__module__": module})
-
-
-_STAND_INS = [_stand_in(path) for path in NOT_READ]
-_LOCK = Lock()  # what torch.load accepts is a list for the whole process
-
-
-@contextmanager
-def _standing_in() -> Iterator[None]:
-    """Have torch.load accept what is :data:`NOT_READ`, beside what the user has declared safe."""
-    with _LOCK:
-        before = serialization.get_safe_globals()
-        paths = [f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__name__}" for f in before]
-        others = [f for f, path in zip(before, paths, strict=True) if path not in NOT_READ]
-        serialization.clear_safe_globals()
-        serialization.add_safe_globals([*others, *_STAND_INS])
-        try:
-            yield
-        finally:
-            meanwhile = [f for f in serialization.get_safe_globals() if f not in [*before, *_STAND_INS]]
-            serialization.clear_safe_globals()
-            serialization.add_safe_globals([*before, *meanwhile])
-
-
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        with _standing_in():
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a broken file can make torch.load raise anything
-        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if foreign:
-            raise UserError(
-                f"{path}: expected tensors alone, got {foreign[1]} as well, whose loading could run code, so nothing "
-                "was loaded; have its state_dict saved instead."
-            ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if reason.startswith("Weights only load failed"):  # goes on with how to load it all the same
-            reason = "not what torch.save writes"
-        raise UserError(
-            f"{path}: expected a whole checkpoint, got a broken file ({reason}); fetch it again."
-        ) from error
 
 
 def _primary(key: str) -> str:

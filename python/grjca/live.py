@@ -1,0 +1,77 @@
+"""Values of a stream: frames go in as they come, and the newest value comes out."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grjca.backbones import crop
+from grjca.data.reading import ARRAYS
+from grjca.model import AudioVisualModel
+from grjca.whole import WholeModel
+
+
+class Live:
+    """The newest value of a stream of frames, from the last window of them.
+
+    Args:
+        model: as :func:`grjca.runs.load_best` returns it; it is put into evaluation mode. The networks of a whole model
+            see every frame once, and the model around their features sees the window.
+        every: h, frames from one value to the next. A value takes as long as the prediction of one window, whatever h.
+
+    The value of a frame is that which the model gives to the last frame of a window of L frames that ends with it. As
+    long as there are fewer frames, the window has fewer.
+    """
+
+    def __init__(self, model: AudioVisualModel | WholeModel, *, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected a whole number of frames above 0, got {every}.")
+        self.whole = model.eval() if isinstance(model, WholeModel) else None
+        self.model: AudioVisualModel = (self.whole.model if self.whole else model).eval()  # type: ignore[assignment]
+        self.every = every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames, as at the beginning of another stream."""
+        self.frames: deque[tuple[Tensor, ...]] = deque(maxlen=self.model.length)
+        self.seen = 0
+
+    @torch.inference_mode()
+    def push(self, *frame: Any) -> float | None:
+        """Take a frame; its value from -1 to 1 if it is the h-th, 2 h-th, ..., else None.
+
+        Args:
+            frame: of each modality, in the order of the model, the features [d_m]; or for a whole model the face uint8
+                [48, 48, 3] and the log-mel patch [96, 64]. Tensors or arrays.
+
+        Raises:
+            ValueError, TypeError: naming what was expected and what came.
+        """
+        self.frames.append(self._features(frame))
+        self.seen += 1
+        if self.seen % self.every:
+            return None
+        count, length = len(self.frames), self.model.length
+        features = [torch.stack(of) for of in zip(*self.frames, strict=True)]
+        window = [torch.cat([x, x.new_zeros(length - count, x.shape[1])])[None] for x in features]
+        values = self.model(*window, lengths=torch.tensor([count], device=window[0].device))
+        return float(values[0, count - 1])
+
+    def _features(self, frame: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        like = next(self.model.parameters())
+        tensors = [torch.as_tensor(x, device=like.device) for x in frame]
+        expected = [[width] for width in self.model.widths.values()]
+        if self.whole is not None:
+            expected = [list(form.row) for form in ARRAYS.values()]
+        if [list(x.shape) for x in tensors] != expected:
+            got = [list(x.shape) for x in tensors]
+            raise ValueError(f"frame: expected {', '.join(self.model.widths)} of shapes {expected}, got {got}.")
+        if self.whole is not None:
+            if tensors[0].dtype != torch.uint8:
+                raise TypeError(f"frame: expected a face in torch.uint8, got {tensors[0].dtype}.")
+            inputs = {"visual": crop(tensors[0]), "audio": tensors[1]}
+            tensors = [self.whole.backbones[name](x[None].to(like.dtype))[0] for name, x in inputs.items()]
+        return tuple(x.to(like.dtype) for x in tensors)
