@@ -1,7 +1,7 @@
 """Commands that are stopped at random moments, and what has to be true afterwards.
 
-``python tests/signals.py COMMAND COUNT`` sends COUNT signals to train, evaluate or predict, prints what came of them in
-JSON, and fails if a promise of SECURITY.md was broken.
+``python tests/signals.py COMMAND COUNT`` sends COUNT signals to a command of :data:`COMMANDS`, prints what came of them
+in JSON, and fails if a promise of SECURITY.md was broken. The command loop is train with the networks in the loop.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
+import arrays
 import small
 from grjca import files, settings
-from grjca.config import TrainConfig
+from grjca.config import NetworksConfig, SynthConfig, TrainConfig
+from grjca.synth import synth
 
-COMMANDS = ("train", "evaluate", "predict")
+COMMANDS = ("train", "evaluate", "predict", "prepare", "extract", "loop")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 STARTS = 0.06
 """Seconds until Python runs the program. Before that, Python itself answers a signal."""
@@ -47,20 +49,31 @@ def prepare(root: Path) -> None:
     data = small.write_data(root / "data")
     small.write_run(root / "run", data)
     sizes = {"epochs": 4, "window": small.WINDOW, "hop": small.HOP, "batch_size": 4, "learning_rate": 1e-2}
-    config = TrainConfig(data, "valence", root, tensorboard=False, model=small.MODEL, **sizes)
-    content = yaml.safe_load(settings.to_yaml(config))
-    del content["out"]
-    (root / "train.yaml").write_text(yaml.safe_dump(content))
+    train = TrainConfig(data, "valence", root, tensorboard=False, model=small.MODEL, **sizes)
+    synth(SynthConfig(out=root / "footage", layout="footage", videos=3, length=(6, 9)), progress=False)
+    sizes |= {"epochs": 2, "window": 8, "hop": 8}
+    networks = NetworksConfig(size="small")
+    loop = replace(
+        train, data=arrays.write_data(root / "arrays"), source="arrays", model=arrays.MODEL, networks=networks, **sizes
+    )
+    for name, config in (("train", train), ("loop", loop)):
+        content = yaml.safe_load(settings.to_yaml(config))
+        del content["out"]
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def words(name: str, root: Path, out: Path) -> list[str]:
     """The command line of a command that makes the folder ``out`` from what :func:`prepare` has written."""
+    footage = root / "footage"
     of_command = {
-        "train": ["--config", root / "train.yaml", "--resume"],
-        "evaluate": ["--run", root / "run"],
-        "predict": ["--run", root / "run", "--data", root / "data", "--split", "all"],
+        "train": ["train", "--config", root / "train.yaml", "--resume"],
+        "evaluate": ["evaluate", "--run", root / "run"],
+        "predict": ["predict", "--run", root / "run", "--data", root / "data", "--split", "all"],
+        "prepare": ["prepare", "--videos", footage / "videos", "--faces", footage / "cropped_aligned"],
+        "extract": ["extract", "--data", root / "arrays", "--size", "small"],
+        "loop": ["train", "--config", root / "loop.yaml", "--resume"],
     }[name]
-    return [name, *map(str, of_command), "--out", str(out)]
+    return [*map(str, of_command), "--out", str(out)]
 
 
 def begin(arguments: list[str]) -> subprocess.Popen[str]:
@@ -116,7 +129,7 @@ def endure(root: Path, name: str, count: int, seed: int) -> Outcome:
         _, said = process.communicate()
         assert process.returncode == 0, said
         seconds = time.perf_counter() - start
-    around = {part: content(root / part) for part in ("data", "run")}
+    around = {part: content(root / part) for part in ("data", "run", "arrays", "footage")}
     for first in range(0, count, PER_FOLDER):
         here = root / f"stopped-{first}"
         here.mkdir()

@@ -495,7 +495,9 @@ def test_ctrl_c_ends_a_long_call(direction: str, threads: str) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("name, count", [("train", 2), ("evaluate", 1), ("predict", 1)])
+@pytest.mark.parametrize(
+    "name, count", [("train", 2), ("evaluate", 1), ("predict", 1), ("prepare", 1), ("extract", 1), ("loop", 1)]
+)
 def test_commands_that_are_stopped(name: str, count: int, tmp_path: Path) -> None:
     """``python tests/signals.py`` stops them as often as it is told to."""
     signals.prepare(tmp_path)

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import arrays
 import small
 from grjca import files, metrics, runs, settings, tensor_files
 from grjca.cli import main
-from grjca.config import TARGETS, ModelConfig, SynthConfig, TrainConfig
+from grjca.config import TARGETS, ModelConfig, NetworksConfig, SynthConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.synth import synth
 from grjca.train import Result, train, warmup_rate
@@ -472,6 +473,24 @@ def test_two_processes(config, tmp_path):
     together = json.loads((tmp_path / "together" / "metrics.json").read_text())
     assert together["overall"]["frames"] == alone["overall"]["frames"]
     assert together["overall"]["ccc"] == pytest.approx(alone["overall"]["ccc"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_with_networks_in_the_loop(tmp_path):
+    """Parts of them are released while both train: gradients of the new ones are exchanged too."""
+    data = arrays.write_data(tmp_path / "data")
+    networks = NetworksConfig(size="small", statistics="frozen", augment=False)
+    schedule = {"warmup_epochs": 1, "plateau_epochs": 1, "plateau_factor": 1e-3, "learning_rate": 1e-5}
+    config = TrainConfig(
+        data, "valence", tmp_path / "together", source="arrays", window=8, hop=8, batch_size=2, epochs=5,
+        model=replace(arrays.MODEL, dropout=0.0, encoder_dropout=0.0), networks=networks, tensorboard=False, **schedule,
+    )  # fmt: skip
+    done = launch(*on_the_command_line(config, tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(config.out)
+    assert len({line["trained"] for line in lines}) > 1
+    assert all(math.isfinite(line["ccc"]) for line in lines)
+    assert main(["evaluate", "--run", str(config.out), "--plots", "false"]) == 0
 
 
 @pytest.mark.slow

@@ -46,7 +46,10 @@ DIGITS = 5  # of what is written
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a study. All fusions see normalised features, so that only attention and gates differ."""
+    """Sizes of a study. All fusions see normalised features, so that only attention and gates differ.
+
+    "full" has the authors' fusion block, L = 300, 256 + 128, T = 2, p = 0.6, behind encoders of one block each.
+    """
 
     levels: tuple[float, ...]
     """Shares of frames at which one modality is weak."""
@@ -61,9 +64,19 @@ def preset(config: StudyConfig) -> Preset:
     """The preset of this name."""
     target: Target = "valence"
     if config.preset == "full":
-        scenario = Scenario(videos=96, validate=0.25)
-        training = TrainConfig(config.out, target, config.out, epochs=60, model=ModelConfig(normalize=True))
-        return Preset((0.0, 0.2, 0.4, 0.6), 5, scenario, 48, training)
+        scenario = Scenario(videos=64, validate=0.25, invalid=0.0)
+        model = ModelConfig(channels={"visual": (256,), "audio": (128,)}, normalize=True)
+        training = TrainConfig(
+            config.out,
+            target,
+            config.out,
+            epochs=16,
+            learning_rate=1e-3,
+            warmup_epochs=2,
+            tensorboard=False,
+            model=model,
+        )
+        return Preset((0.0, 0.4), 3, scenario, 32, training)
     model = ModelConfig(
         modalities={"visual": 48, "audio": 32},
         channels={"visual": (32, 32), "audio": (24, 24)},
