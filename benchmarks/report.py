@@ -1,8 +1,8 @@
 """Publish the benchmarks: ``python -m benchmarks.report``.
 
 It runs them, then host, then those of whole_step, roofline and scaling that have not been run yet, keeps the rows of
-this machine in ``results/``, and rewrites what stands between two markers in README.md and in RESULTS.md. ``--render``
-does the last alone, and ``--check`` only fails where that is not what the rows say. Rows of GPUs, which
+this machine in ``results/``, and rewrites what stands between two markers in README.md, docs/results.md and RESULTS.md.
+``--render`` does the last alone, and ``--check`` only fails where that is not what the rows say. Rows of GPUs, which
 ``benchmarks.gpu`` keeps in ``results/*.jsonl``, get tables too; there need not be any.
 """
 
@@ -22,6 +22,7 @@ from benchmarks.row_files import ROOT, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+TIMES = ROOT / "docs" / "results.md"
 DETAILS = ROOT / "benchmarks" / "RESULTS.md"
 MARKERS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {"eager": "eager, released", "strong": "eager, strong", "compiled": "torch.compile", "fused": "fused"}
@@ -32,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "json", nargs="?", type=Path, help="of pytest --benchmark-json; without it the benchmarks are run"
     )
-    parser.add_argument("--check", action="store_true", help="only compare both files with the rows that are kept")
-    parser.add_argument("--render", action="store_true", help="only rewrite both files from the rows that are kept")
+    parser.add_argument("--check", action="store_true", help="only compare these files with the rows that are kept")
+    parser.add_argument("--render", action="store_true", help="only rewrite these files from the rows that are kept")
     arguments = parser.parse_args(argv)
     only_text = arguments.check or arguments.render
     if not only_text:
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if not only_text and not arguments.json:
         for part in (host, whole_step, roofline, scaling):
             part.main([])
-    return max(publish(path, text_of, arguments.check) for path, text_of in ((README, summary), (DETAILS, details)))
+    pages = ((README, headline), (TIMES, summary), (DETAILS, details))
+    return max(publish(path, text_of, arguments.check) for path, text_of in pages)
 
 
 def publish(path: Path, text_of: Callable[[Path], str], check: bool) -> int:
@@ -107,6 +109,27 @@ def store(rows: list[Row], folder: Path) -> Path:
     path = row_files.file_of(folder, rows[0])
     row_files.write(path, rows)
     return path
+
+
+def headline(folder: Path) -> str:
+    """A row for each shape in float32, on the machine that measured most: fused against eager PyTorch at its best."""
+    rows = max(_files(folder), key=len)
+    lines = [
+        f"{_where(rows)}, float32: medians in milliseconds.",
+        "",
+        "| shape | forward: eager | fused | | training step: eager | fused | |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    places = _places(row for row in rows if row["dtype"] == "float32")
+    for shape in dict.fromkeys(shape for shape, _, _ in places):
+        cells = [shape]
+        for which in ("forward", "training step"):
+            of = places.get((shape, "float32", which), {})
+            ms = {name: of[name]["ms"] for name in ("eager", "strong", "fused") if name in of}
+            best = min((value for name, value in ms.items() if name != "fused"), default=None)
+            cells += [_number(best), _number(ms.get("fused")), _ratio(best, ms.get("fused"))]
+        lines.append(_line(cells))
+    return "\n".join(lines)
 
 
 def summary(folder: Path) -> str:

@@ -121,10 +121,7 @@ def make_model(fusion: str, implementation: str, *, shared_masks: bool = False) 
 def make_batch(size: int, seed: int) -> Batch:
     """Windows without a gap: random features and labels."""
     generator = torch.Generator().manual_seed(seed)
-    visual, audio = (
-        torch.randn(size, LENGTH, width, generator=generator)
-        for width in CONFIG.widths.values()
-    )
+    visual, audio = (torch.randn(size, LENGTH, width, generator=generator) for width in CONFIG.widths.values())
     label = 2 * torch.rand(size, LENGTH, generator=generator) - 1
     return Batch(visual, audio, torch.full((size,), LENGTH), label, torch.ones(size, LENGTH, dtype=torch.bool))
 

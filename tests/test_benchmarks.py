@@ -167,10 +167,10 @@ def published(tmp_path, monkeypatch):
         case("fused", [0.1, 0.1], saved_bytes=1_000_000, peak_bytes=2_000_000),
     ]
     measured.write_text(json.dumps({"benchmarks": cases}))
-    paths = {"ROOT": ".", "RESULTS": "results", "README": "README.md", "DETAILS": "DETAILS.md"}
+    paths = {"ROOT": ".", "RESULTS": "results", "README": "README.md", "TIMES": "TIMES.md", "DETAILS": "DETAILS.md"}
     for name, path in paths.items():
         monkeypatch.setattr(report, name, tmp_path / path)
-    for name in ("README.md", "DETAILS.md"):
+    for name in ("README.md", "TIMES.md", "DETAILS.md"):
         (tmp_path / name).write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     return tmp_path, measured
 
@@ -181,7 +181,7 @@ def test_report(published):
     rows = json.loads((folder / "results" / "a-cpu-r-2-threads.json").read_text())
     assert [(row["implementation"], row["ms"], row["rounds"]) for row in rows] == [("eager", 200, 3), ("fused", 100, 2)]
     assert rows[0]["ms_p20"] == 140 and rows[0]["ms_p80"] == 260 and rows[0]["commit"] == "abc"
-    text = (folder / "README.md").read_text()
+    text = (folder / "TIMES.md").read_text()
     assert "| abaw, B = 12 | float32 | step | 200 | 100 | 2.0x | 2.0x |\n" in text
     assert text.startswith("before\n<!-- results -->\n") and text.endswith("\n<!-- /results -->\nafter\n")
     assert "old" not in text
@@ -202,7 +202,7 @@ def test_the_forward_within_a_training_step_is_a_row_of_its_own(published):
         ("training forward", 40, False),
         ("step", 100, True),
     ]
-    text = (folder / "README.md").read_text()
+    text = (folder / "TIMES.md").read_text()
     assert "| float32 | training forward | 200 | 150\\* | 40 | 5.0x | 3.8x |\n" in text
     assert "| float32 | step | 300 | 250\\* | 100 | 3.0x | 2.5x |\n\n\\*: of the strong formulation" in text
 
@@ -211,16 +211,16 @@ def test_report_check(published, capsys):
     folder, measured = published
     report.main([str(measured)])
     assert report.main(["--check"]) == 0
-    readme = folder / "README.md"
-    readme.write_text(readme.read_text().replace("200", "20"))
+    page = folder / "TIMES.md"
+    page.write_text(page.read_text().replace("200", "20"))
     assert report.main(["--check"]) == 1
-    assert "| 20 |" in readme.read_text()  # a check repairs nothing
-    assert report.main(["--render"]) == 0 and "| 200 |" in readme.read_text() and report.main(["--check"]) == 0
-    readme.write_text("no markers")
+    assert "| 20 |" in page.read_text()  # a check repairs nothing
+    assert report.main(["--render"]) == 0 and "| 200 |" in page.read_text() and report.main(["--check"]) == 0
+    page.write_text("no markers")
     assert report.main(["--check"]) == 1
-    readme.unlink()
+    page.unlink()
     assert report.main(["--check"]) == 1
-    assert "README.md" in capsys.readouterr().err
+    assert "TIMES.md" in capsys.readouterr().err
 
 
 def test_no_gpu_yet_is_a_state_that_the_check_accepts(published):
@@ -551,7 +551,7 @@ def test_report_of_a_gpu(published):
         ledger.append(folder / "results" / "a-gpu.jsonl", row)
     assert report.main(["--check"]) == 1
     assert report.main([str(measured)]) == 0 and report.main(["--check"]) == 0
-    text = (folder / "README.md").read_text()
+    text = (folder / "TIMES.md").read_text()
     assert "| abaw, B = 12 | forward | bfloat16 | 1.3 |  |  | 0.2 | 0.1 | 0.13 |  | 6.5x | 10.0x |  |  |" in text
     assert "| abaw B=12 forward: 6x faster than eager | 6.50x | met |" in text
     assert "commit abc" in text and "commit old" not in text

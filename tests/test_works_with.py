@@ -1,4 +1,4 @@
-"""The README's table "Works with": it is the one of the records, and they know every test of works_with/."""
+"""The table "Works with" of docs/compatibility.md: it is the one of the records, and they know every test of works_with/."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +10,9 @@ import record
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readme_is_up_to_date():
-    text = record.README.read_text(encoding="utf-8")
-    assert record.replaced(text, record.table(record.read())) == text, "run python tests/works_with/record.py --readme"
+def test_the_table_is_up_to_date():
+    text = record.PAGE.read_text(encoding="utf-8")
+    assert record.replaced(text, record.table(record.read())) == text, "run python tests/works_with/record.py --render"
 
 
 def test_every_row_says_what_it_shows():

@@ -412,7 +412,7 @@ class StudyConfig:
     out: Path
     """Folder for data, runs and results. A study that was interrupted goes on there."""
     preset: Literal["small", "full"] = "small"
-    """small ends within ten minutes on 2 cores; full has a fusion block of the authors' sizes, and takes over an hour."""
+    """small ends within ten minutes on 2 cores; full has a block of the authors' sizes, and takes an hour and more."""
     jobs: int = 2
     """Trainings at the same time, each with one thread."""
 

@@ -1,7 +1,7 @@
-"""Keeps what passed here, and writes the table "Works with" of README.md from what was kept.
+"""Keeps what passed here, and writes the table "Works with" of docs/compatibility.md from what was kept.
 
 ``python tests/works_with/record.py`` runs the tests of this folder, with ``--all`` every test there is, and keeps their
-outcomes in ``results/``, a file for each platform, Python and PyTorch; ``--readme`` only rewrites the table.
+outcomes in ``results/``, a file for each platform, Python and PyTorch; ``--render`` only rewrites the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 ROOT, RESULTS = FOLDER.parents[1], FOLDER / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 MARKERS = "<!-- works with -->", "<!-- /works with -->"
 PACKAGES = ("torch", "numpy", "triton", "accelerate", "lightning", "onnx", "onnxruntime", "onnxscript", "peft",
             "safetensors", "transformers")  # fmt: skip
@@ -44,19 +44,19 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="run every test, not only those of this folder")
-    parser.add_argument("--readme", action="store_true", help="only rewrite README.md")
+    parser.add_argument("--render", action="store_true", help="only rewrite docs/compatibility.md")
     parser.add_argument("--commit", default=None, help="what the sources are, where git does not tell")
     arguments = parser.parse_args(argv)
     code = 0
-    if not arguments.readme:
+    if not arguments.render:
         outcomes, commit = Outcomes(), arguments.commit or _commit()
         code = int(pytest.main(["-q", *options(), str(FOLDER.parent if arguments.all else FOLDER)], plugins=[outcomes]))
         if not outcomes.counts:
             return code or 1
         path = keep(outcomes, commit)
         print(f"wrote {path}")
-    text = README.read_text(encoding="utf-8")
-    README.write_text(replaced(text, table(read())), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(replaced(text, table(read())), encoding="utf-8")
     return code
 
 
@@ -165,7 +165,7 @@ def table(records: list[Record]) -> str:
         key = f"{row.file}::{row.test}"
         ran = [_passed_with(name, records) for name in (key, key + GPU)]
         if any(ran):
-            test = f"[`{row.test}`](tests/works_with/{row.file})"
+            test = f"[`{row.test}`](../tests/works_with/{row.file})"
             passed = "; ".join(where + said for where, said in zip(("", "on a GPU: "), ran, strict=True) if said)
             passed = passed.replace("on a GPU: not run: needs a GPU", "**on a GPU: not run**")
             lines.append(f"| {'' if row.area == before else row.area} | {row.claim} | {test} | {passed} |")
@@ -195,7 +195,7 @@ def replaced(text: str, table: str) -> str:
     """``text`` with ``table`` between the markers."""
     start, end = (text.find(marker) for marker in MARKERS)
     if not 0 <= start < end:
-        raise ValueError(f"README.md: expected {MARKERS[0]} and {MARKERS[1]}, each once and in this order.")
+        raise ValueError(f"docs/compatibility.md: expected {MARKERS[0]} and {MARKERS[1]}, each once and in this order.")
     return f"{text[: start + len(MARKERS[0])]}\n{table}\n{text[end:]}"
 
 
