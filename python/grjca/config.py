@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from grjca.errors import UserError
+from grjca.modalities import CHANNELS, PLAIN_CHANNELS, WIDTHS, modalities_of
 
 Target = Literal["valence", "arousal"]
 Fusion = Literal["concat", "rjca", "rjcma", "dca", "grjca", "hgrjca", "tagf"]
@@ -21,15 +20,6 @@ Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 MOST = 10**9
 """The largest number that a setting of a training may be; float32 holds it."""
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
-MODALITIES = ("visual", "audio")
-"""Those of the authors' experiment, of synthetic data, and of the face and voice networks."""
-WIDTHS = {"visual": 512, "audio": 128}
-"""Modalities by default, and the widths of their features."""
-CHANNELS = {"visual": (512, 512, 256, 256)}
-"""Channels of an encoder by default, where they are not those of :data:`PLAIN_CHANNELS`."""
-PLAIN_CHANNELS = (128, 128, 128, 128)
-RESERVED = ("label", "mask", "length", "index")
-"""Names that a window has for other things than modalities."""
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "rjcma", "dca", "grjca", "hgrjca", "tagf")
 GATING = {
     "rjca": "none",
@@ -428,28 +418,6 @@ class DemoConfig:
     """Folder for everything; a new temporary one if left out."""
     seed: int = 0
     """Of data and training."""
-
-
-def modalities_of(option: str, value: Mapping[str, int] | str) -> dict[str, int]:
-    """Names and widths, from a mapping or from text such as "visual:512, audio:128".
-
-    Raises:
-        UserError: naming ``option``, for anything else.
-    """
-    pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else list(value.items())
-    widths: dict[str, int] = {}
-    for pair in pairs:
-        name, width = (str(pair[0]).strip(), str(pair[-1]).strip())
-        usable = re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (*RESERVED, *widths)
-        if len(pair) != 2 or not usable or not re.fullmatch("[1-9][0-9]{0,8}", width):
-            raise UserError(
-                f"--{option}: expected names of small letters, each once, with the widths of their features, as in "
-                f"visual:512, audio:128; got {value!r}."
-            )
-        widths[name] = int(width)
-    if not 2 <= len(widths) <= 4:
-        raise UserError(f"--{option}: expected two to four modalities, got {len(widths)}.")
-    return widths
 
 
 def _require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grjca import backbones, environment, files
-from grjca.config import MODALITIES, ExtractConfig
+from grjca.config import ExtractConfig
 from grjca.data import layout, reading
 from grjca.data.layout import Source
 from grjca.data.videos import MOST_FRAMES

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from grjca import backbones, checkpoints
-from grjca.config import FUSIONS, GATING, MODALITIES, Backend, ModelConfig
+from grjca.config import FUSIONS, GATING, Backend, ModelConfig
 from grjca.errors import UserError
+from grjca.modalities import MODALITIES
 from grjca.model import AudioVisualModel
 from grjca.whole import WholeModel
 from grjca_kernels import GatedRJCAFused

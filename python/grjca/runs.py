@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from grjca import backbones, environment, extract, files, settings, tensor_files
-from grjca.config import MODALITIES, Backend, TrainConfig
+from grjca.config import Backend, TrainConfig
 from grjca.errors import UserError
+from grjca.modalities import MODALITIES
 from grjca.model import AudioVisualModel
 from grjca.whole import WholeModel
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from grjca import data, environment, files, inference, runs, study_report
 from grjca.config import (
     GATING,
-    MODALITIES,
     STUDIED,
     Fusion,
     ModelConfig,
@@ -33,6 +32,7 @@ from grjca.config import (
 from grjca.errors import UserError
 from grjca.gates import iterate_weights
 from grjca.metrics import split_scores
+from grjca.modalities import MODALITIES
 from grjca.processes import Context
 from grjca.synth import synth
 from grjca.synthetic import CODES

@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from grjca import files
-from grjca.config import GATING, MODALITIES, STUDIED, Fusion
+from grjca.config import GATING, STUDIED, Fusion
+from grjca.modalities import MODALITIES
 
 KINDS = ("noisy", "contradicting", "misaligned", "absent")
 OKABE_ITO = "#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from grjca.backbones import CROP, PATCH, PICTURE, STAGES, Network, crop
-from grjca.config import MODALITIES
 from grjca.errors import UserError
+from grjca.modalities import MODALITIES
 from grjca.model import AudioVisualModel
 
 Statistics = Literal["batch", "frozen"]

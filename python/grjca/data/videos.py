@@ -12,11 +12,11 @@ from typing import Literal, ParamSpec, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from grjca.config import WIDTHS
 from grjca.data import layout, reading
 from grjca.data.layout import OFFICIAL, Source
 from grjca.data.reading import ARRAYS, Form
 from grjca.errors import UserError
+from grjca.modalities import WIDTHS
 
 MEND = 5
 """Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
