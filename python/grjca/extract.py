@@ -27,6 +27,7 @@ from grjca.data import layout, reading
 from grjca.data.layout import Source
 from grjca.data.videos import MOST_FRAMES
 from grjca.errors import UserError, printable
+from grjca.modalities import MODALITIES
 
 NAME = "extracted.json"
 FRAME_BYTES = {"released": 1 << 22, "small": 1 << 19}
