@@ -1,4 +1,4 @@
-"""The table "Works with" of docs/compatibility.md: it is the one of the records, and they know every test of works_with/."""
+"""The table in docs/compatibility.md is the one of the records, and they know every test of works_with/."""
 
 from pathlib import Path
 from types import SimpleNamespace

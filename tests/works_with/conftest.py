@@ -1,4 +1,4 @@
-"""A test here proves a row of the table in docs/compatibility.md: its docstring is the row, record.py writes the table."""
+"""A test here proves a row of the table in docs/compatibility.md: its docstring is the row, record.py writes it."""
 
 from importlib.util import find_spec
 
