@@ -66,7 +66,7 @@ def test_whole_window_counts():
 
 
 def test_live_signal():
-    """A live signal by a sliding window: docs/block.md's loop gives the newest frame of each, and starts with `lengths`"""
+    """A live signal by a sliding window: docs/block.md's loop gives the newest of each, and starts with `lengths`"""
     module, frames = block(), 3 * L
     visual, audio = (torch.randn(frames, d_m, dtype=torch.float64) for d_m in (D_V, D_A))
     window = [torch.zeros(1, L, d_m, dtype=torch.float64) for d_m in (D_V, D_A)]
