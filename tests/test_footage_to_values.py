@@ -54,6 +54,9 @@ def test_random_weights_are_said_in_every_figure(folder, capsys):
     assert "visual and audio networks of random weights" in capsys.readouterr().out
     metrics = json.loads((folder / "valence" / "evaluation" / "validate" / "metrics.json").read_text())
     assert metrics["random_networks"] == "visual and audio networks of random weights"
+    for run in ("valence", "loop"):
+        first = (folder / run / runs.CONFIG).read_text().partition("\n")[0]
+        assert first == "# Trained with the visual and audio networks of random weights."
 
 
 def test_the_networks_in_the_loop_predict_what_their_parts_do(folder, tmp_path):

@@ -128,7 +128,9 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
         raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
     for name in (CHECKPOINT, PREDICTIONS):
         files.remove_partial(config.out / name)
-    files.write_text(config.out / CONFIG, settings.to_yaml(config))
+    networks = random_networks(config, config.data)
+    remark = f"# Trained with the {networks}.\n" if networks else ""
+    files.write_text(config.out / CONFIG, remark + settings.to_yaml(config))
 
 
 def _compare(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
