@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from grjca.predict import predict
 from small import read_predictions
 
 pytestmark = pytest.mark.slow
-MODEL = "--model.channels {visual:[48,32],audio:[32,24]} --model.hidden 32"
+MODEL = "--model.channels '{visual: [48, 32], audio: [32, 24]}' --model.hidden 32"
 SCHEDULE = "--window 80 --hop 40 --learning_rate 2e-3 --warmup_epochs 1 --tensorboard false"
 COMMANDS = f"""
 synth --layout footage --out ROOT/footage --videos 14 --length [80,110] --weak 0
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
     """Footage, arrays, features, a run on features for each target, and one with the networks in the loop."""
     root = tmp_path_factory.mktemp("footage")
     for command in COMMANDS.replace("\n    ", " ").split("\n")[1:-1]:
-        assert main([word.replace("ROOT", str(root)) for word in command.split()]) == 0
+        assert main([word.replace("ROOT", str(root)) for word in shlex.split(command)]) == 0
     return root
 
 
