@@ -256,8 +256,10 @@ def test_training_with_networks_resumes_bit_for_bit(whole, options):
 
 
 def test_pictures_need_the_networks_modalities(whole):
-    with pytest.raises(UserError, match=r"model\.modalities: expected .*source arrays"):
+    with pytest.raises(UserError, match=r"model\.modalities: expected .*from arrays"):
         replace(whole, model=small.MODEL)
+    with pytest.raises(UserError, match="--networks: expected its settings with --from arrays alone"):
+        replace(whole, source="features")
 
 
 def test_networks_begin_with_the_weights_that_are_named(whole, tmp_path):

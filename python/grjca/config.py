@@ -232,7 +232,9 @@ class TrainConfig:
     """The face and voice networks, where the model reads arrays."""
 
     def __post_init__(self) -> None:
-        expected = f"{WIDTHS}, what the networks put out, with --source arrays"
+        if self.source == "features" and self.networks != NetworksConfig():
+            raise UserError("--networks: expected its settings with --from arrays alone; features need no networks.")
+        expected = f"{WIDTHS}, what the networks put out, with --from arrays"
         if self.source == "arrays" and self.model.widths != WIDTHS:
             raise UserError(f"--model.modalities: expected {expected}, got {self.model.modalities}.")
         for name in ["epochs", "window", "hop", "batch_size", "warmup_epochs", "plateau_epochs", "early_stop_epochs"]:

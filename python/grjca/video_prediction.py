@@ -25,6 +25,7 @@ from grjca import audio, backbones, extract, files, footage, media, plots, runs
 from grjca.config import TARGETS, ExtractConfig, PredictConfig, Target
 from grjca.data import layout
 from grjca.errors import UserError
+from grjca.modalities import WIDTHS
 from grjca.trained import Trained, infer, write_predictions
 
 STRIP = 0.35
@@ -53,6 +54,9 @@ def predict_video(config: PredictConfig, on: Accelerator, trained: Sequence[Trai
     assert config.video is not None
     name = layout.composed(config.video.stem)
     layout.check_name(name, config.video)
+    for of in trained:
+        if of.widths.keys() != WIDTHS.keys():
+            raise UserError(f"--video: expected runs of {' and '.join(WIDTHS)}, but {of.folder} reads {of.widths}.")
     if on.num_processes > 1:
         raise UserError("--video: expected one process, got several; a single video is not shared out.")
     with files.whole_folder(config.folder) as folder:
