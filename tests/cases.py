@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,25 @@ FULL_SIZE = {
     "TAGF": Case("TAGF", 2, 300, (256, 128), gating="none", normalize=True),
 }
 """The authors' blocks as they are trained, but for the batch; of TAGF the recursion."""
+
+
+def spread(cases: Sequence[Case], ways: Sequence[Any]) -> list[tuple[Case, Any]]:
+    """Every case in one of the ways: in that which has seen the fewest of the pairs of properties that the case has."""
+    seen: dict[Any, set[Any]] = {way: set() for way in ways}
+    found = []
+    for case in cases:
+        pairs = set(combinations(_properties(case).items(), 2))
+        way = min(ways, key=lambda way: len(pairs & seen[way]))
+        seen[way] |= pairs
+        found.append((case, way))
+    return found
+
+
+def _properties(case: Case) -> dict[str, Any]:
+    names = ("form", "gating", "iterations", "joint", "normalize", "shared")
+    of_sizes = {"modalities": len(case.widths), "stored": case.length > 32, "tiles": max(case.widths) > 32}
+    options = {"dropout": case.dropout > 0, "lengths": case.lengths is not None}
+    return {name: getattr(case, name) for name in names} | of_sizes | options
 
 
 # ---- tensors

@@ -6,7 +6,8 @@ races in shared memory, barriers that not all threads reach, and copies that nob
 
 import subprocess
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from behaviour import (
     check_subsets_of_incoming_gradients,
     check_twice,
 )
-from cases import CASES, SEED, Case, Result, make, run
+from cases import CASES, SEED, Case, Result, call, make, run, spread
 from grjca_kernels import gated_rjca, verification
 from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE, Backend
@@ -42,7 +43,7 @@ TILES = [
     Case("aligned", 2, 64, (64, 32), 2, "flat", dropout=0.4),
     Case("aligned-streamed", 5, 32, (64, 136), 1, "dynamic", dropout=0.4, lengths=(32, 17, 16, 1, 0)),
     Case("many-tiles", 2, 150, (140, 40), 1, "flat", dropout=0.3, lengths=(150, 120)),
-    Case("many-tiles-streamed", 9, 20, (140, 40), 1, "flat", normalize=True),
+    Case("many-tiles-streamed", 7, 20, (140, 40), 1, "flat", normalize=True),
     Case("whole-tiles", 1, 128, (128, 128), 1, "none", "paper"),
     Case("three-modalities-of-tiles", 2, 34, (36, 68, 130), 1, "hierarchical"),
     Case("two-bytes", 2, 35, (33, 31), 2, "hierarchical", normalize=True),
@@ -71,14 +72,14 @@ def test_float32(case):
     check(case)
 
 
-@mark.parametrize("dtype", HALVES, ids=str)
-@mark.parametrize("case", [*CASES, *TILES], ids=str)
+@mark.parametrize("case, dtype", [*spread(CASES, HALVES), *product(TILES, HALVES)], ids=str)
 def test_values_of_sixteen_bits(case, dtype):
     check(case, dtype, gradients=False)
 
 
-@mark.parametrize("dtype", HALVES, ids=str)
-@mark.parametrize("case", [*STATISTICAL, replace(STATISTICAL[5], name="streamed", length=24)], ids=str)
+@mark.parametrize("case, dtype", [
+    *spread(STATISTICAL, HALVES), *product([replace(STATISTICAL[5], name="streamed", length=24)], HALVES)
+], ids=str)  # fmt: skip
 def test_gradients_of_sixteen_bits(case, dtype):
     """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
     check(case, dtype)
@@ -91,7 +92,7 @@ def test_tf32(case):
     with on_lanes.wish(tf32=True):
         result = run(function, case, make(case, torch.float32))
     check_draws(result, exact(case, torch.float32), cut_draws(case), TF32_ULP)
-    assert not torch.equal(run(function, case, make(case, torch.float32)).values["Y[0]"], result.values["Y[0]"])
+    assert not torch.equal(call(function, case, make(case, torch.float32))["Y[0]"], result.values["Y[0]"])
 
 
 @mark.parametrize("dtype, reduced", [(torch.float32, False), (torch.float32, True), *((x, False) for x in HALVES)])
@@ -126,24 +127,29 @@ WISHES = [
     {"order": 1}, {"order": 2}, {"order": 3}, {"apart": True}, {"resident": 1}, {"resident": 7},
     {"chunk": 2}, {"chunk": 2, "parts": 3}, {"chunk": 3, "parts": 2, "order": 4}, {"tile": 64, "resident": 2},
 ]  # fmt: skip
-LAUNCHES = [(case, wish) for case in [*BOTH, replace(STREAMED, name="shared", shared=True)] for wish in WISHES]
-LAUNCHES += [(RAW, wish) for wish in WISHES if "parts" in wish]
+SHARED = replace(STREAMED, name="shared", shared=True)
+LAUNCHES = [*product(BOTH, WISHES), *((SHARED, wish) for wish in WISHES if {*wish} - {"order", "resident"})]
+LAUNCHES += [(SHARED, {"order": 1}), *((RAW, wish) for wish in WISHES if "parts" in wish)]
+
+
+@cache
+def in_order(case):
+    return run(function, case, make(case, torch.float32))
 
 
 @mark.parametrize("case, wish", LAUNCHES, ids=str)
 def test_launches(case, wish):
     """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
-    inputs = make(case, torch.float32)
-    once = run(function, case, inputs)
+    once = in_order(case)
     with on_lanes.wish(**wish):
-        again = run(function, case, inputs)
+        again = run(function, case, make(case, torch.float32))
     assert_same_results(Result(again.values, {}), Result(once.values, {}))
     if ("order" in wish and len(wish) == 1) or "apart" in wish:
         assert_same_results(again, once)
     check_rule(again, case, torch.float32)
 
 
-@mark.parametrize("case", [TILES[2], TILES[3]], ids=str)
+@mark.parametrize("case", [TILES[2], replace(TILES[3], batch=3)], ids=str)
 def test_orders_of_many_tiles(case):
     inputs = make(case, torch.bfloat16)
     with on_lanes.wish(resident=4, chunk=1):
