@@ -187,7 +187,7 @@ def test_refuses_runs_that_do_not_fit(valence: Path, arousal: Path, data: Path, 
     wider = write_run(
         tmp_path / "wider", data, target="arousal", model=replace(MODEL, modalities={"visual": 6, "audio": 9})
     )
-    assert "the same modalities" in refusal(valence, other=wider)
+    assert "the same modalities in the same order" in refusal(valence, other=wider)
     assert "cannot run" in refusal(valence, backend="cuda")
     assert "expected the folder of a run" in refusal(tmp_path)
 

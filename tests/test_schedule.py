@@ -15,9 +15,10 @@ from torch import nn
 import arrays
 import small
 from grjca import backbones, metrics, runs
-from grjca.config import ModelConfig, NetworksConfig, TrainConfig
+from grjca.config import ModelConfig, NetworksConfig, PredictConfig, TrainConfig
 from grjca.errors import UserError
 from grjca.model import AudioVisualModel
+from grjca.predict import predict
 from grjca.train import train
 
 RELEASED = {  # by stage: what begins with these names is trained from then on
@@ -303,3 +304,31 @@ def test_files_are_named_by_the_modality():
     theirs = Source("v", None, None, Path("npy_data/v"), False)
     names = [theirs.features(name).name for name in ("visual", "audio", "text")]
     assert names == ["video.npy", "vggish.npy", "text.npy"]
+
+
+def test_the_order_of_modalities_counts(config, tmp_path):
+    """The same names in another order are another model: a resumed run keeps its own, and its settings stay."""
+    model = replace(small.MODEL, modalities="audio:5, visual:6")
+    train(replace(config, epochs=1), progress=False)
+    before = (config.out / runs.CONFIG).read_bytes()
+    with pytest.raises(UserError, match="was begun with model="):
+        train(replace(config, model=model), resume=True, progress=False)
+    assert (config.out / runs.CONFIG).read_bytes() == before
+    other = small.write_run(tmp_path / "other", config.data, target="arousal", model=model)
+    with pytest.raises(UserError, match="the same modalities in the same order"):
+        predict(PredictConfig(config.out, config.data, tmp_path / "predicted", other=other))
+
+
+@pytest.mark.parametrize("name", ["values", "type", "keys", "forward"])
+def test_names_of_methods_are_no_modalities(name):
+    with pytest.raises(UserError, match=rf"model\.modalities: expected other names than those of PyTorch.s own methods, got .{name}"):
+        AudioVisualModel(ModelConfig(modalities={"visual": 3, name: 2}), fusion="grjca", length=4)
+
+
+def test_a_run_goes_on_without_the_files_that_it_began_with(whole, tmp_path):
+    path = tmp_path / "face.pt"
+    torch.save(backbones.make("visual", "small").state_dict(), path)
+    config = replace(whole, networks=replace(whole.networks, visual=path), epochs=1)
+    train(config, progress=False)
+    path.unlink()
+    assert train(replace(config, epochs=2), resume=True, progress=False).epochs == 2

@@ -235,7 +235,7 @@ class TrainConfig:
         if self.source == "features" and self.networks != NetworksConfig():
             raise UserError("--networks: expected its settings with --from arrays alone; features need no networks.")
         expected = f"{WIDTHS}, what the networks put out, with --from arrays"
-        if self.source == "arrays" and self.model.widths != WIDTHS:
+        if self.source == "arrays" and list(self.model.widths.items()) != list(WIDTHS.items()):
             raise UserError(f"--model.modalities: expected {expected}, got {self.model.modalities}.")
         for name in ["epochs", "window", "hop", "batch_size", "warmup_epochs", "plateau_epochs", "early_stop_epochs"]:
             _require(self, name, getattr(self, name) >= 1, "a whole number above 0")
@@ -384,6 +384,8 @@ class DoctorConfig:
     """Folder to inspect."""
     modalities: dict[str, int] | str = field(default_factory=lambda: dict(WIDTHS))
     """Expected modalities and widths of their features."""
+    source: Source = "features"
+    """What the folder holds: features, or the arrays of grjca prepare."""
     speed: bool = True
     """Measure each backend."""
 

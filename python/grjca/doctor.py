@@ -233,7 +233,7 @@ def _block(shape: Shape, name: str, *, dropout: float) -> GatedRJCAFused:
 def _check_data(config: DoctorConfig) -> list[str]:
     """Print what a data folder holds; what is wrong with it."""
     assert config.data is not None
-    found = data.problems(config.data, widths=config.widths, progress=True)
+    found = data.problems(config.data, widths=config.widths, kind=config.source, progress=True)
     print(f"\nData in {config.data}")
     for folder in found.folders:
         print(folder)

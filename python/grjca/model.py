@@ -226,6 +226,10 @@ def _check(config: ModelConfig, fusion: str, length: int) -> None:
             if not holds(value := getattr(config, name)):
                 raise UserError(f"model.{name}: expected {expected}, got {value!r}.")
     for name, channels in config.encoders.items():
+        if hasattr(nn.ModuleDict, name):
+            raise UserError(
+                f"model.modalities: expected other names than those of PyTorch's own methods, got {name!r}."
+            )
         if not _are_counts(channels):
             raise UserError(
                 f"model.channels.{name}: expected one whole number above 0 for each block, at least one, "

@@ -151,7 +151,7 @@ def _load(config: PredictConfig) -> list[Trained]:
         return [first]
     other = Trained.load(config.other, config.backend)
     same: list[tuple[str, object, object]] = [
-        ("modalities", first.widths, other.widths),
+        ("modalities in the same order", list(first.widths.items()), list(other.widths.items())),
         ("source", first.settings.source, other.settings.source),
         ("precision", first.settings.precision, other.settings.precision),
     ]

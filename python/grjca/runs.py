@@ -136,7 +136,8 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
 def _compare(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
     for option in dataclasses.fields(TrainConfig):
         before, now = getattr(old, option.name), getattr(new, option.name)
-        if before != now and option.name not in MAY_DIFFER:
+        reordered = option.name == "model" and list(before.widths) != list(now.widths)
+        if (before != now or reordered) and option.name not in MAY_DIFFER:
             raise UserError(
                 f"--resume: {folder} was begun with {option.name}={before}, got {now}; "
                 "leave the option out, or begin a new run with another --out."

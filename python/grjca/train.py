@@ -54,7 +54,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     Raises:
         UserError: if data, settings or folder are not what they should be, or the training diverges.
     """
-    config = replace(config, data=config.data.absolute(), out=config.out.absolute())  # config.yaml holds anywhere
+    visual, audio = (path and path.absolute() for path in (config.networks.visual, config.networks.audio))
+    networks = replace(config.networks, visual=visual, audio=audio)
+    # config.yaml holds anywhere
+    config = replace(config, data=config.data.absolute(), out=config.out.absolute(), networks=networks)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     on = inference.accelerator(config.precision, config.batch_size)
     if config.fusion != "concat":
@@ -77,13 +80,14 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
                 f"{config.data}: expected valid labels in the {split} split, got none in {len(videos)} videos."
             )
     _say(on, progress, _mended(splits[0] + splits[1]))
-    if networks := runs.random_networks(config, config.data):
-        _say(on, progress, f"The {networks} say little of faces and voices: this is a trial.")
+    if random := runs.random_networks(config, config.data):
+        _say(on, progress, f"The {random} say little of faces and voices: this is a trial.")
     if on.num_processes > 1:
         _say(on, progress, f"{on.num_processes} processes, {config.batch_size // on.num_processes} windows each.")
     set_seed(config.seed)
     model = runs.new_model(config)
-    runs.load_networks(config, model)
+    if not (resume and (config.out / runs.CHECKPOINT / runs.STATE).exists()):  # which has all weights
+        runs.load_networks(config, model)
     training = _Training(config, on, model, *splits, progress=progress)
     lock = files.lock(config.out)
     try:

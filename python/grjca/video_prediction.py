@@ -105,6 +105,11 @@ def _extracted(config: PredictConfig, of: Trained, arrays: Path, scratch: Path) 
     for name in ("visual", "audio"):
         made_by, given = (noted or {}).get(name, {}), getattr(config, name)
         weights = made_by.get("weights")
+        if noted and weights is None:
+            raise UserError(
+                f"--video: expected features of the face and voice networks, but {of.folder} was trained on those of "
+                f"{made_by.get('network')}; extract features of the video by the same, and give them by --data."
+            )
         if given is None and weights != backbones.RANDOM:
             raise UserError(
                 f"--{name}: expected the file of the network's weights, because {of.folder} was trained on its "
