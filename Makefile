@@ -11,6 +11,9 @@ NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -nam
 
 FORMATTED := $(NATIVE) $(wildcard tests/lanes/*)
 
+# Empty is no: where no bytecode is written, every process that the tests start compiles PyTorch's modules anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-sanitized test-oldest-triton test-all-kernels works-with bench lint format clean
 

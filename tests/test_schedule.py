@@ -321,7 +321,7 @@ def test_the_order_of_modalities_counts(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["values", "type", "keys", "forward"])
 def test_names_of_methods_are_no_modalities(name):
-    with pytest.raises(UserError, match=rf"model\.modalities: expected other names than those of PyTorch.s own methods, got .{name}"):
+    with pytest.raises(UserError, match=f"expected other names than those of PyTorch's own methods, got '{name}'"):
         AudioVisualModel(ModelConfig(modalities={"visual": 3, name: 2}), fusion="grjca", length=4)
 
 
