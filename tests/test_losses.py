@@ -1,7 +1,6 @@
 """Loss and metrics, against closed forms, NumPy, SciPy and audmetric."""
 
 import math
-from pathlib import Path
 
 import audmetric
 import numpy
@@ -145,7 +144,7 @@ def test_pearson_of_a_constant_is_undefined():
 def video(name, labels):
     labels = numpy.array(labels)
     valid = (numpy.abs(labels) <= 1).all(axis=1)
-    return Video(name, len(labels), labels, valid, (), Path(), Path(), (1, 1))
+    return Video(name, len(labels), labels, valid, (), {}, {})
 
 
 def test_split_scores_count_valid_frames_of_all_videos():
