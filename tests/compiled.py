@@ -148,8 +148,7 @@ def everyday() -> Iterator[Build]:
         ("sm_80", "float16", STREAMED),
         ("sm_89", "tf32", UNEVEN[0]),
         ("sm_90", "bfloat16", STORED),
-        ("sm_90", "float32", STORED),
-        ("gfx942", "bfloat16", STORED),
+        ("gfx942", "float32", STORED),
     ):
         yield Build(target, precision, "backward", case)
     abaw, clip, *_ = NAMED

@@ -59,7 +59,7 @@ def prepare(root: Path) -> None:
     for name, config in (("train", train), ("loop", loop)):
         content = yaml.safe_load(settings.to_yaml(config))
         del content["out"]
-        (root / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def words(name: str, root: Path, out: Path) -> list[str]:

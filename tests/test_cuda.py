@@ -72,7 +72,7 @@ def test_float32(case):
     check(case)
 
 
-@mark.parametrize("case, dtype", [*spread(CASES, HALVES), *product(TILES, HALVES)], ids=str)
+@mark.parametrize("case, dtype", spread([*CASES, *TILES], HALVES), ids=str)
 def test_values_of_sixteen_bits(case, dtype):
     check(case, dtype, gradients=False)
 
@@ -100,7 +100,7 @@ def test_the_self_check(dtype, reduced):
     """That of "auto", with the problems it runs on a GPU made smaller."""
     device = torch.device("cpu")
     for case in (
-        verification.Case(4, 20, (72, 24), "hierarchical", True, reduced=reduced),
+        verification.Case(3, 20, (72, 24), "hierarchical", True, reduced=reduced),
         verification.Case(2, 38, (72, 24), "flat", False, reduced=reduced),
     ):
         findings = list(verification.compare(TABLE["cuda"], case, device, dtype))

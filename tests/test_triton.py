@@ -193,7 +193,7 @@ def test_large_problems(case, set_tiles):
 
 
 @mark.parametrize("case", [
-    Case("chunks", 3, 3, (2, 3), 1, "dynamic", normalize=True, dropout=0.3, lengths=(3, 0, 2)),
+    Case("chunks", 3, 3, (2, 3), 1, "dynamic", normalize=True, dropout=0.3, lengths=(2, 0, 3)),
     Case("chunks-shared-paper", 3, 2, (2, 3), 2, "none", "paper", shared=True),
 ], ids=str)  # fmt: skip
 def test_chunks(case, set_chunk, dataflow):
