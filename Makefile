@@ -9,7 +9,7 @@ OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
 OLDEST := $(CURDIR)/build/oldest-triton
 NATIVE := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-FORMATTED := $(NATIVE) $(wildcard tests/lanes/*)
+FORMATTED := $(NATIVE) $(wildcard tests/support/cuda_emulator/*)
 
 # Empty is no: where no bytecode is written, every process that the tests start compiles PyTorch's modules anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -38,11 +38,11 @@ test: .venv/installed ## run all tests, a process for each core; ARGS go to pyte
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-sanitized: .venv/installed ## run tests of the native CPU code under AddressSanitizer and UBSan; ARGS go to pytest
-	$(BIN)/python tests/sanitized.py $(ARGS)
+	$(BIN)/python tests/support/sanitized.py $(ARGS)
 
 test-oldest-triton: .venv/installed $(OLDEST)/installed ## run the tests of the Triton kernels with the oldest Triton; ARGS go to pytest
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PARALLEL) \
-		tests/test_triton.py tests/test_triton_compiled.py $(ARGS)
+		tests/kernels/test_triton.py tests/kernels/test_triton_compiled.py $(ARGS)
 
 $(OLDEST)/installed: Makefile
 	rm -rf $(OLDEST)
@@ -50,10 +50,10 @@ $(OLDEST)/installed: Makefile
 	@touch $@
 
 test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes an hour
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/compiled.py $(ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/support $(BIN)/python tests/support/compiled.py $(ARGS)
 
 works-with: .venv/installed ## run every test, and publish what passed in README's "Works with"
-	$(BIN)/python tests/works_with/record.py --all
+	$(BIN)/python tests/support/record.py --all
 
 bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -3,6 +3,6 @@
 import sys
 from pathlib import Path
 
-TESTS = str(Path(__file__).parents[1] / "tests")  # tolerances.py, which pytest finds by itself
-if TESTS not in sys.path:
-    sys.path.append(TESTS)
+SUPPORT = str(Path(__file__).parents[1] / "tests" / "support")  # tolerances.py, which pytest finds by itself
+if SUPPORT not in sys.path:
+    sys.path.append(SUPPORT)

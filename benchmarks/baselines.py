@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grjca.eager import GatedRJCAEager
+from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import Layer, Linear
 
 CHUNK = 4 << 20  # bytes of C that a processor works on at a time, so that they stay in its caches

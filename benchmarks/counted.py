@@ -3,7 +3,7 @@
 The same on every run and under any load: memory, operators, FLOP, functions of the package that a call runs in Python,
 and instructions of the native kernels under valgrind. Whatever differs from ``counted.json`` is printed, and the exit
 status is 1: what grew is a regression or has a reason, and what shrank is to be recorded, so that it cannot grow back.
-``--update`` rewrites the file; ``tests/test_counted.py`` compares with it in CI.
+``--update`` rewrites the file; ``tests/benchmarks/test_counted.py`` compares with it in CI.
 
 A count is compared only where what made it is what made the recorded one: this PyTorch, or this compiler. PyTorch's
 operators are those that reach the dispatcher below autograd, views among them.
@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grjca_kernels
 from benchmarks.cases import DROPOUT
-from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
+from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused, config, cpu, cuda, keeping, native
 from grjca_kernels import problem as problems
 

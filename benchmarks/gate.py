@@ -1,4 +1,4 @@
-"""No time for a wrong result: the rule of tests/tolerances.py, applied to what is about to be timed."""
+"""No time for a wrong result: the rule of tests/support/tolerances.py, applied to what is about to be timed."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ def self_check(backend: str, launches: str, seconds: int, log: Path) -> Row:
     return {"kind": "self-check", "backend": backend, "launches": launches, "failed": failed}
 
 
-def tests(marks: str, names: str, seconds: float, log: Path, file: str = "tests/test_gpu.py") -> Row:
+def tests(marks: str, names: str, seconds: float, log: Path, file: str = "tests/kernels/test_gpu.py") -> Row:
     """pytest -m -k, in as many processes as can compile at once; a failure is a result, and is named.
 
     A test that hangs ends its process, and another goes on with the rest. What is cut off counts as far as it came.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.cases import DROPOUT, ROTATED, Problem, flop, tanhs
 from benchmarks.gate import DRAWS, kind
 from benchmarks.gpu import KERNELS
-from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape
+from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused
 from tolerances import check_draws, largest, length
 
@@ -138,7 +138,7 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-# ---- the correctness gate: the rule of tests/tolerances.py, with truth and yardstick made on the device
+# ---- the correctness gate: the rule of tests/support/tolerances.py, with truth and yardstick made on the device
 
 
 def check(call: Call, subject: Subject, training: bool, dropout: float = 0.0) -> None:

@@ -11,7 +11,7 @@ from benchmarks.row_files import ROOT, Row, state_of
 
 TIMED = (
     *("grjca_kernels/**/*.py", "csrc/*.*", "csrc/cuda/*", "setup.py"),
-    *("python/grjca/eager.py", "python/grjca/measure.py", "benchmarks/*.py"),
+    *("python/grjca/model/eager.py", "python/grjca/measure.py", "benchmarks/*.py"),
 )
 """What a time depends on. A lent machine has no git, and a dirty tree no commit of its own: sources are compared."""
 

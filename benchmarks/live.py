@@ -11,7 +11,7 @@ import torch
 from grjca import environment
 from grjca.config import ModelConfig
 from grjca.live import Live
-from grjca.model import AudioVisualModel
+from grjca.model.audiovisual import AudioVisualModel
 
 FRAMES, RATE, LENGTH = 40, 30, 300
 

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, ROTATED, VARYING, Problem, provenance
 from benchmarks.memory import OUT_OF_MEMORY, ProcessError, apart, available_memory, ready, sentence, weighed
 from benchmarks.row_files import ROOT, Row, file_of, read, state_of, write
-from grjca.eager import GatedRJCAEager
 from grjca.measure import SHAPES, Shape, alternate, saved_bytes
+from grjca.model.eager import GatedRJCAEager
 
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 
@@ -63,11 +63,11 @@ TIMED = (
         "csrc/*.*",
         "csrc/cpu/*",
         "setup.py",
-        "python/grjca/eager.py",
+        "python/grjca/model/eager.py",
         "python/grjca/measure.py",
     ),
     *(
-        "tests/tolerances.py",
+        "tests/support/tolerances.py",
         "benchmarks/baselines.py",
         "benchmarks/cases.py",
         "benchmarks/gate.py",

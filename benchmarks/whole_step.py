@@ -1,7 +1,7 @@
 """What the fused block gains in a training step of the whole model: ``python -m benchmarks.whole_step``.
 
-A step is what grjca.train does with a batch: the authors' model, the CCC loss, backward, Adam. Eager, whose dropout is
-PyTorch's own, and fused take turns, each training on. ``marked`` tells how the block is timed within a step.
+A step is what grjca.training.train does with a batch: the authors' model, the CCC loss, backward, Adam. Eager, whose
+dropout is PyTorch's own, and fused take turns, each training on. ``marked`` tells how the block is timed within a step.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from benchmarks.cases import ROTATED, THREADS, provenance
 from benchmarks.row_files import ROOT, Row, file_of, is_known, keep, read, remove, state_of
 from grjca import environment
 from grjca.config import ModelConfig, TrainConfig
-from grjca.eager import GatedRJCAEager
-from grjca.losses import ccc_loss
 from grjca.measure import saved_bytes
-from grjca.model import AudioVisualModel
+from grjca.model.audiovisual import AudioVisualModel
+from grjca.model.eager import GatedRJCAEager
+from grjca.training.losses import ccc_loss
 from tolerances import check_draws, largest, length
 
 RESULTS = ROOT / "benchmarks" / "results" / "whole_step"
 SOURCES = (
-    *("grjca_kernels/*.py", "csrc/*.*", "csrc/cpu/*", "setup.py", "python/grjca/*.py", "tests/tolerances.py"),
+    *("grjca_kernels/*.py", "csrc/*.*", "csrc/cpu/*", "setup.py", "python/grjca/*.py", "tests/support/tolerances.py"),
     *(f"benchmarks/{name}.py" for name in ("cases", "gate", "memory", "roofline", "row_files", "whole_step")),
 )
 """What a time on a processor depends on: a dirty tree has no commit of its own, so sources are compared as well."""
@@ -49,7 +49,7 @@ RESAMPLES = 10_000
 
 
 class Batch(NamedTuple):
-    """What grjca.train gets from its loader."""
+    """What grjca.training.train gets from its loader."""
 
     visual: Tensor
     audio: Tensor
@@ -212,7 +212,7 @@ def measure(fusion: str, batch: int, seconds: float) -> Row:
 
 
 def check(fusion: str, batch: int) -> None:
-    """AssertionError unless values, loss and gradients of the fused model are as exact as tests/tolerances.py asks.
+    """AssertionError unless values, loss and gradients of the fused model are as exact as tolerances.py asks.
 
     Eager in float64 is the truth, eager in float32 the yardstick, all with one seed and the masks of the fused block.
     As in :mod:`benchmarks.gate`, gradients that fail are computed anew with other batches, where relus that rounding

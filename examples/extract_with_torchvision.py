@@ -8,7 +8,7 @@ DATA is what ``grjca prepare`` has written, and OUT becomes a data folder. Train
 
 WEIGHTS is a state_dict of torchvision's ResNet-18, as https://pytorch.org/vision/stable/models.html offers; without it,
 weights are random. The project's tests run this file where torchvision is not installed, as far as the sentence that
-says so; the rest has not been run. :func:`grjca.extract.extract` is tested with plain functions instead.
+says so; the rest has not been run. :func:`grjca.model.extract.extract` is tested with plain functions instead.
 """
 
 import sys
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grjca.config import ExtractConfig
-from grjca.extract import extract
+from grjca.model.extract import extract
 
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

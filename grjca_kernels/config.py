@@ -188,9 +188,9 @@ TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd len
     ("hip", "tf32"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
     ("hip", "single"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
 }
-"""Those with which no kernel spills a register, or on Hopper more than 40 bytes; tests/test_triton_compiled.py sees to
-that. (Of four modalities and layers of their own, the backward may still put some bytes aside, once for a task: 8 with
-T = 8, 400 with T = 16.)
+"""Those with which no kernel spills a register, or on Hopper more than 40 bytes; test_triton_compiled.py sees to that.
+(Of four modalities and layers of their own, the backward may still put some bytes aside, once for a task: 8 with T = 8,
+400 with T = 16.)
 
 Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
 64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips

@@ -1,5 +1,5 @@
-// What the kernels ask of the hardware, and nothing else. nvcc compiles device_gpu.h; a host compiler takes lanes.h of
-// tests/lanes, which runs every lane on the CPU, so that tests execute the very source of the kernels.
+// What the kernels ask of the hardware, and nothing else. nvcc compiles device_gpu.h; a host compiler takes emulator.h of
+// tests/support/cuda_emulator, which runs every lane on the CPU, so that tests execute the very source of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -50,5 +50,5 @@ struct Thread {
 #if defined(__CUDACC__)
 #include "device_gpu.h"
 #else
-#include "lanes.h"
+#include "emulator.h"
 #endif

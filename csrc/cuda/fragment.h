@@ -12,7 +12,7 @@ namespace grjca::cuda {
 enum class Major { terms, outer };
 
 // Elements from one line of an operand in shared memory to the next. Lines are padded so that what a warp reads at once
-// lies in different banks: check_layout.cpp of tests/lanes counts.
+// lies in different banks: check_layout.cpp of tests/support/cuda_emulator counts.
 template <class T, Major kMajor>
 constexpr int kLine = kMajor == Major::terms ? (64 + 16) / static_cast<int>(sizeof(T)) : kTile + 8;
 

@@ -1,7 +1,7 @@
 """The face and voice networks of the authors' experiment: IR-50 and VGGish, under the names of their checkpoints.
 
-A network is a row of parts, so that :class:`grjca.whole.WholeModel` can run frozen ones at its beginning without a
-graph, and the others with recomputation.
+A network is a sequence of parts, so that :class:`grjca.model.whole.WholeModel` can run the frozen ones at its beginning
+without a graph, and the others with recomputation.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grjca import checkpoints
 from grjca.config import NetworkSize
 from grjca.errors import UserError
+from grjca.model import checkpoints
 
 PICTURE, CROP = 48, 40
 """Pixels of a side: of a face on disk, and of what the network sees of it."""
@@ -213,9 +213,10 @@ def load(network: Network, source: str | Path | Mapping[str, Tensor]) -> None:
     """Give ``network`` the weights of a checkpoint, in the dtype and on the device that it has.
 
     Args:
-        source: as for :func:`grjca.checkpoints.read`: the authors' whole model, of which the part of this modality is
-            taken, or the network alone, with names that begin with ``backbone.`` or with those of its parts. Weights
-            may lie in a dict in it, and under any prefix. A classifier (``logits.*``) and other names are not read.
+        source: as for :func:`grjca.model.checkpoints.read`: the authors' whole model, of which the part of this
+            modality is taken, or the network alone, with names that begin with ``backbone.`` or with those of its
+            parts. Weights may lie in a dict in it, and under any prefix. A classifier (``logits.*``) and other names
+            are not read.
 
     Raises:
         UserError: for a file that is not there, broken, or would run code; for a key that is missing, does not fit, or

@@ -20,14 +20,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "synth": Command(config.SynthConfig, "grjca.synth"),
-    "prepare": Command(config.PrepareConfig, "grjca.prepare"),
-    "extract": Command(config.ExtractConfig, "grjca.extract"),
-    "train": Command(config.TrainConfig, "grjca.train"),
-    "evaluate": Command(config.EvaluateConfig, "grjca.evaluate"),
-    "predict": Command(config.PredictConfig, "grjca.predict"),
+    "synth": Command(config.SynthConfig, "grjca.data.synth"),
+    "prepare": Command(config.PrepareConfig, "grjca.data.prepare"),
+    "extract": Command(config.ExtractConfig, "grjca.model.extract"),
+    "train": Command(config.TrainConfig, "grjca.training.train"),
+    "evaluate": Command(config.EvaluateConfig, "grjca.evaluation.evaluate"),
+    "predict": Command(config.PredictConfig, "grjca.evaluation.predict"),
     "doctor": Command(config.DoctorConfig, "grjca.doctor"),
-    "study": Command(config.StudyConfig, "grjca.study"),
+    "study": Command(config.StudyConfig, "grjca.evaluation.study"),
     "demo": Command(config.DemoConfig, "grjca.demo"),
 }
 
@@ -123,7 +123,7 @@ def _with_settings_of_the_run(words: list[str]) -> list[str]:
     some.add_argument("--out", type=Path)
     given, _ = some.parse_known_args(words)
     if given.resume and given.out:
-        from grjca.runs import CONFIG
+        from grjca.training.runs import CONFIG
 
         if (given.out / CONFIG).is_file():
             return ["--config", str(given.out / CONFIG), *words]

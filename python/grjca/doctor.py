@@ -14,9 +14,9 @@ from torch import Tensor
 
 from grjca import data, environment
 from grjca.config import GATING, DoctorConfig
-from grjca.eager import GatedRJCAEager
 from grjca.errors import UserError, printable
 from grjca.measure import EAGER_FACTOR, FEW_ULP, SHAPES, Shape, alternate
+from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused, backends
 
 FLOAT64 = 1e-11  # apart in float64: an ulp of 2e-16, times the terms of a sum, 1 / tau and saturation

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from grjca.backbones import crop
 from grjca.data.reading import ARRAYS
-from grjca.model import AudioVisualModel
-from grjca.whole import WholeModel
+from grjca.model.audiovisual import AudioVisualModel
+from grjca.model.whole import WholeModel
 
 
 class Live:
     """The newest value of a stream of frames, from the last window of them.
 
     Args:
-        model: as :func:`grjca.runs.load_best` returns it; it is put into evaluation mode. The networks of a whole model
-            see every frame once, and the model around their features sees the window.
+        model: as :func:`grjca.training.runs.load_best` returns it; it is put into evaluation mode. The networks of a
+            whole model see every frame once, and the model around their features sees the window.
         every: h, frames from one value to the next. A value takes as long as the prediction of one window, whatever h.
 
     The value of a frame is that which the model gives to the last frame of a window of L frames that ends with it. As

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grjca import backbones, checkpoints
+from grjca import backbones
 from grjca.config import FUSIONS, GATING, Backend, ModelConfig
 from grjca.errors import UserError
 from grjca.modalities import MODALITIES
-from grjca.model import AudioVisualModel
-from grjca.whole import WholeModel
+from grjca.model import checkpoints
+from grjca.model.audiovisual import AudioVisualModel
+from grjca.model.whole import WholeModel
 from grjca_kernels import GatedRJCAFused
 
 WEIGHT_NORM = (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v"))
@@ -52,15 +53,15 @@ def load_model(
     """The authors' trained model, in eval mode.
 
     A checkpoint with all of both networks (``spatial.visual.backbone.*`` and ``spatial.audio.backbone.*``) gives a
-    :class:`grjca.whole.WholeModel`, which reads pictures and log-mel patches; any other an
-    :class:`grjca.model.AudioVisualModel`, which reads features.
+    :class:`grjca.model.whole.WholeModel`, which reads pictures and log-mel patches; any other an
+    :class:`grjca.model.audiovisual.AudioVisualModel`, which reads features.
 
     Args:
         source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
             weights may lie in a dict in it ("state_dict", "net", ...), under a prefix ("model.", ...), and be those of
             torch.compile, DataParallel or AveragedModel. Where there are averaged ones too ("ema", ...), the others
             are loaded, and a warning says so.
-        backend: what computes the fusion, as in :class:`grjca.model.AudioVisualModel`.
+        backend: what computes the fusion, as in :class:`grjca.model.audiovisual.AudioVisualModel`.
 
     Sizes, L, T and the gating are read from the shapes. Dtype and device are those of the weights, which are copied.
     Keys without effect on the output (parts of networks, the text modality, leftovers) are ignored and named in one

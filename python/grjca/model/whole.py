@@ -1,0 +1,259 @@
+"""The whole model: face and voice networks, and around their features the model of grjca.model.audiovisual."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from grjca.backbones import CROP, PATCH, PICTURE, STAGES, Network, crop
+from grjca.errors import UserError
+from grjca.modalities import MODALITIES
+from grjca.model.audiovisual import AudioVisualModel
+
+Statistics = Literal["batch", "frozen"]
+
+
+class WholeModel(nn.Module):
+    """Valence or arousal of every frame, from pictures of the face and log-mel patches of the voice.
+
+    Args:
+        model: what makes values of features; its modalities are visual and audio.
+        backbones: the networks of :func:`grjca.backbones.make`, by modality. Nothing of them is trained before
+            :meth:`release`.
+        statistics: "batch", as the authors: in training, all of the networks, frozen parts too, normalise by the
+            statistics of the batch, update their running statistics and drop out. "frozen": the networks, released
+            parts too, stay in evaluation mode, so that features of a frame depend on that frame alone and chunks
+            change nothing; of a released normalisation, weight and bias are trained.
+        chunk: frames that pass through the networks at once, shared out evenly; 0 for all of a batch. In training,
+            what released parts keep for their gradient is then computed anew, chunk by chunk. Where statistics are
+            those of the batch, they become those of a chunk, and running statistics are updated once for every chunk.
+
+    Frozen parts before the first released one build no graph and keep nothing. A network is not called as a whole, but
+    part by part: hooks of the network itself do not run, those of its parts do.
+
+    Raises:
+        UserError: naming the setting that makes no sense.
+    """
+
+    backbones: Any
+    """A ModuleDict of :class:`grjca.backbones.Network`."""
+
+    def __init__(
+        self,
+        model: AudioVisualModel,
+        backbones: Mapping[str, Network],
+        *,
+        statistics: Statistics = "batch",
+        chunk: int = 0,
+    ) -> None:
+        super().__init__()
+        given = {name: backbones[name].outputs for name in MODALITIES}
+        if model.widths != given:
+            raise UserError(f"modalities: expected those of the networks, {given}, got {model.widths}.")
+        if statistics not in ("batch", "frozen"):
+            raise UserError(f"statistics: expected batch or frozen, got {statistics!r}.")
+        if chunk < 0:
+            raise UserError(f"chunk: expected a number of frames, or 0 for all at once, got {chunk}.")
+        self.model = model
+        self.backbones = nn.ModuleDict({name: backbones[name] for name in MODALITIES})
+        self.statistics, self.chunk = statistics, chunk
+        self.release(0)
+        self.train(self.training)
+
+    def release(self, stage: int) -> None:
+        """Have stages 1 to ``stage`` of :data:`grjca.backbones.STAGES` trained, and nothing else of the networks.
+
+        Raises:
+            ValueError: for a stage that is not from 0 to 3, or that a network of other sizes does not have.
+        """
+        for name, network in self.backbones.items():
+            stages = STAGES[network.size]
+            if not 0 <= stage <= len(stages):
+                raise ValueError(f"stage: expected 0 to {len(stages)}, got {stage}.")
+            prefixes = [f"{prefix}." for of in stages[:stage] for prefix in of[name]]
+            keys = dict(network.named_parameters())
+            for prefix in prefixes:
+                if not any(key.startswith(prefix) for key in keys):
+                    raise ValueError(f"stage: expected {prefix}* in the {name} network, got none of this name.")
+            for key, parameter in keys.items():
+                parameter.requires_grad_(key.startswith(tuple(prefixes)))
+
+    def train(self, mode: bool = True) -> WholeModel:
+        """Training mode, in which frozen ``statistics`` leave the networks in evaluation mode."""
+        super().train(mode)
+        if self.statistics == "frozen":
+            self.backbones.eval()
+        return self
+
+    def forward(
+        self,
+        faces: Tensor,
+        patches: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        return_gates: bool = False,
+        offsets: Tensor | None = None,
+        flip: Tensor | None = None,
+    ) -> Any:
+        """A value from -1 to 1 for every frame, [B, L].
+
+        Args:
+            faces: uint8 [B, L, 48, 48, 3], or [B, L, 3, 40, 40] as :func:`grjca.backbones.crop` returns them.
+            patches: floating [B, L, 96, 64].
+            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent, and pass through no network.
+            return_gates: as :meth:`grjca.model.audiovisual.AudioVisualModel.forward`.
+            offsets, flip: [B, 2] and [B], as for :func:`grjca.backbones.crop`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        self._check(faces, patches)
+        present = None if lengths is None else self.model._presence(lengths, faces)
+        if faces.dtype == torch.uint8:
+            faces = crop(faces, offsets, flip)
+        elif offsets is not None or flip is not None:
+            raise ValueError("offsets, flip: expected none, because faces are cropped already.")
+        inputs = {"visual": faces, "audio": patches}
+        features = [self._features(name, inputs[name], present) for name in self.model.widths]
+        return self.model(*features, lengths=lengths, return_gates=return_gates)
+
+    def _features(self, name: str, x: Tensor, present: Tensor | None) -> Tensor:
+        """[B, L, ...] -> [B, L, d] in the dtype of the model, 0 where a frame is absent."""
+        dtype = next(self.model.parameters()).dtype
+        if present is None:
+            return self._encoded(name, x.flatten(0, 1)).to(dtype).unflatten(0, x.shape[:2])
+        encoded = self._encoded(name, x[present]).to(dtype)
+        return encoded.new_zeros(*x.shape[:2], encoded.shape[-1]).index_put((present,), encoded)
+
+    def _encoded(self, name: str, x: Tensor) -> Tensor:
+        """[n, ...] -> [n, d]."""
+        network = self.backbones[name]
+        x = x.to(next(network.parameters()).dtype)
+        if not len(x):
+            return x.new_zeros(0, network.outputs)
+        parts = network.parts()
+        first = len(parts)
+        if torch.is_grad_enabled():
+            first = next((i for i, part in enumerate(parts) if _is_trained(part)), first)
+        frozen, released = nn.Sequential(*parts[:first]), nn.Sequential(*parts[first:])
+        encoded = []
+        for piece in x.tensor_split(math.ceil(len(x) / (self.chunk or len(x)))):
+            with torch.no_grad():
+                piece = frozen(piece)
+            encoded.append(_recomputed(released, piece) if self.chunk and first < len(parts) else released(piece))
+        return torch.cat(encoded)
+
+    def _check(self, faces: Tensor, patches: Tensor) -> None:
+        length = self.model.length
+        raw = faces.dtype == torch.uint8
+        frame = (PICTURE, PICTURE, 3) if raw else (3, CROP, CROP)
+        if not (raw or faces.is_floating_point()) or faces.shape[1:] != (length, *frame):
+            raise ValueError(
+                f"faces: expected uint8 [B, {length}, {PICTURE}, {PICTURE}, 3] or floating [B, {length}, 3, {CROP}, "
+                f"{CROP}], got {faces.dtype} {list(faces.shape)}."
+            )
+        if not patches.is_floating_point() or patches.shape != (len(faces), length, *PATCH):
+            raise ValueError(
+                f"patches: expected floating {[len(faces), length, *PATCH]}, got {patches.dtype} {list(patches.shape)}."
+            )
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _recomputed(part: nn.Module, x: Tensor) -> Tensor:
+    """``part(x)``, of which nothing but ``x`` is kept for the gradient."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _on_copies_of_buffers(part)
+
+    result: Tensor = checkpoint(part, x, use_reentrant=False, context_fn=contexts)
+    return result
+
+
+@contextmanager
+def _on_copies_of_buffers(module: nn.Module) -> Iterator[None]:
+    """Computing anew must not update running statistics again: within, they are copies that are thrown away."""
+    owned = [(of, name, buffer) for of in module.modules() for name, buffer in of.named_buffers(recurse=False)]
+    for of, name, buffer in owned:
+        setattr(of, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for of, name, buffer in owned:
+            setattr(of, name, buffer)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make within it, other than those that were there before."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in before}
+        self.alive = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+def activation_bytes(whole: WholeModel, batch: int) -> int:
+    """Bytes that a training step of ``batch`` full windows takes at its height, beside weights and Adam's moments.
+
+    Activations, their gradients and those of the weights are counted on the meta device, on which nothing is computed.
+    What a library needs within a convolution, and memory that an allocator holds back, is not. On a CPU, a process
+    grew by 3.8 GiB in a step of the authors' batch with stage 3 and chunks of 300, of which 1.8 are counted.
+
+    Of the authors' batch, 12 windows of 300 frames, in float32, in GiB:
+
+    ==========================  =====  =====  =====  =====
+    stages released             0      1      2      3
+    ==========================  =====  =====  =====  =====
+    all at once                 9.4    10.0   14.8   21.3
+    chunks of 1200 frames       3.3    3.5    3.7    4.6
+    chunks of 600 frames        1.8    2.0    2.1    2.7
+    chunks of 300 frames        1.0    1.2    1.4    1.8
+    chunks of 100 frames        0.6    0.8    1.0    1.2
+    weights and Adam's moments  0.5    0.6    0.8    1.2
+    ==========================  =====  =====  =====  =====
+    """
+    memo = {
+        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty_like(tensor, device="meta")
+        for tensor in [*whole.parameters(), *whole.buffers()]
+    }
+    twin = copy.deepcopy(whole, memo)
+    length = whole.model.length
+    with _Counted([*twin.parameters(), *twin.buffers()]) as counted:
+        faces = torch.empty(batch, length, PICTURE, PICTURE, 3, dtype=torch.uint8, device="meta")
+        patches = torch.empty(batch, length, *PATCH, dtype=torch.float16, device="meta")
+        twin(faces, patches).sum().backward()
+    return counted.most

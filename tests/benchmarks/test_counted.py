@@ -1,0 +1,218 @@
+"""What is counted is what is recorded, and a count that is not shows."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import counted
+from grjca.measure import Shape
+from grjca.model.eager import GatedRJCAEager
+from grjca_kernels import GatedRJCAFused, config, cpu, cuda, execution, keeping, native
+from grjca_kernels.call import Call
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="FlopCounterMode of PyTorch 2.4 cannot count within autograd.grad"
+)
+
+needs_native = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+@pytest.mark.parametrize("section", counted.SECTIONS)
+def test_counts_are_those_recorded(section):
+    recorded = counted.read()
+    assert section in recorded, f"nothing is recorded; run {counted.UPDATE}"
+    reason = counted.why_not(section, recorded)
+    if reason is not None:
+        pytest.skip(reason)
+    changes = counted.changes(section, recorded[section]["counts"], counted.SECTIONS[section].count())
+    assert not changes, "\n".join(changes)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """One small shape instead of the real ones, and a record of its own."""
+    monkeypatch.setattr(counted, "SHAPES", {"small": Shape(9, 6, 5, 2, 3, normalize=True)})
+    monkeypatch.setattr(counted, "GATINGS", ("flat",))
+    monkeypatch.setattr(counted, "RECORDED", tmp_path / "counted.json")
+    return tmp_path / "counted.json"
+
+
+@pytest.fixture
+def recorded(small, capsys):
+    """``recorded(section)`` records it as it is; ``recorded.changed(section)`` are the lines on what is not so now."""
+
+    def record(section):
+        assert counted.main(["--update", "--only", section]) == 0
+        assert changed(section) == []
+
+    def changed(section):
+        capsys.readouterr()
+        status = counted.main(["--only", section])
+        lines = capsys.readouterr().out.splitlines()
+        assert status == ("as recorded" not in lines[0])
+        return lines if status else []
+
+    record.changed = changed
+    return record
+
+
+@needs_native
+def test_a_larger_saved_tensor(recorded, monkeypatch):
+    """The iterates as a part of what holds one more: no operator more, and no result changes."""
+    recorded("fused")
+    new = execution.new_results
+
+    def larger(wanted, *others):
+        outputs, iterates, *rest = new(wanted, *others)
+        more = iterates.new_empty((wanted.problem.iterations + 1, *iterates.shape[1:]))
+        return [outputs, more[:-1], *rest]
+
+    monkeypatch.setattr(execution, "new_results", larger)
+    (line,) = recorded.changed("fused")
+    one = counted.BATCH * 9 * 11 * 4
+    problem = replace(counted.described(counted.SHAPES["small"]), batch=counted.BATCH)
+    was = 3 * one + 8 + keeping.kept_bytes(replace(problem, keep=keeping.all_pieces(problem)), 4)
+    assert line.startswith(f"fused: small flat, saved bytes was {was}, and is {was + one} (+")
+    assert " %). It grew:" in line
+    assert counted.UPDATE in line
+
+
+@needs_native
+@pytest.mark.parametrize(("section", "kind"), [("fused", GatedRJCAFused), ("eager", GatedRJCAEager)])
+def test_one_more_operator(section, kind, recorded, monkeypatch):
+    recorded(section)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **options: forward(*args, **options).neg())
+    lines = recorded.changed(section)
+    assert [line.split(" was ")[0] for line in lines] == [
+        f"{section}: small flat, operators of the {direction}" for direction in ("forward", "backward")
+    ]
+    for line in lines:
+        was, now = (int(words.split()[0].strip(".,")) for words in (line.split(" was ")[1], line.split(" is ")[1]))
+        assert now == was + 1
+
+
+@needs_native
+def test_an_operator_less(recorded, monkeypatch):
+    """Is no failure of the code, and has to be recorded all the same."""
+    forward = GatedRJCAFused.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(GatedRJCAFused, "forward", lambda *args, **options: forward(*args, **options).neg())
+        recorded("fused")
+    lines = recorded.changed("fused")
+    assert len(lines) == 2 and all(f"It shrank: run {counted.UPDATE}" in line for line in lines)
+
+
+@needs_native
+def test_a_call_runs_few_functions():
+    calls = counted.python_calls()
+    assert max(count for name, count in calls.items() if "inference" in name) <= 60, calls
+
+
+@needs_native
+def test_one_more_function(recorded, monkeypatch):
+    recorded("python calls")
+    of_role = GatedRJCAFused.parameters_by_role
+    monkeypatch.setattr(GatedRJCAFused, "parameters_by_role", lambda block: of_role(block) and of_role(block))
+    lines = recorded.changed("python calls")
+    assert len(lines) == 2 and all("It grew" in line for line in lines)
+
+
+@needs_native
+def test_a_larger_workspace_of_the_cpu(recorded, monkeypatch):
+    recorded("cpu workspace")
+    code = native.library
+    larger = SimpleNamespace(
+        Problem=code.Problem,
+        cpu_workspace=lambda p, backward, *others: code.cpu_workspace(p, backward, *others) + backward,
+    )
+    monkeypatch.setattr(native, "library", larger)
+    lines = recorded.changed("cpu workspace")
+    assert len(lines) == 4 and all("backward" in line and "It grew" in line for line in lines)
+    assert {f"{threads} threads" in lines[0] for threads in (1, 2)} == {True, False}
+
+
+def test_a_larger_workspace_of_triton(recorded, monkeypatch):
+    recorded("triton plan")
+    unit = config.unit
+    monkeypatch.setattr(config, "unit", lambda problem, chunk: unit(problem, chunk) + 64)
+    lines = recorded.changed("triton plan")
+    assert len(lines) == 4 and all(", bytes was" in line and "It grew" in line for line in lines)
+
+
+@pytest.mark.skipif(counted.without_cuda() is not None, reason=str(counted.without_cuda()))
+def test_another_plan_of_cuda(recorded, monkeypatch):
+    recorded("cuda plan")
+    plan = cuda.plan
+
+    def other(problem, dtype, resident, **options):
+        launch = plan(problem, dtype, resident, **options)
+        steps = launch.plan()["all_steps"] + 1
+        return SimpleNamespace(workspace_bytes=launch.workspace_bytes + 256, plan=lambda: {"all_steps": steps})
+
+    monkeypatch.setattr(cuda, "plan", other)
+    lines = recorded.changed("cuda plan")
+    assert len(lines) == 8 and sum(", steps was" in line for line in lines) == 4
+
+
+def test_the_triton_workspace_is_what_is_allocated(small):
+    """The sum of what triton/launch.py allocates."""
+    pytest.importorskip("triton", minversion="3.6")
+    from grjca_kernels.triton import launch as of_triton
+
+    problem = counted.described(replace(counted.SHAPES["small"], gating="flat"))
+    options = {"backward": True, "weights": True, "tf32": False, "lengths": False}
+    prepared = of_triton._prepare(problem, torch.bfloat16, counted.DEVICE, **options)
+    features = [torch.empty(problem.batch, problem.length, width, dtype=torch.bfloat16) for width in problem.widths]
+    made = of_triton.gather(Call(problem, features, [], iterates=features[0]), prepared)
+    bytes_made = sum(x.numel() * x.itemsize for x in (made.work, made.wide, made.bits))
+    assert counted.triton_plans()["small flat bfloat16 backward, bytes"] == bytes_made
+
+
+def test_instructions_may_differ_a_little():
+    was = {"forward": 1000, "backward": 3000}
+    assert counted.changes("instructions", was, {"forward": 1020, "backward": 2940}) == []
+    grew, shrank = counted.changes("instructions", was, {"forward": 1021, "backward": 2939})
+    assert "(+2.1 %). It grew" in grew and "(-2.0 %). It shrank" in shrank
+    assert len(counted.changes("fused", was, {"forward": 1001, "backward": 3000})) == 1
+
+
+@needs_native
+def test_instructions_are_counted_or_refused(monkeypatch):
+    """By a valgrind that finds no symbols, and so ends well with nothing written."""
+    monkeypatch.setattr(
+        counted.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stderr="Collected : 0")
+    )
+    with pytest.raises(RuntimeError, match=r"expected valgrind to count 1 calls(.|\n)*Collected : 0"):
+        counted.callgrind([{}])
+
+
+def test_counts_that_come_and_go():
+    new, old = counted.changes("fused", {"a": 1, "b": 2}, {"b": 2, "c": 3})[::-1]
+    assert new.startswith("fused: c is not recorded, and is 3.") and old.startswith("fused: a was 1, and is counted no")
+
+
+def test_another_pytorch_is_not_compared(recorded, small, capsys):
+    recorded("eager")
+    found = json.loads(small.read_text())
+    found["eager"]["made_by"]["torch"] = "2.4.0"
+    small.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert counted.main(["--only", "eager"]) == 0
+    assert "not compared: the record was made by torch 2.4.0, and here is torch" in capsys.readouterr().out
+    assert counted.main(["--update", "--only", "eager"]) == 0
+    assert json.loads(small.read_text())["eager"]["made_by"] == counted.of_torch()
+
+
+def test_an_update_keeps_what_cannot_be_counted_here(small, monkeypatch, capsys):
+    kept = {"made_by": {}, "counts": {"a": 1}}
+    small.write_text(json.dumps({"cuda plan": kept}))
+    monkeypatch.setattr(counted, "SECTIONS", {**counted.SECTIONS})
+    counted.SECTIONS["cuda plan"] = replace(counted.SECTIONS["cuda plan"], why_not=lambda: "there is no nvcc.")
+    assert counted.main(["--update", "--only", "triton plan", "cuda plan"]) == 0
+    found = json.loads(small.read_text())
+    assert found["cuda plan"] == kept and found["triton plan"]["counts"]
+    assert "cuda plan: not compared: there is no nvcc." in capsys.readouterr().out
