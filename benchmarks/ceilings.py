@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.primitives import grid_barrier, tanh
+from grjca_kernels.triton_kernels.primitives import grid_barrier, tanh
 
 Timer = Callable[[Callable[[], object]], float]
 """Median milliseconds of a call on the device."""

@@ -33,8 +33,9 @@ import grjca_kernels
 from benchmarks.cases import DROPOUT
 from grjca.measure import SHAPES, Shape, saved_bytes, threads
 from grjca.model.eager import GatedRJCAEager
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, keeping, native
+from grjca_kernels import GatedRJCAFused, cpu, cuda, keeping, native
 from grjca_kernels import problem as problems
+from grjca_kernels.triton_kernels import launch_config
 
 RECORDED = Path(__file__).with_name("counted.json")
 UPDATE = "python -m benchmarks.counted --update"
@@ -243,7 +244,7 @@ def cpu_workspaces() -> Counts:
     }
 
 
-DEVICE = config.Device("cuda", 90, 132, 227 * config.KIB)
+DEVICE = launch_config.Device("cuda", 90, 132, 227 * launch_config.KIB)
 RESIDENT = 2 * DEVICE.multiprocessors
 """An H100, and blocks of the CUDA C++ kernels that it holds at once, by two on a multiprocessor. Assumed: no plan asks
 for a device."""
@@ -254,8 +255,10 @@ def triton_plans() -> Counts:
     result = {}
     for name, shape, dtype, backward in _launches():
         options = {"backward": backward, "weights": backward, "tf32": False, "lengths": False}
-        launch = config.launch(described(shape), dtype, DEVICE, **options)
-        result[f"{name}, bytes"] = launch.work * dtype.itemsize + 4 * launch.wide + launch.bits
+        launch = launch_config.launch(described(shape), dtype, DEVICE, **options)
+        result[f"{name}, bytes"] = (
+            launch.activation_workspace * dtype.itemsize + 4 * launch.fp32_workspace + launch.bits
+        )
         result[f"{name}, steps"] = launch.steps
     return result
 

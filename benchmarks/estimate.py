@@ -14,8 +14,9 @@ import torch
 from benchmarks import ledger
 from benchmarks.row_files import ROOT
 from grjca.measure import SHAPES, Shape
-from grjca_kernels import config, cuda, native
+from grjca_kernels import cuda, native
 from grjca_kernels.problem import Problem
+from grjca_kernels.triton_kernels import launch_config
 
 if TYPE_CHECKING:
     from grjca_kernels._native import PhaseCost
@@ -45,8 +46,8 @@ def cuda_table(problem: Problem, backward: bool) -> list[PhaseCost]:
 
 def triton_table(problem: Problem, backward: bool) -> list[PhaseCost]:
     """The configuration that the Triton kernels would run with, counted as if it were a plan of the others."""
-    device = config.Device("cuda", 90, MULTIPROCESSORS, 227 * config.KIB)
-    launch = config.launch(
+    device = launch_config.Device("cuda", 90, MULTIPROCESSORS, 227 * launch_config.KIB)
+    launch = launch_config.launch(
         problem, torch.bfloat16, device, backward=backward, weights=backward, tf32=False, lengths=False
     )
     return native.library.cost_table(

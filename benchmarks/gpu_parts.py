@@ -16,9 +16,9 @@ from benchmarks import gpu_block
 from benchmarks.gpu import NAMES, VARIANTS
 from benchmarks.gpu_block import Clock, Subject, described, measure, plain
 from grjca.measure import SHAPES
-from grjca_kernels import GatedRJCAFused, config, cuda, division, verification
+from grjca_kernels import GatedRJCAFused, cuda, verification
 from grjca_kernels.backends import TABLE
-from grjca_kernels.triton import launch
+from grjca_kernels.triton_kernels import division, launch, launch_config
 
 Launched = tuple[Any, launch.Prepared, Any, Any, int]
 """The arguments of launch.run."""
@@ -63,7 +63,7 @@ def self_check(backend: str, launches: str, precision: str) -> None:
     print(f"\n{precision}: {verdict.reason or 'passed'}", flush=True)
 
 
-def step_names(of: config.Launch, backward: bool) -> list[str]:
+def step_names(of: launch_config.Launch, backward: bool) -> list[str]:
     """What each step of a launch is, in the order of forward_kernel and backward_kernel."""
     constants = of.constants
     return names_of_steps(
@@ -164,15 +164,15 @@ def is_ours(kernel: str) -> bool:
 
 @contextmanager
 def variant(changes: dict[str, Any]) -> Iterator[None]:
-    """Other numbers than those of config.py and division.py."""
+    """Other numbers than those of launch_config.py and division.py."""
     others = {
         "chunk": (division, "chunk_of", lambda problem, *_: min(problem.batch, changes["chunk"])),
         "w": (division, "weight_block", lambda *_: changes["w"]),
-        "calls": (config, "calls", lambda *_: bool(changes["calls"])),
+        "calls": (launch_config, "calls", lambda *_: bool(changes["calls"])),
     }
-    of_tiles, tiles = {name: value for name, value in changes.items() if name not in others}, config.tiles
+    of_tiles, tiles = {name: value for name, value in changes.items() if name not in others}, launch_config.tiles
     with ExitStack() as stack:
-        stack.enter_context(patch.object(config, "tiles", lambda *a, **o: replace(tiles(*a, **o), **of_tiles)))
+        stack.enter_context(patch.object(launch_config, "tiles", lambda *a, **o: replace(tiles(*a, **o), **of_tiles)))
         for name in others.keys() & changes.keys():
             stack.enter_context(patch.object(*others[name]))
         stack.callback(launch._prepare.cache_clear)

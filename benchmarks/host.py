@@ -25,9 +25,10 @@ from benchmarks import whole_step
 from benchmarks.cases import provenance
 from benchmarks.row_files import ROOT, Row, file_of, state_of, write
 from grjca.measure import threads
-from grjca_kernels import GatedRJCAFused, Layer, Linear, config, cuda, gated_rjca, native
+from grjca_kernels import GatedRJCAFused, Layer, Linear, cuda, gated_rjca, native
 from grjca_kernels.call import Call, Gradients, describe
 from grjca_kernels.problem import GATINGS
+from grjca_kernels.triton_kernels import launch_config
 
 FOLDER = ROOT / "benchmarks" / "results" / "host"
 SOURCES = ("grjca_kernels/**/*.py", "csrc/**/*.*", "benchmarks/host.py")
@@ -164,7 +165,7 @@ def gpu_rows() -> dict[str, Callable[[], None]]:
     called, gradients = a_call()
     rows = {"CUDA C++": cuda} if native.missing is None and native.library.cuda_architectures else {}
     with contextlib.suppress(ImportError):
-        from grjca_kernels.triton import launch
+        from grjca_kernels.triton_kernels import launch
 
         rows["Triton"] = launch
     found: dict[str, Callable[[], None]] = {}
@@ -191,7 +192,7 @@ def a_call() -> tuple[Call, Gradients]:
 def pretended_gpu() -> Iterator[list[Any]]:
     """An H100 that launches nothing, and whose memory is always the same tensor; what was to be launched."""
     launched: list[Any] = []
-    memory, device = torch.empty(16, dtype=torch.uint8), config.Device("cuda", 90, 132, 227 * config.KIB)
+    memory, device = torch.empty(16, dtype=torch.uint8), launch_config.Device("cuda", 90, 132, 227 * launch_config.KIB)
 
     def launch_nothing(*arguments: Any) -> bool:
         launched.append(arguments)
@@ -216,7 +217,7 @@ def pretended_gpu() -> Iterator[list[Any]]:
             swap(Tensor, "new_empty", lambda *size, **options: memory),
         ]
         with contextlib.suppress(ImportError):
-            from grjca_kernels.triton import launch
+            from grjca_kernels.triton_kernels import launch
 
             patches += [
                 swap(launch, "_prepare", lru_cache(launch._prepare.__wrapped__)),

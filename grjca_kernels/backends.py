@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grjca_kernels import cpu, cuda, triton, verdicts
+from grjca_kernels import cpu, cuda, triton_kernels, verdicts
 from grjca_kernels.call import Call, Gradients
 from grjca_kernels.modes import constant_when_compiled
 from grjca_kernels.problem import check_choice
@@ -58,7 +58,15 @@ TABLE = {
     row.name: row
     for row in (
         Backend("cuda", cuda.why_not, cuda.refusal, cuda.forward, cuda.backward, unproven=True),
-        Backend("triton", triton.why_not, triton.refusal, triton.forward, triton.backward, True, "one or two minutes"),
+        Backend(
+            "triton",
+            triton_kernels.why_not,
+            triton_kernels.refusal,
+            triton_kernels.forward,
+            triton_kernels.backward,
+            True,
+            "one or two minutes",
+        ),
         Backend("cpu", cpu.why_not, _on("cpu"), cpu.forward, cpu.backward, held=cpu.held),
         Backend("reference", lambda: None, lambda device, dtype: None),
     )

@@ -99,7 +99,7 @@ choose_once = lru_cache(maxsize=512)(choose)
 
 
 def kept_bytes(problem: Problem, item: int) -> int:
-    """Bytes of what ``problem.keep`` names, as csrc/cpu/kept.h lays it out in elements of ``item`` bytes."""
+    """Bytes of what ``problem.keep`` names, as saved_activations.h lays it out in elements of ``item`` bytes."""
     width, rows = problem.width, problem.batch * problem.length
     hidden = _leading(len(problem.widths) * width, item)
     each: tuple[tuple[int, Callable[[], int]], ...] = (

@@ -1,14 +1,14 @@
 """Whether kernels compute what the reference does, on the very machine: the check behind verdicts.py.
 
 A check runs forward and backward of a few problems (:func:`cases`), which reach both dataflows of the kernels and the
-tiles that users' widths get. Tensor by tensor, the error against derivation.py in float64 may be at most twice the
-error which derivation.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
+tiles that users' widths get. Tensor by tensor, the error against manual_backward.py in float64 may be at most twice the
+error which manual_backward.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
 operator.md, with values measured by the largest element, and gradients as vectors, those of both modalities together. A
 second run must give the same bits.
 
-TF32 exists only in the operands of products. There derivation.py computes in float32 with operands cut to the 10 bits
-that tensor cores read: Triton leaves the rest to them, and CUDA C++, which rounds, is nearer to the truth. PyTorch's
-own TF32 rounds too, and may use none for small or odd matrices.
+TF32 exists only in the operands of products. There manual_backward.py computes in float32 with operands cut to the 10
+bits that tensor cores read: Triton leaves the rest to them, and CUDA C++, which rounds, is nearer to the truth.
+PyTorch's own TF32 rounds too, and may use none for small or odd matrices.
 
 A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
 In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grjca_kernels import derivation
+from grjca_kernels import manual_backward
 from grjca_kernels.call import Call, Gradients
 from grjca_kernels.modes import allows_tf32
 from grjca_kernels.problem import Layer, Linear, Problem, expected_tensors, flatten
@@ -210,7 +210,7 @@ def make(case: Case, dtype: torch.dtype, seed: int, device: torch.device | str =
         seed=torch.tensor(SEED, device="cpu"),
     ).map(lambda x: x.to(dtype).double())
     inputs = inputs.to(torch.device(device), torch.float64)
-    return replace(inputs, iterates=computed_forward(derivation.forward, case, inputs)["X"].to(dtype).double())
+    return replace(inputs, iterates=computed_forward(manual_backward.forward, case, inputs)["X"].to(dtype).double())
 
 
 TF32_ULP = 2.0**-10
@@ -299,8 +299,8 @@ def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed
     draws = [inputs, *(inputs.half_an_ulp_away(ulp, generator) for _ in range(DRAWS - 1))]
     where = f"L = {case.length}, {precision(dtype, case.reduced)}"
     sides: tuple[tuple[Callable[..., dict[str, Tensor]], Any, Any, float], ...] = (
-        (computed_forward, derivation.forward, row.forward, math.inf),
-        (computed_backward, derivation.backward, row.backward, 2),
+        (computed_forward, manual_backward.forward, row.forward, math.inf),
+        (computed_backward, manual_backward.backward, row.backward, 2),
     )
     for computed, derived, of_row, norm in sides:
         truth = computed(derived, case, exact)

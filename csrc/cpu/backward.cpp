@@ -185,17 +185,17 @@ void run(const Problem& p, const Tensors& tensors, const BackwardTensors& gradie
   for (int64_t first = 0; first < p.batch; first += w.split.chunk) {
     const Samples chunk = all.part(first, w.split.chunk);
     for (int t = p.iterations; t >= 0; --t) {
-      const auto kept = KeptPieces<E>::of(p, t < p.iterations ? tensors.kept : nullptr, t);
+      const auto kept = SavedActivations<E>::of(p, t < p.iterations ? tensors.kept : nullptr, t);
       parallel_for(w.split.workers, blocks(chunk.count, w.split.unit), [&](int64_t unit, int worker) {
         const int64_t begin = unit * w.split.unit, row = chunk.row(begin);
         const Samples samples = chunk.part(begin, w.split.unit);
         Activations<E> a = w.activations_of(row, worker);
         a.place(p, kept, samples.first, samples.start[0]);
         const ChunkGradients<R> of_unit = w.gradients.from_row(p, row, a.ld);
-        const Transients<E> passing = w.transients_of(worker);
+        const Transients<E> transients = w.transients_of(worker);
         R* const scratch = w.scratch + worker * w.scratch_step;
         const IterationBackward<E> iterations{p,       samples,        w.weights,      a,
-                                              of_unit, passing,        tensors.seed,   w.split.threads_each,
+                                              of_unit, transients,     tensors.seed,   w.split.threads_each,
                                               scratch, w.scratch_step, resources.times};
         const Backward<S> backward(iterations, tensors, gradients, w.gates);
         if (t == p.iterations) return backward.gates_backward();

@@ -155,7 +155,7 @@ void run(const Problem& p, const Tensors& tensors, const ForwardOutputs& outputs
     const auto in = [&](P phase, auto f) { cpu::timed(resources.times, phase, f); };
     in(P::load, [&] { forward.load_features(); });
     for (int t = 0; t < p.iterations; ++t) {
-      a.place(p, KeptPieces<Operand<S>>::of(p, tensors.kept, t), samples.first, samples.start[0] - all.start[0]);
+      a.place(p, SavedActivations<Operand<S>>::of(p, tensors.kept, t), samples.first, samples.start[0] - all.start[0]);
       const Iteration<Operand<S>> iteration{
           p, samples, w.weights[p.shared ? 0 : t], a, tensors.seed, t, w.split.threads_each, scratch, w.scratch_step};
       in(P::project_joint, [&] {
@@ -194,9 +194,9 @@ void forward(const Problem& p, const Tensors& tensors, const ForwardOutputs& out
 }
 
 size_t kept_bytes(const Problem& p) {
-  const int64_t of_iteration = p.dtype == Dtype::float64    ? KeptPieces<double>::bytes(p)
-                               : p.dtype == Dtype::bfloat16 ? KeptPieces<Held<BFloat16>>::bytes(p)
-                                                            : KeptPieces<float>::bytes(p);
+  const int64_t of_iteration = p.dtype == Dtype::float64    ? SavedActivations<double>::bytes(p)
+                               : p.dtype == Dtype::bfloat16 ? SavedActivations<Held<BFloat16>>::bytes(p)
+                                                            : SavedActivations<float>::bytes(p);
   return p.keep ? p.iterations * of_iteration : 0;
 }
 

@@ -5,7 +5,7 @@
 #include <math.h>
 
 #include "dropout.h"
-#include "kept.h"
+#include "saved_activations.h"
 #include "storage.h"
 #include "tanh.h"
 #include "weights.h"
@@ -21,7 +21,7 @@ struct Activations {
   H *joint, *key, *value;  // [rows, held_ld]
   H* hidden;               // [rows, hidden_ld]
   H* correlation;          // tanh(K_m J / sqrt(d)), [sample][row of all C][held_ld]; null: not held
-  uint8_t* signs;          // where U is positive (kept.h); null: not held
+  uint8_t* signs;          // where U is positive (saved_activations.h); null: not held
   R* joint_panels;         // J as the correlation reads it, [sample][panel][frames][kPanel]
 
   static Activations of(const Problem& p) {
@@ -44,7 +44,7 @@ struct Activations {
     if (!p.keeps(Keep::value)) value = arena.take<H>(rows * held_ld);
   }
   // Points to the kept pieces of samples from `first` on, whose frames begin at `row` of the batch.
-  void place(const Problem& p, const KeptPieces<H>& kept, int64_t first, int64_t row) {
+  void place(const Problem& p, const SavedActivations<H>& kept, int64_t first, int64_t row) {
     if (kept.joint) joint = kept.joint + row * held_ld;
     if (kept.key) key = kept.key + row * held_ld;
     if (kept.value) value = kept.value + row * held_ld;
@@ -56,7 +56,7 @@ struct Activations {
 
 // A task takes so many panels at once. One thread takes all of them, because every task prepares its left operand anew;
 // several threads take as many as leave them tasks enough.
-inline int64_t panels_at_once(int threads, int64_t all, int64_t others) {
+inline int64_t panels_per_task(int threads, int64_t all, int64_t others) {
   return threads > 1 ? larger(2, smaller(4, all * others / (8 * threads))) : larger(1, all);
 }
 
@@ -65,12 +65,12 @@ template <class E, class T, class R = Compute<E>, class Epilogue, class F = R>
 inline void project(int threads, int64_t rows, int64_t terms, Left<T> a, const R* weights, int64_t columns, R* scratch,
                     int64_t step, Epilogue epilogue, Fetched<F> fetched = {}) {
   const int64_t all = panels<R>(columns), row_blocks = blocks(rows, kRowBlock);
-  const int64_t at_once = panels_at_once(threads, all, row_blocks), panel_blocks = blocks(all, at_once);
+  const int64_t per_task = panels_per_task(threads, all, row_blocks), panel_blocks = blocks(all, per_task);
   const int64_t block = blocks(blocks(rows, larger(1, row_blocks)), kTileRows) * kTileRows;  // so that all are alike
   parallel_for(threads, row_blocks * panel_blocks, [=](int64_t task, int thread) {
-    const int64_t i = task / panel_blocks * block, column = task % panel_blocks * at_once * kPanel<R>;
+    const int64_t i = task / panel_blocks * block, column = task % panel_blocks * per_task * kPanel<R>;
     product<E>(
-        smaller(block, rows - i), smaller(at_once * kPanel<R>, columns - column), a.from(i), weights + column * terms,
+        smaller(block, rows - i), smaller(per_task * kPanel<R>, columns - column), a.from(i), weights + column * terms,
         terms * kPanel<R>, terms, scratch + thread * step,
         [=](int64_t r, int64_t c, Vector<R> v) { epilogue(i + r, column + c, v); }, fetched.from(i, column));
   });
@@ -168,10 +168,10 @@ struct Iteration {
   // held, it is computed only if `correlated` is false.
   void attend(bool correlated = false) const {
     const int64_t d = p.width(), all = panels<R>(d);
-    const int64_t at_once = panels_at_once(threads, all, samples.count * p.modalities);
-    const int64_t panel_blocks = blocks(all, at_once);
+    const int64_t per_task = panels_per_task(threads, all, samples.count * p.modalities);
+    const int64_t panel_blocks = blocks(all, per_task);
     parallel_for(threads, samples.count * p.modalities * panel_blocks, [&](int64_t task, int thread) {
-      const int64_t b = task / panel_blocks / p.modalities, first = task % panel_blocks * at_once;
+      const int64_t b = task / panel_blocks / p.modalities, first = task % panel_blocks * per_task;
       const int m = static_cast<int>(task / panel_blocks % p.modalities);
       const int64_t n = samples.frames(b), d_m = p.widths[m], place = samples.row(b) * a.held_ld + p.offset(m);
       R* const panel = thread_scratch(thread);
@@ -179,7 +179,7 @@ struct Iteration {
       R* const value_space = key_space + prepared_size<R>(d_m, n);
       Prepared<R> key{};
       if (!correlated) key = prepare<E>(d_m, Left<H>{a.key + place, 1, a.held_ld}, n, key_space);
-      for (int64_t q = first; q < smaller(first + at_once, all); ++q) {
+      for (int64_t q = first; q < smaller(first + per_task, all); ++q) {
         const int64_t column = q * kPanel<R>, columns = d - column;
         if (correlated)
           load_correlation(b, m, q, 0, d_m, panel);

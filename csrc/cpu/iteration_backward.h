@@ -19,7 +19,7 @@ struct IterationBackward {
   const LayerWeights<R>* weights;
   const Activations<E>& a;
   const ChunkGradients<R>& chunk;
-  const Transients<E>& passing;
+  const Transients<E>& transients;
   uint64_t seed;
   int threads;
   R* scratch;  // scratch_size() of BackwardMemory for each thread
@@ -85,18 +85,20 @@ struct IterationBackward {
 
   R* d_attended_panel(int m, int64_t b, int64_t q) const {
     const int64_t all = panels<R>(p.width());
-    return passing.d_attended_panels +
+    return transients.d_attended_panels +
            ((m * samples.rows() + samples.row(b)) * all + q * samples.frames(b)) * kPanel<R>;
   }
   int64_t transposed_step() const { return panels<R>(p.length) * p.width() * kPanel<R>; }  // from sample to sample
-  R* d_attended_t(int m, int64_t b) const { return passing.d_attended_t + (m * samples.count + b) * transposed_step(); }
-  R* joint_t(int64_t b) const { return passing.joint_t + b * transposed_step(); }
+  R* d_attended_t(int m, int64_t b) const {
+    return transients.d_attended_t + (m * samples.count + b) * transposed_step();
+  }
+  R* joint_t(int64_t b) const { return transients.joint_t + b * transposed_step(); }
 
   // d (V C) = d H through relu and tanh, as panels and as transposed panels.
   void attended_backward(int t) const {
     const int64_t d = p.width(), all = panels<R>(d), frames = panels<R>(p.length), ld = a.hidden_ld;
     for (int m = 0; m < p.modalities; ++m) {
-      H* const to = passing.d_attended + m * d;
+      H* const to = transients.d_attended + m * d;
       const H* const hidden = a.hidden + m * d;
       iteration(t).project_rows(
           p.widths[m], Left<R>{chunk.d_update + p.offset(m), a.ld, 1}, layer(t).output_back[m], d,
@@ -110,7 +112,7 @@ struct IterationBackward {
     parallel_for(threads, samples.count * p.modalities * (all + frames), [&](int64_t task, int) {
       const int64_t b = task / (all + frames) / p.modalities, i = task % (all + frames), n = samples.frames(b);
       const int m = static_cast<int>(task / (all + frames) % p.modalities);
-      const H* const from = passing.d_attended + samples.row(b) * ld + m * d;
+      const H* const from = transients.d_attended + samples.row(b) * ld + m * d;
       if (i < all)
         pack_rows<E>(d_attended_panel(m, b, i), from + i * kPanel<R>, ld, n, d - i * kPanel<R>);
       else
@@ -142,7 +144,7 @@ struct IterationBackward {
       // One thread comes to the blocks in their order, and several would wait for each other to add to one sum.
       const int64_t part = threads > 1 ? task % all : 0, size = panels<R>(p.width()) * samples.rows() * kPanel<R>;
       const bool add_to = threads == 1 && task % all > 0;
-      correlation_block(iteration, task / all, m, i * most, passing.d_joint_parts + part * size, add_to,
+      correlation_block(iteration, task / all, m, i * most, transients.d_joint_parts + part * size, add_to,
                         thread_scratch(thread));
     });
   }
@@ -251,7 +253,7 @@ struct IterationBackward {
       const int64_t q = task % panels<R>(d), first = task / panels<R>(d) * kRowBlock;
       for (int64_t r = first; r < smaller(first + kRowBlock, rows); ++r)
         for (int64_t c = 0; c < smaller(kPanel<R>, d - q * kPanel<R>); c += kLanes<R>) {
-          const R* const part = passing.d_joint_parts + (q * rows + r) * kPanel<R> + c;
+          const R* const part = transients.d_joint_parts + (q * rows + r) * kPanel<R> + c;
           R* const at = d_joint + r * ld + q * kPanel<R> + c;
           const int64_t lanes = d - q * kPanel<R> - c;
           Vector<R> total = load(part);

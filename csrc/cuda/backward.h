@@ -42,7 +42,7 @@ GRJCA_DEVICE void project_backward_task(const BackwardArguments& a, const Team& 
 
 template <class T, class M>
 GRJCA_DEVICE void backward_step(const BackwardArguments& a, int step) {
-  const auto share = [&](auto tasks, auto task) { share_out(a, step, tasks, task); };
+  const auto share = [&](auto tasks, auto task) { for_each_task(a, step, tasks, task); };
   const bool streamed = a.plan.streamed;
   const Team team = team_of(a, step);
   switch (team.phase) {

@@ -214,7 +214,7 @@ class Phases {
     }
     // Adds tasks of so many columns of K, for several samples each.
     void keys(double tiles_of_columns, double columns) {
-      const int at_once = of.plan_.key_samples, tasks = tiles(of.s_, at_once);
+      const int per_task = of.plan_.key_samples, tasks = tiles(of.s_, per_task);
       const double samples = static_cast<double>(of.s_) / tasks, frames = of.plan_.frames;
       const double length = static_cast<double>(of.p_.length);
       add(tiles_of_columns * tasks, kTask, samples * frames * frames * columns,
@@ -228,9 +228,9 @@ class Phases {
           (reads * width + kStreamRows) * frames * of.bytes_, elements, 1);
     }
     // Adds the frames of the chunk. A warp takes so many at once, and reads or writes every element `passes` times.
-    void frames(int at_once, double trips, double passes) {
-      const double warps = static_cast<double>(of.s_) * of.p_.length * of.p_.modalities / at_once;
-      const double elements = at_once * (kThreads / kWarp) * static_cast<double>(of.plan_.width) / of.p_.modalities;
+    void frames(int per_task, double trips, double passes) {
+      const double warps = static_cast<double>(of.s_) * of.p_.length * of.p_.modalities / per_task;
+      const double elements = per_task * (kThreads / kWarp) * static_cast<double>(of.plan_.width) / of.p_.modalities;
       add(std::ceil(warps / (kThreads / kWarp)), kFrame, 0, elements * passes * of.bytes_, 0, trips);
     }
     void reduce() {

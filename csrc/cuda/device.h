@@ -1,5 +1,6 @@
-// What the kernels ask of the hardware, and nothing else. nvcc compiles device_gpu.h; a host compiler takes emulator.h of
-// tests/support/cuda_emulator, which runs every lane on the CPU, so that tests execute the very source of the kernels.
+// What the kernels ask of the hardware, and nothing else. nvcc compiles device_gpu.h; a host compiler takes emulator.h
+// of tests/support/cuda_emulator, which runs every lane on the CPU, so that tests execute the very source of the
+// kernels.
 #pragma once
 
 #include <cstdint>

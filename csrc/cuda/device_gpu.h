@@ -18,7 +18,7 @@ GRJCA_DEVICE Thread this_thread() {
 }
 
 // 0, as the compiler does not know.
-GRJCA_DEVICE int hidden_zero() {
+GRJCA_DEVICE int opaque_zero() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
   return zero;

@@ -9,7 +9,7 @@ namespace grjca::cuda {
 
 template <class T, class M>
 GRJCA_DEVICE void forward_step(const ForwardArguments& a, int step) {
-  const auto share = [&](auto tasks, auto task) { share_out(a, step, tasks, task); };
+  const auto share = [&](auto tasks, auto task) { for_each_task(a, step, tasks, task); };
   const Team team = team_of(a, step);
   switch (team.phase) {
     case Phase::initial:

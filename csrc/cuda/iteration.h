@@ -281,8 +281,8 @@ GRJCA_DEVICE void correlate_task(const Common& a, const Team& team, int i) {
   const bool drops = a.p.dropout > 0;
   const Mask mask = drops ? Mask::at(a, team.t, tile.m, Site::correlation, team.first + s) : Mask{};
   finish(
-      sums, rows, columns, [&](int r, int c) { return drops ? mask.kept_pair(tile.column + r, column + c) : kAllKept; },
-      [&](const Kept& kept, int r, int c, float x0, float x1, bool both) {
+      sums, rows, columns, [&](int r, int c) { return drops ? mask.keep_pair(tile.column + r, column + c) : kKeepAll; },
+      [&](const KeepBits& kept, int r, int c, float x0, float x1, bool both) {
         store_pair(to + static_cast<int64_t>(r) * plan.width + c, stored_correlation<T>(x0, kept.first(r), plan.kept),
                    stored_correlation<T>(x1, kept.second(r), plan.kept), both);
       });
@@ -323,7 +323,7 @@ GRJCA_DEVICE void attend_stored_task(const Common& a, const Team& team, int i) {
 struct OutputRows {
   int sample, frame, present;  // of the first row: within the chunk, and within the sample; frames of the sample
   Pair bias;
-  Kept kept;
+  KeepBits kept;
 };
 
 // f(OutputRows, what load(OutputRows, row, column, whether there are both) gave, row, column, x0, x1, whether there are
@@ -351,7 +351,7 @@ GRJCA_DEVICE void project_output(const Common& a, const Team& team, int row, con
         of.present = frames_of(a, sample);
         of.bias = bias_of(bias, c, c + 1 < tile.columns);
         of.kept =
-            drops ? Mask::at(a, team.t, tile.m, Site::output, sample).kept_pair(of.frame, tile.column + c) : kAllKept;
+            drops ? Mask::at(a, team.t, tile.m, Site::output, sample).keep_pair(of.frame, tile.column + c) : kKeepAll;
         return of;
       },
       [&](const OutputRows& of, int r, int c, bool both) {

@@ -53,14 +53,14 @@ GRJCA_DEVICE float hidden_of(bool released, float attended) {
 enum class Site : uint32_t { correlation = 0, output = 1 };
 
 // Which of eight rows of two neighbouring columns are kept.
-struct Kept {
+struct KeepBits {
   uint32_t bits[2];
 
   GRJCA_DEVICE bool first(int row) const { return bits[0] >> row % 8 & 1; }
   GRJCA_DEVICE bool second(int row) const { return bits[1] >> row % 8 & 1; }
   static GRJCA_DEVICE float factor(bool kept, float scale) { return kept ? scale : 0; }
 };
-constexpr Kept kAllKept{{255, 255}};
+constexpr KeepBits kKeepAll{{255, 255}};
 
 // Of one site of one modality, iteration and sample.
 struct Mask {
@@ -94,7 +94,7 @@ struct Mask {
     return static_cast<uint32_t>((word & 0xFFFFu) >= threshold) | static_cast<uint32_t>((word >> 16) >= threshold) << 1;
   }
 
-  GRJCA_DEVICE Kept kept_pair(int row, int column) const {
+  GRJCA_DEVICE KeepBits keep_pair(int row, int column) const {
     const uint32_t group = static_cast<uint32_t>(row / 8);
     return {{kept(static_cast<uint32_t>(column), group), kept(static_cast<uint32_t>(column + 1), group)}};
   }

@@ -50,7 +50,7 @@ inline int64_t bytes_of_samples(const Plan& plan, int bytes, int64_t samples) {
   return samples * (plan.slots.count * static_cast<int64_t>(plan.frames) + correlations) * plan.width * bytes;
 }
 
-inline void share_out(Plan& plan, const Problem& p, const Target& target, int chunk) {
+inline void assign_teams(Plan& plan, const Problem& p, const Target& target, int chunk) {
   const int64_t most = std::max<int64_t>(1, kMostBytes / bytes_of_samples(plan, target.bytes, chunk));
   plan.chunk = chunk;
   plan.chunks = tiles(static_cast<int>(p.batch), chunk);
@@ -171,7 +171,7 @@ inline void choose(Plan& plan, const Problem& p, const Target& target, int chunk
   if (weights) plan.gradients = elements_of_gradients(p);
   for (int s = chunk ? std::min(chunk, batch) : 1;; s = std::min(2 * s, batch)) {
     Plan tried = plan;
-    share_out(tried, p, target, s);
+    assign_teams(tried, p, target, s);
     const costs::Phases phases(p, tried, target.bytes, target.rows, parts_of(tried));
     for (int i = 0; i < tried.phases; ++i) choose_tile(tried, i, phases, grid_of(tried, target), target.rows);
     const double clocks = clocks_of(table(tried, p, target));

@@ -59,24 +59,24 @@ GRJCA_DEVICE Team team_of(const Common& a, int step) {
 // The same arguments, but what follows from them is computed anew: kept through a task, it would take registers that
 // the task needs.
 template <class A>
-GRJCA_DEVICE const A& afresh(const A& a) {
-  return (&a)[hidden_zero()];
+GRJCA_DEVICE const A& force_recompute(const A& a) {
+  return (&a)[opaque_zero()];
 }
 
 // begin(arguments, team, i) and then end(arguments, team, i), which find out anew what i is.
 template <class A, class B, class E>
 GRJCA_DEVICE void in_two_parts(const A& a, const Team& team, int i, B begin, E end) {
   begin(a, team, i);
-  const A& later = afresh(a);
-  end(later, team_of(later, team.step), i + hidden_zero());
+  const A& later = force_recompute(a);
+  end(later, team_of(later, team.step), i + opaque_zero());
 }
 
 // task(arguments, team, i) for tasks i < tasks(arguments, team) of this block.
 template <class A, class N, class F>
-GRJCA_DEVICE void share_out(const A& a, int step, N tasks, F task) {
+GRJCA_DEVICE void for_each_task(const A& a, int step, N tasks, F task) {
   GRJCA_LOOP
   for (int i = rank_of(block_index(), a.plan.team_blocks, a.plan.teams);; i += a.plan.team_blocks) {
-    const A& now = afresh(a);
+    const A& now = force_recompute(a);
     const Team team = team_of(now, step);
     if (i >= tasks(now, team)) return;
     task(now, team, i);

@@ -562,7 +562,7 @@ def test_report_of_a_gpu(published):
 def test_every_step_has_a_name(name, form):
     pytest.importorskip("triton", minversion="3.6")
     from benchmarks import gpu_parts
-    from grjca_kernels import config
+    from grjca_kernels.triton_kernels import launch_config
 
     shape = SHAPES[name]
     widths = (shape.dim_visual, shape.dim_audio)
@@ -570,10 +570,10 @@ def test_every_step_has_a_name(name, form):
         problem = Described(
             batch, shape.length, widths, shape.iterations, shape.gating, form, 0.0, 0.1, shape.normalize, False
         )
-        device, common = config.Device("cuda", 90, 132, 227 * 1024), {"tf32": False, "lengths": False}
+        device, common = launch_config.Device("cuda", 90, 132, 227 * 1024), {"tf32": False, "lengths": False}
         with gpu_parts.variant({"chunk": 5}):
             forward, backward = (
-                config.launch(problem, torch.bfloat16, device, backward=backward, weights=backward, **common)
+                launch_config.launch(problem, torch.bfloat16, device, backward=backward, weights=backward, **common)
                 for backward in (False, True)
             )
         assert forward.chunk == min(5, batch) and backward.chunk == min(5, batch)
@@ -642,7 +642,7 @@ def test_ceilings_in_the_interpreter():
 
 
 def triton_is_interpreted():
-    from grjca_kernels.triton import interpreted
+    from grjca_kernels.triton_kernels import interpreted
 
     return interpreted()
 

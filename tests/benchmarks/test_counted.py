@@ -10,8 +10,9 @@ import torch
 from benchmarks import counted
 from grjca.measure import Shape
 from grjca.model.eager import GatedRJCAEager
-from grjca_kernels import GatedRJCAFused, config, cpu, cuda, execution, keeping, native
+from grjca_kernels import GatedRJCAFused, cpu, cuda, execution, keeping, native
 from grjca_kernels.call import Call
+from grjca_kernels.triton_kernels import launch_config
 
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.4."), reason="FlopCounterMode of PyTorch 2.4 cannot count within autograd.grad"
@@ -137,8 +138,8 @@ def test_a_larger_workspace_of_the_cpu(recorded, monkeypatch):
 
 def test_a_larger_workspace_of_triton(recorded, monkeypatch):
     recorded("triton plan")
-    unit = config.unit
-    monkeypatch.setattr(config, "unit", lambda problem, chunk: unit(problem, chunk) + 64)
+    unit = launch_config.unit
+    monkeypatch.setattr(launch_config, "unit", lambda problem, chunk: unit(problem, chunk) + 64)
     lines = recorded.changed("triton plan")
     assert len(lines) == 4 and all(", bytes was" in line and "It grew" in line for line in lines)
 
@@ -161,14 +162,14 @@ def test_another_plan_of_cuda(recorded, monkeypatch):
 def test_the_triton_workspace_is_what_is_allocated(small):
     """The sum of what triton/launch.py allocates."""
     pytest.importorskip("triton", minversion="3.6")
-    from grjca_kernels.triton import launch as of_triton
+    from grjca_kernels.triton_kernels import launch as of_triton
 
     problem = counted.described(replace(counted.SHAPES["small"], gating="flat"))
     options = {"backward": True, "weights": True, "tf32": False, "lengths": False}
     prepared = of_triton._prepare(problem, torch.bfloat16, counted.DEVICE, **options)
     features = [torch.empty(problem.batch, problem.length, width, dtype=torch.bfloat16) for width in problem.widths]
     made = of_triton.gather(Call(problem, features, [], iterates=features[0]), prepared)
-    bytes_made = sum(x.numel() * x.itemsize for x in (made.work, made.wide, made.bits))
+    bytes_made = sum(x.numel() * x.itemsize for x in (made.activation_workspace, made.fp32_workspace, made.bits))
     assert counted.triton_plans()["small flat bfloat16 backward, bytes"] == bytes_made
 
 

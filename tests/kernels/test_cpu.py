@@ -31,7 +31,7 @@ from cases import (
     run,
 )
 from grjca.measure import threads
-from grjca_kernels import GatedRJCAFused, cpu, derivation, gated_rjca, memory, reference
+from grjca_kernels import GatedRJCAFused, cpu, gated_rjca, manual_backward, memory, reference
 from grjca_kernels import problem as problems
 from grjca_kernels.call import Gradients
 from grjca_kernels.native import library, problem_of
@@ -166,14 +166,14 @@ def test_every_step_of_sixteen_bits(case, dtype, instruction_set):
 
 
 def derived(case: Case, inputs, iterates: Tensor, ours: Result) -> dict[str, Tensor]:
-    """derivation.backward from iterates that are given."""
+    """manual_backward.backward from iterates that are given."""
     count, called = len(case.widths), described(case, inputs, iterates=iterates)
     incoming = [gradient.double() for gradient in cotangents(list(ours.values.values()))]
     of_gates, ways = incoming[2 * count :], len(called.problem.gate_ways)
     gates = [torch.cat(of_gates[m * ways : (m + 1) * ways], dim=-1) if ways else None for m in range(count)]
     computed = [torch.empty_like(x) for x in (*inputs.features, *inputs.parameters)]
     of_states = incoming[count : 2 * count]
-    derivation.backward(called, Gradients(incoming[:count], of_states, gates, computed[:count], computed[count:]))
+    manual_backward.backward(called, Gradients(incoming[:count], of_states, gates, computed[:count], computed[count:]))
     names = [f"d features[{m}]" for m in range(count)] + [f"d {name}" for name in parameter_names(case)]
     return dict(zip(names, computed, strict=True))
 

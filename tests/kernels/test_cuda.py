@@ -90,7 +90,7 @@ def test_gradients_of_sixteen_bits(case, dtype):
     "case", [STATISTICAL[1], STATISTICAL[7], replace(STATISTICAL[6], name="streamed", length=24)], ids=str
 )
 def test_tf32(case):
-    with emulated_cuda.wish(tf32=True):
+    with emulated_cuda.overrides(tf32=True):
         result = run(function, case, make(case, torch.float32))
     check_draws(result, exact(case, torch.float32), cut_draws(case), TF32_ULP)
     assert not torch.equal(call(function, case, make(case, torch.float32))["Y[0]"], result.values["Y[0]"])
@@ -129,8 +129,11 @@ WISHES = [
     {"chunk": 2}, {"chunk": 2, "parts": 3}, {"chunk": 3, "parts": 2, "order": 4}, {"tile": 64, "resident": 2},
 ]  # fmt: skip
 SHARED = replace(STREAMED, name="shared", shared=True)
-LAUNCHES = [*product(BOTH, WISHES), *((SHARED, wish) for wish in WISHES if {*wish} - {"order", "resident"})]
-LAUNCHES += [(SHARED, {"order": 1}), *((RAW, wish) for wish in WISHES if "parts" in wish)]
+LAUNCHES = [
+    *product(BOTH, WISHES),
+    *((SHARED, overrides) for overrides in WISHES if {*overrides} - {"order", "resident"}),
+]
+LAUNCHES += [(SHARED, {"order": 1}), *((RAW, overrides) for overrides in WISHES if "parts" in overrides)]
 
 
 @cache
@@ -138,14 +141,14 @@ def in_order(case):
     return run(function, case, make(case, torch.float32))
 
 
-@mark.parametrize("case, wish", LAUNCHES, ids=str)
-def test_launches(case, wish):
+@mark.parametrize("case, overrides", LAUNCHES, ids=str)
+def test_launches(case, overrides):
     """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
     once = in_order(case)
-    with emulated_cuda.wish(**wish):
+    with emulated_cuda.overrides(**overrides):
         again = run(function, case, make(case, torch.float32))
     assert_same_results(Result(again.values, {}), Result(once.values, {}))
-    if ("order" in wish and len(wish) == 1) or "apart" in wish:
+    if ("order" in overrides and len(overrides) == 1) or "apart" in overrides:
         assert_same_results(again, once)
     check_rule(again, case, torch.float32)
 
@@ -153,10 +156,10 @@ def test_launches(case, wish):
 @mark.parametrize("case", [TILES[2], replace(TILES[3], batch=3)], ids=str)
 def test_orders_of_many_tiles(case):
     inputs = make(case, torch.bfloat16)
-    with emulated_cuda.wish(resident=4, chunk=1):
+    with emulated_cuda.overrides(resident=4, chunk=1):
         once = run(function, case, inputs)
         for order in (1, 5):
-            with emulated_cuda.wish(order=order):
+            with emulated_cuda.overrides(order=order):
                 assert_same_results(run(function, case, inputs), once)
 
 
@@ -169,7 +172,7 @@ def test_all_is_written_and_nothing_else(case, dtype):
     """Beside, in and between the tensors of the caller; AddressSanitizer sees to what is beyond them."""
 
     def backward(*arguments):
-        with emulated_cuda.wish(chunk=2):
+        with emulated_cuda.overrides(chunk=2):
             emulated_cuda.backward(*arguments)
 
     check_all_is_written(emulated_cuda.forward, backward, case, dtype)
@@ -185,9 +188,9 @@ def test_strides(name, case):
 def test_addresses_that_are_not_aligned():
     """Parameters and features that begin at odd elements of their storage."""
     inputs = make(TILES[0], torch.bfloat16)
-    moved = inputs.map(lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape))
-    assert any(x.data_ptr() % 16 for x in moved.parameters)
-    assert_same_results(run(function, TILES[0], moved), run(function, TILES[0], inputs))
+    unaligned = inputs.map(lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape))
+    assert any(x.data_ptr() % 16 for x in unaligned.parameters)
+    assert_same_results(run(function, TILES[0], unaligned), run(function, TILES[0], inputs))
 
 
 # ---- lengths, NaN and Inf

@@ -29,7 +29,7 @@ from grjca.measure import SHAPES
 from grjca_kernels import GatedRJCAFused, cuda, gated_rjca, native
 from grjca_kernels import problem as problems
 from grjca_kernels.backends import TABLE
-from on_gpu import DEVICE, TF32_ULP, captured, check, cut_draws, kernels_of, large, moved, on_device, to_device
+from on_gpu import DEVICE, TF32_ULP, captured, check, copied_to, cut_draws, kernels_of, large, on_device, to_device
 from tolerances import check_rule, exact
 
 pytestmark = [mark.gpu, mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -349,7 +349,7 @@ def test_a_device_that_is_not_the_current_one(function):
     inputs = to_device(make(case, torch.float32))
     there = inputs.map(lambda x: x.detach().to("cuda:1"))
     there = replace(there, lengths=inputs.lengths.to("cuda:1"))
-    assert_same(moved(call(function, case, there), DEVICE), call(function, case, inputs))
+    assert_same(copied_to(call(function, case, there), DEVICE), call(function, case, inputs))
 
 
 # ---- graphs and torch.compile
@@ -485,7 +485,7 @@ def too_many_blocks(backend, monkeypatch):
         yield
         cuda._launch.cache_clear()
     else:
-        from grjca_kernels.triton import launch
+        from grjca_kernels.triton_kernels import launch
 
         prepare = launch.prepare
 
@@ -505,8 +505,8 @@ def test_a_launch_that_the_driver_refuses_is_an_error(block, too_many_blocks):
 
 @LENGTHS
 def test_batches_and_lengths_share_a_kernel_of_triton(frames):
-    from grjca_kernels.triton.backward import backward_kernel
-    from grjca_kernels.triton.forward import forward_kernel
+    from grjca_kernels.triton_kernels.backward import backward_kernel
+    from grjca_kernels.triton_kernels.forward import forward_kernel
 
     def compiled() -> list[int]:
         return [
@@ -544,9 +544,13 @@ def workspaces(backend, monkeypatch):
     if backend == "cuda":
         noting(cuda, "launch_of", lambda launch: launch.workspace_bytes)
     else:
-        from grjca_kernels.triton import launch as of_triton
+        from grjca_kernels.triton_kernels import launch as of_triton
 
-        noting(of_triton, "prepare", lambda of: 2 * of.launch.work + of.launch.bits + 4 * of.launch.wide)
+        noting(
+            of_triton,
+            "prepare",
+            lambda of: 2 * of.launch.activation_workspace + of.launch.bits + 4 * of.launch.fp32_workspace,
+        )
     return noted
 
 

@@ -25,11 +25,14 @@ from behaviour import (
     check_twice,
 )
 from cases import BY_NAME, SEED, Case, Result, call, cotangents, make, run
-from grjca_kernels import GatedRJCAFused, config, division, gated_rjca, triton
+from grjca_kernels import GatedRJCAFused, gated_rjca, triton_kernels
 from grjca_kernels import problem as problems
+from grjca_kernels.triton_kernels import division, launch_config
 from tolerances import check_rule
 
-pytestmark = mark.skipif(not triton.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU")
+pytestmark = mark.skipif(
+    not triton_kernels.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU"
+)
 NAN, INF = float("nan"), float("inf")
 ALL = Case("all", 2, 4, (2, 3), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(4, 2))
 """All options at once."""
@@ -52,7 +55,7 @@ def fast():
 @fixture(autouse=True)
 def prepared_anew(monkeypatch):
     """At every call, for tests change what launches follow from."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
 
@@ -60,7 +63,7 @@ def prepared_anew(monkeypatch):
 @fixture
 def stored(monkeypatch):
     """C is stored, however few the frames."""
-    monkeypatch.setattr(config, "STREAM_FRAMES", 0)
+    monkeypatch.setattr(launch_config, "STREAM_FRAMES", 0)
 
 
 @fixture(params=DATAFLOWS)
@@ -72,10 +75,10 @@ def dataflow(request):
 @fixture
 def set_tiles(monkeypatch):
     """Tiles of other sizes."""
-    of_config = config.tiles
+    of_config = launch_config.tiles
 
     def set_to(m: int, n: int, k: int) -> None:
-        monkeypatch.setattr(config, "tiles", lambda *arguments: replace(of_config(*arguments), m=m, n=n, k=k))
+        monkeypatch.setattr(launch_config, "tiles", lambda *arguments: replace(of_config(*arguments), m=m, n=n, k=k))
 
     return set_to
 
@@ -162,7 +165,7 @@ def test_tiles(case, dataflow):
     check(case)
 
 
-@mark.parametrize("length", [config.STREAM_FRAMES, config.STREAM_FRAMES + 1])
+@mark.parametrize("length", [launch_config.STREAM_FRAMES, launch_config.STREAM_FRAMES + 1])
 def test_where_the_dataflows_meet(length):
     """The longest sequence that is streamed, and the shortest that is not."""
     check(Case(f"frames-{length}", 2, length, (2, 3), 1, "none", dropout=0.5, lengths=(length, length - 1)))
@@ -246,7 +249,7 @@ def test_values_of_float16(dataflow, case):
 def test_gradients_of_float16(case, frames, set_tiles, monkeypatch):
     """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
     set_tiles(64, 64, 64)
-    monkeypatch.setattr(config, "STREAM_FRAMES", frames)
+    monkeypatch.setattr(launch_config, "STREAM_FRAMES", frames)
     check(case, torch.float16)
 
 
@@ -291,7 +294,7 @@ def test_uninitialised_memory_is_not_read(case, dataflow, request, monkeypatch, 
     (ALL, torch.float16), (Case("tile", 1, 17, (17, 2), 1, "flat", "paper"), torch.float32)
 ], ids=str)  # fmt: skip
 def test_all_is_written_and_nothing_else(case, dtype, dataflow, monkeypatch, set_chunk):
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     set_chunk(1)
     gather, workspaces = launch.gather, []
@@ -302,7 +305,7 @@ def test_all_is_written_and_nothing_else(case, dtype, dataflow, monkeypatch, set
 
     def guarded(*arguments):
         a = gather(*arguments)
-        return a._replace(work=guard(a.work), wide=guard(a.wide))
+        return a._replace(activation_workspace=guard(a.activation_workspace), fp32_workspace=guard(a.fp32_workspace))
 
     monkeypatch.setattr(launch, "gather", guarded)
     check_all_is_written(launch.forward, launch.backward, case, dtype)
@@ -344,10 +347,10 @@ def test_a_concatenation_is_the_outputs_side_by_side():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@mark.parametrize("moved", ["features", "parameters", "lengths and seed"])
-def test_addresses_that_are_not_aligned(moved, monkeypatch):
+@mark.parametrize("unaligned", ["features", "parameters", "lengths and seed"])
+def test_addresses_that_are_not_aligned(unaligned, monkeypatch):
     """Parts of other tensors: they give the same, and kernels see multiples of 16 bytes all the same."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     case, seen, addressed = replace(MOST, dropout=0.3), [], launch._addressed
 
@@ -362,21 +365,21 @@ def test_addresses_that_are_not_aligned(moved, monkeypatch):
     monkeypatch.setattr(launch, "_addressed", noting)
     inputs = make(case, torch.float32)
     expected = run(function, case, inputs)
-    if moved == "features":
+    if unaligned == "features":
         changed = inputs.map(lambda x: behind(x) if x.dim() == 3 else x)
-    elif moved == "parameters":
+    elif unaligned == "parameters":
         changed = inputs.map(lambda x: x if x.dim() == 3 else behind(x))
     else:
         changed = replace(inputs, lengths=behind(inputs.lengths))
     without, seen = seen[-1], []
-    seed = behind(torch.tensor([SEED]))[0] if moved == "lengths and seed" else SEED
+    seed = behind(torch.tensor([SEED]))[0] if unaligned == "lengths and seed" else SEED
     assert_same_results(run(function, case, changed, seed=seed), expected)
     assert seen[0] != seen[1], "the forward's arguments, and what the kernel is given"
     assert seen[-1] == without, "a kernel for other alignments"
 
 
 def test_a_refused_launch_says_what_to_do(monkeypatch):
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     class Refused:
         def __getitem__(self, grid):
@@ -394,7 +397,7 @@ def test_a_refused_launch_says_what_to_do(monkeypatch):
 
 def test_the_barrier_counts_from_zero_in_memory_of_its_own(monkeypatch):
     """Nothing is kept between calls: a CUDA graph's pool of memory has no room for that."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     counters = []
 

@@ -18,16 +18,17 @@ importorskip("triton", minversion="3.6")
 import triton
 import triton.language as tl
 
-import grjca_kernels.triton
+import grjca_kernels.triton_kernels
 from assertions import assert_same_results
 from cases import SEED, Case, Inputs, cotangents, describe, make, run
-from grjca_kernels import config, division, dropout, gated_rjca, reference
-from grjca_kernels.triton.arguments import Arguments, Scalars
-from grjca_kernels.triton.masks import factors_of_correlation, load_factors, store_bits
-from grjca_kernels.triton.primitives import tanh
-from tolerances import DRAWS, _moved, check_close, check_draws, check_rule, length
+from grjca_kernels import dropout, gated_rjca, reference
+from grjca_kernels.triton_kernels import division, launch_config
+from grjca_kernels.triton_kernels.arguments import Arguments, Scalars
+from grjca_kernels.triton_kernels.masks import factors_of_correlation, load_factors, store_bits
+from grjca_kernels.triton_kernels.primitives import tanh
+from tolerances import DRAWS, _perturbed, check_close, check_draws, check_rule, length
 
-pytestmark = mark.skipif(not grjca_kernels.triton.interpreted(), reason="not in Triton's interpreter")
+pytestmark = mark.skipif(not grjca_kernels.triton_kernels.interpreted(), reason="not in Triton's interpreter")
 NAN, INF = float("nan"), float("inf")
 
 CASES = [
@@ -35,8 +36,8 @@ CASES = [
     Case("raw", 2, 3, (2, 3), 2, "flat", joint="raw", dropout=0.3),
     Case("paper", 2, 4, (3, 2), 2, "flat", "paper", lengths=(4, 1)),
 ]
-FRAMES = {"streamed": config.STREAM_FRAMES, "stored": 0}
-"""Values of config.STREAM_FRAMES that lead to either dataflow."""
+FRAMES = {"streamed": launch_config.STREAM_FRAMES, "stored": 0}
+"""Values of launch_config.STREAM_FRAMES that lead to either dataflow."""
 function = partial(gated_rjca, backend="triton")
 
 
@@ -50,7 +51,7 @@ def fast():
 @fixture(autouse=True)
 def prepared_anew(monkeypatch):
     """At every call, for tests change what launches follow from."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
 
@@ -64,17 +65,17 @@ class Step:
 
     phase: str
     t: int
-    launch: config.Launch
+    launch: launch_config.Launch
     unit: int
-    work: Tensor
+    activation_workspace: Tensor
     iterates: Tensor
 
     def slot(self, name: str, columns: int, i: int = 0) -> Tensor:
-        """[rows, columns] of an activation of config.Constants, the i-th after it."""
+        """[rows, columns] of an activation of launch_config.Constants, the i-th after it."""
         constants = self.launch.constants
         begin = (constants.slots if name == "correlation" else getattr(constants, f"slot_{name}") + i) * self.unit
         rows = self.iterates.shape[1] * (columns if name == "correlation" else self.iterates.shape[2])
-        return self.work[begin : begin + rows * columns].view(rows, columns)
+        return self.activation_workspace[begin : begin + rows * columns].view(rows, columns)
 
 
 def phases(case: Case, stream: bool, backward: bool) -> list[tuple[str, int]]:
@@ -93,7 +94,7 @@ def phases(case: Case, stream: bool, backward: bool) -> list[tuple[str, int]]:
 @lru_cache
 def alone(case: Case, dataflow: str):
     """Result of a run in float32 that launches every phase alone, and every step: forward, backward."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     steps = []
 
@@ -106,12 +107,12 @@ def alone(case: Case, dataflow: str):
             counter = torch.zeros(1, dtype=torch.int32)
             kernel[(1,)](arguments, others, batch, i, i + 1, counter, launched.constants, **launch.options(launched))
             assert not counter.any(), "a phase alone waits for nobody"
-            left = arguments.work.clone(), arguments.iterates.clone()
+            left = arguments.activation_workspace.clone(), arguments.iterates.clone()
             steps[-1].append(Step(name, t, launched, arguments.shape.unit, *left))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", run_alone)
-        patch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
+        patch.setattr(launch_config, "STREAM_FRAMES", FRAMES[dataflow])
         patch.setattr(division, "chunk_of", lambda problem, *_: problem.batch)
         patch.setattr(division, "parts_of", lambda *_: 2)
         patch.setattr(division, "key_parts_of", lambda *_: 2)
@@ -123,7 +124,7 @@ def alone(case: Case, dataflow: str):
 @mark.parametrize("case", CASES, ids=str)
 def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     """The same bits: the benchmarks time steps alone."""
-    monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
+    monkeypatch.setattr(launch_config, "STREAM_FRAMES", FRAMES[dataflow])
     monkeypatch.setattr(division, "chunk_of", lambda problem, *_: problem.batch)
     monkeypatch.setattr(division, "parts_of", lambda *_: 2)
     monkeypatch.setattr(division, "key_parts_of", lambda *_: 2)
@@ -132,9 +133,9 @@ def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
 
 @mark.parametrize("dataflow", FRAMES)
 def test_masks_stay_in_their_bytes(dataflow, monkeypatch):
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
-    mask_bytes, run_launch, guard, launched = config.mask_bytes, launch.run, 64, []
+    mask_bytes, run_launch, guard, launched = launch_config.mask_bytes, launch.run, 64, []
 
     def guarded(kernel, prepared, arguments, others, batch):
         arguments.bits.fill_(165)
@@ -143,8 +144,8 @@ def test_masks_stay_in_their_bytes(dataflow, monkeypatch):
         assert (arguments.bits[-guard:] == 165).all() and not (arguments.bits[:-guard] == 165).all()
 
     monkeypatch.setattr(launch, "run", guarded)
-    monkeypatch.setattr(config, "mask_bytes", lambda *of: mask_bytes(*of) + guard)
-    monkeypatch.setattr(config, "STREAM_FRAMES", FRAMES[dataflow])
+    monkeypatch.setattr(launch_config, "mask_bytes", lambda *of: mask_bytes(*of) + guard)
+    monkeypatch.setattr(launch_config, "STREAM_FRAMES", FRAMES[dataflow])
     run(function, CASES[0], make(CASES[0], torch.float32))
     assert len(launched) == 2 and min(launched) > guard
 
@@ -220,10 +221,10 @@ def gradients(
 
 @lru_cache
 def truth_and_draws(case: Case):
-    """The equations in float64, and in float32 on inputs moved by half an ulp."""
+    """The equations in float64, and in float32 on inputs perturbed by half an ulp."""
     inputs = make(case, torch.float32)
-    moved = [inputs if i == 0 else _moved(inputs, i) for i in range(DRAWS)]
-    return equations(case, inputs.to(torch.float64)), [equations(case, x) for x in moved]
+    perturbed = [inputs if i == 0 else _perturbed(inputs, i) for i in range(DRAWS)]
+    return equations(case, inputs.to(torch.float64)), [equations(case, x) for x in perturbed]
 
 
 LEAVES = {

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grjca_kernels
 from cases import EVERYTHING, call, make
-from grjca_kernels import gated_rjca, triton, verdicts, verification
+from grjca_kernels import gated_rjca, triton_kernels, verdicts, verification
 from grjca_kernels.backends import TABLE, _first_that_can
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -52,7 +52,7 @@ def test_a_report_prints_every_tensor_and_a_verdict(capsys, monkeypatch):
 def test_what_cannot_run_cannot_be_checked(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if not torch.cuda.is_available():
-        reason = re.escape(triton.why_not())
+        reason = re.escape(triton_kernels.why_not())
         with pytest.raises(RuntimeError, match=rf"no backend for GPUs can run here.*triton: {reason}"):
             grjca_kernels.self_check()
         with pytest.raises(RuntimeError, match=f"'triton' cannot be checked: {reason}"):

@@ -11,9 +11,10 @@ from pytest import mark
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import grjca_kernels
-from grjca_kernels import config, cuda, derivation, native, triton, verification
+from grjca_kernels import cuda, manual_backward, native, triton_kernels, verification
 from grjca_kernels.backends import TABLE
 from grjca_kernels.problem import Problem, expected_tensors
+from grjca_kernels.triton_kernels import launch_config
 from grjca_kernels.verification import Case
 
 CPU, ROW = torch.device("cpu"), TABLE["cpu"]
@@ -33,7 +34,7 @@ def derived_once():
 
     def once(computed):
         def compute(function, case, inputs):
-            if function not in (derivation.forward, derivation.backward):
+            if function not in (manual_backward.forward, manual_backward.backward):
                 return computed(function, case, inputs)
             key = function, case, type(_get_current_dispatch_mode()), digest(inputs)
             if key not in found:
@@ -72,9 +73,9 @@ MODELS = [  # "clip", "abaw", "light" and "long": operator.md
     for batch in batches
 ]
 DEVICES = [
-    config.Device("cuda", 80, 108, 163 * config.KIB),
-    config.Device("cuda", 90, 132, 227 * config.KIB),
-    config.Device("cuda", 100, 148, 227 * config.KIB),
+    launch_config.Device("cuda", 80, 108, 163 * launch_config.KIB),
+    launch_config.Device("cuda", 90, 132, 227 * launch_config.KIB),
+    launch_config.Device("cuda", 100, 148, 227 * launch_config.KIB),
 ]
 
 
@@ -84,7 +85,7 @@ def kinds_of_triton(problems, device, dtype, tf32) -> set[tuple]:
     kinds = set()
     for problem in problems:
         for direction in ({"backward": False}, {"backward": True, "weights": True}):
-            launch = config.launch(problem, dtype, device, tf32=tf32, lengths=True, **direction)
+            launch = launch_config.launch(problem, dtype, device, tf32=tf32, lengths=True, **direction)
             of = [getattr(launch.constants, name) for name in names]
             of[2] = of[2] * torch.finfo(dtype).bits % 128 == 0  # whether rows of W_k begin at multiples of 16 bytes
             kinds.add((*direction, *of, launch.tiles.warps, launch.tiles.stages))
@@ -121,11 +122,11 @@ def test_the_tiles_that_models_get_of_cuda_are_checked(dtype, tf32):
 
 def test_odd_widths_and_chunks_are_checked_too():
     problems = [case.problem for case in verification.cases_of_gpu(MULTIPROCESSORS)]
-    odd = [problem for problem in problems if not config.aligned(problem)]
-    assert {config.streams(problem) for problem in odd} == {False, True}
+    odd = [problem for problem in problems if not launch_config.aligned(problem)]
+    assert {launch_config.streams(problem) for problem in odd} == {False, True}
     for backward in (False, True):
         launches = [
-            config.launch(problem, torch.bfloat16, DEVICES[1], tf32=False, lengths=True, backward=backward)
+            launch_config.launch(problem, torch.bfloat16, DEVICES[1], tf32=False, lengths=True, backward=backward)
             for problem in problems
         ]
         assert any(launch.chunk < problem.batch for launch, problem in zip(launches, problems, strict=True))
@@ -157,8 +158,8 @@ def test_what_is_allowed_is_small(dtype, reduced):
     for case in (Case(12, 20, (72, 40), "hierarchical", True), Case(4, 35, (72, 40), "flat", False), WIDE[0], WIDE[2]):
         case = replace(case, reduced=reduced)
         inputs = verification.make(case, dtype, seed=0)
-        forward = verification.computed_forward(derivation.forward, case, inputs)
-        backward = verification.computed_backward(derivation.backward, case, inputs)
+        forward = verification.computed_forward(manual_backward.forward, case, inputs)
+        backward = verification.computed_backward(manual_backward.backward, case, inputs)
         for finding in verification.compare(ROW, case, CPU, dtype):
             if finding.tensor in forward:
                 assert finding.bound < 0.1 * float(forward[finding.tensor].abs().max()), finding
@@ -167,12 +168,12 @@ def test_what_is_allowed_is_small(dtype, reduced):
 
 
 def test_the_interpreter_passes(capsys):
-    if not triton.interpreted():
+    if not triton_kernels.interpreted():
         pytest.skip("kernels run on the GPU here: test_gpu.py")
     pytest.importorskip("triton", minversion="3.6")
     from interpreter import speed_up
 
-    assert triton.why_not() is None
+    assert triton_kernels.why_not() is None
     speed_up()
     assert grjca_kernels.self_check("triton", "cpu")
     printed = capsys.readouterr().out
@@ -299,7 +300,7 @@ def emulated(mode):
 
         return run
 
-    return replace(ROW, forward=within(derivation.forward), backward=within(derivation.backward))
+    return replace(ROW, forward=within(manual_backward.forward), backward=within(manual_backward.backward))
 
 
 @mark.parametrize(
@@ -329,8 +330,8 @@ def test_every_product_is_cut():
     for case in verification.cases(CPU):
         inputs = verification.make(case, torch.float32, 0).to(CPU, torch.float32)
         with Names():
-            verification.computed_forward(derivation.forward, case, inputs)
-            verification.computed_backward(derivation.backward, case, inputs)
+            verification.computed_forward(manual_backward.forward, case, inputs)
+            verification.computed_backward(manual_backward.backward, case, inputs)
     products = {name for name in names if name.endswith(("mm", "mv", "mv_", "dot", "linear", "einsum", "matmul"))}
     assert products and products <= {*verification.CutOperands.PRODUCTS}
 

@@ -3,8 +3,10 @@
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
 from pytest import mark
 
 import grjca_kernels
@@ -13,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 KERNELS, TRAINING = ROOT / "grjca_kernels", ROOT / "python" / "grjca"
 pytestmark = mark.skipif(not KERNELS.exists(), reason="needs the sources")
 ORDER = [
-    "problem", "memory", "keeping", "native", "modes", "call", "dropout", "reference", "derivation", "division",
-    "config", "triton", "cuda", "cpu", "verification", "verdicts", "backends", "execution", "flops", "ops",
+    "problem", "memory", "keeping", "native", "modes", "call", "dropout", "reference", "manual_backward",
+    "triton_kernels", "cuda", "cpu", "verification", "verdicts", "backends", "execution", "flops", "ops",
     "functional",
     "projections", "gates", "recognition", "released", "module", "__init__",
 ]  # fmt: skip
@@ -91,6 +93,28 @@ def test_the_training_package_uses_public_names_only(path):
         if module.partition(".")[0] == "grjca_kernels":
             assert module == "grjca_kernels", f"{path}: imports {module}"
             assert name in grjca_kernels.__all__, f"{path}: {name or 'the package'} is not public"
+
+
+def modules() -> dict[str, Path]:
+    """The file of every module by its name, in both packages, the benchmarks and what the tests share."""
+    found = {path.stem: path for path in sources(ROOT / "tests" / "support")}
+    for folder in (KERNELS, TRAINING, ROOT / "benchmarks"):
+        for path in sources(folder):
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    of = modules()
+    assert {"grjca_kernels.module", "grjca.training.train", "benchmarks.cases", "tolerances"} <= of.keys()
+    graph = {}
+    for name, path in of.items():
+        found = {f"{module}.{what}" if f"{module}.{what}" in of else module for module, what in imports(path)}
+        graph[name] = found & of.keys() - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph | {"grjca_kernels.problem": {"grjca_kernels.module"}}).prepare()
 
 
 def test_native_code_includes_no_torch():

@@ -28,9 +28,9 @@ from unittest import mock
 import torch
 
 from cases import Case
-from grjca_kernels import config
 from grjca_kernels import problem as problems
 from grjca_kernels.call import Call, Gradients
+from grjca_kernels.triton_kernels import launch_config
 
 PRECISIONS = {  # dtype, and whether products of float32 may use TF32
     "bfloat16": (torch.bfloat16, False),
@@ -44,17 +44,17 @@ PRECISIONS = {  # dtype, and whether products of float32 may use TF32
 class Hardware:
     """What kernels must fit into. All but ``device`` is of one multiprocessor."""
 
-    device: config.Device
+    device: launch_config.Device
     shared: int  # bytes
     registers: int = 64 * 1024
     threads: int = 2048
     warp: int = 32
-    reserved: int = config.KIB  # bytes of shared memory that a block takes beside its own
+    reserved: int = launch_config.KIB  # bytes of shared memory that a block takes beside its own
 
 
 def _nvidia(capability: int, multiprocessors: int, shared: int, threads: int = 2048) -> Hardware:
-    device = config.Device("cuda", capability, multiprocessors, (shared - 1) * config.KIB)
-    return Hardware(device, shared * config.KIB, threads=threads)
+    device = launch_config.Device("cuda", capability, multiprocessors, (shared - 1) * launch_config.KIB)
+    return Hardware(device, shared * launch_config.KIB, threads=threads)
 
 
 HARDWARE = {  # A100, A10, L4, H200, B200, RTX PRO 6000 and MI300X, by the vendors' programming guides
@@ -64,7 +64,13 @@ HARDWARE = {  # A100, A10, L4, H200, B200, RTX PRO 6000 and MI300X, by the vendo
     "sm_90": _nvidia(90, 132, 228),
     "sm_100": _nvidia(100, 148, 228),
     "sm_120": _nvidia(120, 188, 100, 1536),
-    "gfx942": Hardware(config.Device("hip", 0, 304, 64 * config.KIB), 64 * config.KIB, 128 * 1024, warp=64, reserved=0),
+    "gfx942": Hardware(
+        launch_config.Device("hip", 0, 304, 64 * launch_config.KIB),
+        64 * launch_config.KIB,
+        128 * 1024,
+        warp=64,
+        reserved=0,
+    ),
 }
 
 
@@ -91,7 +97,7 @@ def _heavy(name: str, length: int, widths: tuple[int, ...]) -> Case:
     return Case(name, 8, length, widths, 3, "hierarchical", normalize=True, dropout=0.5, lengths=lengths)
 
 
-LONGEST = config.STREAM_FRAMES
+LONGEST = launch_config.STREAM_FRAMES
 STREAMED, STORED = _heavy("streamed", LONGEST, (512, 512)), _heavy("stored", 304, (256, 128))
 UNEVEN = (  # no row of W_k is aligned
     _heavy("streamed-uneven", LONGEST - 1, (512, 256)),
@@ -198,7 +204,7 @@ def call(build: Build) -> Compiling:
     """What the host code launches."""
     import triton
 
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     triton.runtime.driver.set_active(Driver(build.target))
     dtype, tf32 = PRECISIONS[build.precision]

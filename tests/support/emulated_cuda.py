@@ -38,7 +38,7 @@ ELEMENTS = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class LaunchOverrides:
     """How to launch. ``resident``: blocks of the GPU; 0 leaves a number to the plan; ``order``: of the schedule."""
 
     resident: int = 3
@@ -50,11 +50,11 @@ class Wish:
     tf32: bool = False
 
 
-_wish = Wish()
+_wish = LaunchOverrides()
 
 
 @contextmanager
-def wish(**changes: Any) -> Iterator[None]:
+def overrides(**changes: Any) -> Iterator[None]:
     """Launch so within a ``with`` block."""
     global _wish
     before = _wish

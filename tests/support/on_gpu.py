@@ -1,6 +1,6 @@
 """What the tests on a GPU share: tensors there and back, the rule by the GPU's own yardsticks, graphs and profiles.
 
-**The rule on a GPU.** Tensors are made on the CPU, moved, and what comes out is moved back, so that truth and yardstick
+**The rule on a GPU.** Tensors are made on the CPU, copied, and the results are copied back, so that truth and yardstick
 are those of the other backends: the reference in float64, and what it computes on the CPU in the dtype. That is
 stricter than a GPU's own eager, whose products may be summed in pieces that are rounded to 16 bits. Two exceptions:
 
@@ -8,7 +8,7 @@ stricter than a GPU's own eager, whose products may be summed in pieces that are
 
 *TF32* is a dtype of its own, with an ulp of 2^-10, that exists only in the operands of products. Its yardstick is the
 reference in float32 in which every operand of a product is cut to the 10 bits that the tensor cores read, on inputs
-moved by half an ulp of TF32. cuBLAS under the same setting would not do: for small or odd matrices it may take
+perturbed by half an ulp of TF32. cuBLAS under the same setting would not do: for small or odd matrices it may take
 kernels that do not use TF32, and then has the error of float32.
 """
 
@@ -33,16 +33,16 @@ TF32_ULP = 2.0**-10
 # ---- moving
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def copied_to(value: Any, device: torch.device) -> Any:
     """Whatever a call takes or returns, with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {name: moved(of_name, device) for name, of_name in value.items()}
+        return {name: copied_to(of_name, device) for name, of_name in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
+        return type(value)(*(copied_to(part, device) for part in value))
     if isinstance(value, list | tuple):
-        return type(value)(moved(part, device) for part in value)
+        return type(value)(copied_to(part, device) for part in value)
     return value
 
 
@@ -50,7 +50,7 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, a gated_rjca, for tensors of the CPU."""
 
     def there_and_back(*arguments: Any, **options: Any) -> Any:
-        return moved(function(*moved(arguments, DEVICE), **moved(options, DEVICE)), torch.device("cpu"))
+        return copied_to(function(*copied_to(arguments, DEVICE), **copied_to(options, DEVICE)), torch.device("cpu"))
 
     return there_and_back
 
@@ -58,7 +58,7 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def to_device(inputs: Inputs) -> Inputs:
     """Leaves on the device."""
     there = inputs.map(lambda x: x.detach().to(DEVICE).requires_grad_())
-    return replace(there, lengths=moved(inputs.lengths, DEVICE))
+    return replace(there, lengths=copied_to(inputs.lengths, DEVICE))
 
 
 # ---- the rule
@@ -90,7 +90,7 @@ class CutOperands(verification.CutOperands):
 
 
 def draw(inputs: Inputs, seed: int, ulp: float) -> Inputs:
-    """Inputs moved by half an ulp, up or down; by none for the first draw."""
+    """Inputs perturbed by half an ulp, up or down; by none for the first draw."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 ``python tests/support/signals.py COMMAND COUNT`` sends COUNT signals to a command of :data:`COMMANDS`, prints what came
 of them in JSON, and fails if a promise of SECURITY.md was broken. The command loop is train with the networks in the
-loop. """
+loop."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ scale.
 
 *Eager* is reference.py in that dtype, operator by operator; test_reference.py holds it against the eager module. One
 run is one draw of its rounding errors, and on small tensors luck decides, so the worst of ``DRAWS`` counts: one on
-the inputs themselves, the others on inputs that are moved by half an ulp, as storing them already does.
+the inputs themselves, the others on inputs that are perturbed by half an ulp, as storing them already does.
 
 *A few* is 4. On short sums eager may make no error at all; what then remains of ours is tanh, good to about 2 ulp,
 the rounding of each X^t to storage and the rounding of the result: half an ulp each, and T is about 2.

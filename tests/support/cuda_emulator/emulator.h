@@ -819,7 +819,7 @@ GRJCA_DEVICE int lane_index() { return emulator::current->lane; }
 GRJCA_DEVICE int warp_index() { return emulator::current->warp->index; }
 GRJCA_DEVICE int block_index() { return emulator::current->block->index; }
 GRJCA_DEVICE Thread this_thread() { return {emulator::current->thread}; }
-GRJCA_DEVICE int hidden_zero() { return 0; }
+GRJCA_DEVICE int opaque_zero() { return 0; }
 
 // ---- numbers
 

@@ -85,36 +85,36 @@ Problem problem_of(Request& r) {
 }
 
 // The chosen launch, with a tile, a chunk or a number of parts that a test wants instead.
-struct Wish {
+struct LaunchOverrides {
   int resident, chunk, tile, parts;
   uint32_t order;
   bool apart;  // every step a launch of its own
 };
 
 template <class A, class F>
-void launch(A& a, const Wish& wish, int steps, F kernel) {
+void launch(A& a, const LaunchOverrides& overrides, int steps, F kernel) {
   std::vector<char> workspace(a.plan.workspace_bytes, static_cast<char>(0xFF));
   a.workspace = workspace.data();
   a.counters = reinterpret_cast<uint32_t*>(a.workspace + a.plan.counters_at);
   std::fill_n(a.counters, a.plan.teams + 1, 0u);
-  const int stride = wish.apart ? 1 : steps;
+  const int stride = overrides.apart ? 1 : steps;
   for (int step = 0; step < steps; step += stride) {
     a.first_step = step;
     a.last_step = step + stride;
-    emulator::run({a.plan.blocks, kThreads, kSharedBytes, wish.order}, [&] { kernel(a); });
+    emulator::run({a.plan.blocks, kThreads, kSharedBytes, overrides.order}, [&] { kernel(a); });
   }
   for (int i = 0; i < a.plan.teams + 1; ++i)
     if (a.counters[i] & 0x7FFFFFFFu) throw std::runtime_error("a barrier's counter was left in the middle of a count");
 }
 
-void common(Request& r, Common& a, Wish& wish) {
+void common(Request& r, Common& a, LaunchOverrides& overrides) {
   a.p = problem_of(r);
-  wish.resident = static_cast<int>(r.number());
-  wish.chunk = static_cast<int>(r.number());
-  wish.tile = static_cast<int>(r.number());
-  wish.parts = static_cast<int>(r.number());
-  wish.order = static_cast<uint32_t>(r.number());
-  wish.apart = r.number();
+  overrides.resident = static_cast<int>(r.number());
+  overrides.chunk = static_cast<int>(r.number());
+  overrides.tile = static_cast<int>(r.number());
+  overrides.parts = static_cast<int>(r.number());
+  overrides.order = static_cast<uint32_t>(r.number());
+  overrides.apart = r.number();
   r.views(a.features, a.p.modalities);
   const int64_t parameters = r.number();
   for (int64_t i = 0; i < parameters; ++i) a.parameters[i] = r.address();
@@ -124,32 +124,32 @@ void common(Request& r, Common& a, Wish& wish) {
 }
 
 template <class M>
-Target target(const Wish& wish) {
-  return {sizeof(Element), M::kRows, wish.resident};
+Target target(const LaunchOverrides& overrides) {
+  return {sizeof(Element), M::kRows, overrides.resident};
 }
 
-void set_tile(Plan& plan, const Wish& wish, int most) {
-  if (!wish.tile) return;
-  plan.tile_weights = std::min(wish.tile, most);
+void set_tile(Plan& plan, const LaunchOverrides& overrides, int most) {
+  if (!overrides.tile) return;
+  plan.tile_weights = std::min(overrides.tile, most);
   std::fill_n(plan.tile, plan.phases, Tile{plan.tile_weights, plan.tile_weights});
 }
 
 void forward(Request& r) {
   ForwardArguments a{};
-  Wish wish{};
-  common(r, a, wish);
+  LaunchOverrides overrides{};
+  common(r, a, overrides);
   r.views(a.to.outputs, a.p.modalities);
   r.views(a.to.gates, a.p.modalities);
-  a.plan = plan_forward(a.p, target<ForwardMath<Element, kExact>>(wish), wish.chunk);
-  set_tile(a.plan, wish, ForwardMath<Element, kExact>::kRows);
+  a.plan = plan_forward(a.p, target<ForwardMath<Element, kExact>>(overrides), overrides.chunk);
+  set_tile(a.plan, overrides, ForwardMath<Element, kExact>::kRows);
   const int rounds = tiles(a.plan.chunks, a.plan.teams);
-  launch(a, wish, rounds * a.plan.steps, forward_kernel<Element, kExact>);
+  launch(a, overrides, rounds * a.plan.steps, forward_kernel<Element, kExact>);
 }
 
 void backward(Request& r) {
   BackwardArguments a{};
-  Wish wish{};
-  common(r, a, wish);
+  LaunchOverrides overrides{};
+  common(r, a, overrides);
   r.views(a.d_outputs, a.p.modalities);
   r.views(a.d_iterates, a.p.modalities);
   for (int m = 0; m < a.p.modalities; ++m) a.d_iterates_step[m] = r.number();
@@ -160,10 +160,11 @@ void backward(Request& r) {
     a.d_parameters[i] = r.address();
     a.weights = a.weights || a.d_parameters[i];
   }
-  a.plan = plan_backward(a.p, target<BackwardMath<Element, kExact>>(wish), a.weights, wish.chunk, wish.parts);
-  set_tile(a.plan, wish, BackwardMath<Element, kExact>::kRows);
+  a.plan =
+      plan_backward(a.p, target<BackwardMath<Element, kExact>>(overrides), a.weights, overrides.chunk, overrides.parts);
+  set_tile(a.plan, overrides, BackwardMath<Element, kExact>::kRows);
   place_gradients(a);
-  launch(a, wish, a.plan.chunks * a.plan.steps + (a.plan.parts > 0), backward_kernel<Element, kExact>);
+  launch(a, overrides, a.plan.chunks * a.plan.steps + (a.plan.parts > 0), backward_kernel<Element, kExact>);
 }
 
 void answer(const std::string& fault, const Request& r) {

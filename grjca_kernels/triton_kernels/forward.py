@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates import gate
-from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, output, project
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier, run
+from grjca_kernels.triton_kernels.gates import gate
+from grjca_kernels.triton_kernels.iteration import attend, attend_stored, correlate, initial, output, project
+from grjca_kernels.triton_kernels.primitives import chunk_of, grid_barrier, run
 
 
 @triton.jit(do_not_specialize=["batch", "first_step", "last_step"])

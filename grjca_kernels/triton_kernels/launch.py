@@ -17,14 +17,15 @@ import torch
 import triton
 from torch import Tensor
 
-from grjca_kernels import config, dropout
+from grjca_kernels import dropout
 from grjca_kernels.call import Call
 from grjca_kernels.call import Gradients as CallGradients
 from grjca_kernels.modes import allows_tf32
 from grjca_kernels.problem import Problem, refuse_memory
-from grjca_kernels.triton.arguments import Arguments, Gradients, Outputs, Scalars, Shape, View
-from grjca_kernels.triton.backward import backward_kernel
-from grjca_kernels.triton.forward import forward_kernel
+from grjca_kernels.triton_kernels import launch_config
+from grjca_kernels.triton_kernels.arguments import Arguments, Gradients, Outputs, Scalars, Shape, View
+from grjca_kernels.triton_kernels.backward import backward_kernel
+from grjca_kernels.triton_kernels.forward import forward_kernel
 
 
 def forward(call: Call) -> None:
@@ -78,38 +79,38 @@ _new_view = partial(tuple.__new__, View)  # in a third of the time that View tak
 class Prepared(NamedTuple):
     """A launch; what kernels are told of it; and compiled kernels that wait for addresses, by all else they rely on."""
 
-    launch: config.Launch
+    launch: launch_config.Launch
     shape: Shape
     scalars: Scalars
     waiting: dict[Any, Any]
 
 
 def prepare(call: Call, **options: bool) -> Prepared:
-    """What stays the same for calls like this one; ``options`` are those of config.launch."""
+    """What stays the same for calls like this one; ``options`` are those of launch_config.launch."""
     device, lengths = device_of(call.iterates), call.lengths is not None
     tf32 = call.problem.reduced or allows_tf32()
     return _prepare(call.problem, call.iterates.dtype, device, tf32=tf32, lengths=lengths, **options)
 
 
 @functools.lru_cache(maxsize=512)
-def _prepare(problem: Problem, dtype: torch.dtype, device: config.Device, **options: bool) -> Prepared:
-    launch = config.launch(problem, dtype, device, **options)
+def _prepare(problem: Problem, dtype: torch.dtype, device: launch_config.Device, **options: bool) -> Prepared:
+    launch = launch_config.launch(problem, dtype, device, **options)
     shape = Shape(
         length_parts=problem.length // launch.constants.length_step,
         width=problem.width,
         widths=problem.widths,
-        chunk_odd=2 * launch.chunk + 1,
-        unit=config.unit(problem, launch.chunk),
+        chunk_unspecialized=2 * launch.chunk + 1,
+        unit=launch_config.unit(problem, launch.chunk),
         gate_values=launch.gate_values,
         gradients=launch.gradients,
-        parts_odd=2 * (launch.parts + 1) + 1,
+        parts_unspecialized=2 * (launch.parts + 1) + 1,
         key_gradients=launch.key_gradients,
         key_parts_odd=2 * (launch.key_parts + 1) + 1,
     )
     scalars = Scalars(
         key_scale=1 / math.sqrt(problem.width),
         temperature=problem.temperature,
-        threshold_odd=2 * dropout.threshold(problem.dropout) + 1,
+        threshold_unspecialized=2 * dropout.threshold(problem.dropout) + 1,
         kept=1 / (1 - problem.dropout),
     )
     return Prepared(launch, shape, scalars, {})
@@ -126,9 +127,9 @@ def gather(call: Call, prepared: Prepared) -> Arguments:
         lengths=call.lengths,
         seed=call.seed,
         iterates=iterates,
-        batch_odd=2 * call.problem.batch + 1,
-        work=iterates.new_empty(launch.work),
-        wide=iterates.new_empty(launch.wide, dtype=torch.float32),
+        batch_unspecialized=2 * call.problem.batch + 1,
+        activation_workspace=iterates.new_empty(launch.activation_workspace),
+        fp32_workspace=iterates.new_empty(launch.fp32_workspace, dtype=torch.float32),
         bits=iterates.new_empty(launch.bits, dtype=torch.uint8) if launch.bits else None,
     )
 
@@ -197,7 +198,11 @@ def aligned(a: Arguments) -> Arguments:
 
 def _addressed(a: Arguments, to: Outputs | Gradients) -> tuple[Any, Any, list[int], list[Any]]:
     """Both with addresses for tensors; these addresses; and the numbers that two calls alike may have otherwise."""
-    parts, rest, single = (a.features, *to[:4]), to[4:], [a.lengths, a.seed, a.iterates, a.work, a.wide, a.bits]
+    parts, rest, single = (
+        (a.features, *to[:4]),
+        to[4:],
+        [a.lengths, a.seed, a.iterates, a.activation_workspace, a.fp32_workspace, a.bits],
+    )
     views = [*chain.from_iterable(parts)]
     steps, parameters = rest or ((), ())
     tensors = [*[x[0] for x in views], *a.parameters, *parameters, *[x for x in single if x is not None]]
@@ -210,7 +215,7 @@ def _addressed(a: Arguments, to: Outputs | Gradients) -> tuple[Any, Any, list[in
     features, *others = [tuple(islice(viewed, len(part))) for part in parts]
     of_call, of_gradients = tuple(islice(addresses, len(a.parameters))), tuple(islice(addresses, len(parameters)))
     lengths, seed, iterates, *workspace = [None if x is None else next(addresses) for x in single]
-    given = (a.shape, a.scalars, features, of_call, lengths, seed, iterates, a.batch_odd, *workspace)
+    given = (a.shape, a.scalars, features, of_call, lengths, seed, iterates, a.batch_unspecialized, *workspace)
     return given, (*others, steps, of_gradients) if rest else tuple(others), found, [steps, *numbers]
 
 
@@ -220,7 +225,7 @@ def _check_memory(tensors: Sequence[Tensor]) -> None:
             refuse_memory("tensors given to kernels", i, x)
 
 
-def options(launch: config.Launch) -> dict[str, Any]:
+def options(launch: launch_config.Launch) -> dict[str, Any]:
     """What Triton is told beside the arguments. Fusing multiplications and additions is its default up to 3.9 only."""
     chosen: dict[str, Any] = {
         "num_warps": launch.tiles.warps,
@@ -241,18 +246,18 @@ that of CUDA 12.8 it is the other way round."""
 
 
 @functools.cache
-def _device(index: int) -> config.Device:
+def _device(index: int) -> launch_config.Device:
     properties = torch.cuda.get_device_properties(index)
-    device = config.Device(
+    device = launch_config.Device(
         kind="hip" if torch.version.hip else "cuda",
         capability=0 if torch.version.hip else properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        shared_memory=getattr(properties, "shared_memory_per_block_optin", 64 * config.KIB),
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", 64 * launch_config.KIB),
     )
     return device if device.kind == "hip" else as_compiled(device)
 
 
-def as_compiled(device: config.Device) -> config.Device:
+def as_compiled(device: launch_config.Device) -> launch_config.Device:
     """An Nvidia device with what Triton has for it: its assembler, from 3.9 on that of CUDA 13 for Hopper and later."""
     from triton.backends.nvidia.compiler import get_ptxas_version
 
@@ -266,5 +271,5 @@ FENCED = (3, 7)
 """The Triton from which on a fence stands between cp.async and the tensor cores of Hopper and later."""
 
 
-def device_of(x: Tensor) -> config.Device:
-    return config.INTERPRETER if x.device.type == "cpu" else _device(x.device.index)
+def device_of(x: Tensor) -> launch_config.Device:
+    return launch_config.INTERPRETER if x.device.type == "cpu" else _device(x.device.index)

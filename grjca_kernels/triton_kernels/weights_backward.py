@@ -2,9 +2,10 @@
 
 A task sums a tile of one gradient over one part of the rows, or of the samples in the gradient of W_k. Where there is
 but one part, and all samples pass at once, that is the gradient, and it is stored where the caller wants it. Otherwise
-there are two stages: sums of parts stand in ``wide``, [part, element], by layers and the gates last (place_of), and
-those of W_k behind all others; what an earlier chunk, or an iteration that shares the layer, has left there is added
-to; and at the very end reduce adds the parts, four side by side. So every sum has one order, whatever the grid.
+there are two stages: sums of parts stand in ``fp32_workspace``, [part, element], by layers and the gates last
+(place_of), and those of W_k behind all others; what an earlier chunk, or an iteration that shares the layer, has left
+there is added to; and at the very end reduce adds the parts, four side by side. So every sum has one order, whatever
+the grid.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates import first_way, state_of_gate, ways_of
-from grjca_kernels.triton.gates_backward import d_logits_of
-from grjca_kernels.triton.iteration import KEY, OUTPUT, VALUE, linear_parameter
-from grjca_kernels.triton.iteration_backward import d_update
-from grjca_kernels.triton.primitives import (
+from grjca_kernels.triton_kernels.gates import first_way, state_of_gate, ways_of
+from grjca_kernels.triton_kernels.gates_backward import d_logits_of
+from grjca_kernels.triton_kernels.iteration import KEY, OUTPUT, VALUE, linear_parameter
+from grjca_kernels.triton_kernels.iteration_backward import d_update
+from grjca_kernels.triton_kernels.primitives import (
     dot,
     entry,
     gate_parameter,
@@ -81,32 +82,32 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def parts_odd(a, KIND: tl.constexpr):
+def parts_unspecialized(a, KIND: tl.constexpr):
     """Of the samples, for W_k, or of the rows: see arguments.Shape."""
     if KIND == KEY:
         return a.shape.key_parts_odd
     else:
-        return a.shape.parts_odd
+        return a.shape.parts_unspecialized
 
 
 @triton.jit
 def parts_of(a, KIND: tl.constexpr):
     """Parts whose sums are formed apart."""
-    return tl.maximum(parts_odd(a, KIND) // 2 - 1, 1)
+    return tl.maximum(parts_unspecialized(a, KIND) // 2 - 1, 1)
 
 
 @triton.jit
-def at_once(a, KIND: tl.constexpr):
+def single_part(a, KIND: tl.constexpr):
     """Whether the sum over one part is the whole gradient of a parameter."""
-    return parts_odd(a, KIND) // 2 == 1
+    return parts_unspecialized(a, KIND) // 2 == 1
 
 
 @triton.jit
 def part_of(a, part, KIND: tl.constexpr):
     """Pointer to the sums of a part."""
-    p = a.wide + a.shape.gate_values
+    p = a.fp32_workspace + a.shape.gate_values
     if KIND == KEY:
-        p += tl.cast(a.shape.parts_odd // 2 - 1, tl.int64) * a.shape.gradients
+        p += tl.cast(a.shape.parts_unspecialized // 2 - 1, tl.int64) * a.shape.gradients
         p += tl.cast(part, tl.int64) * a.shape.key_gradients
     else:
         p += tl.cast(part, tl.int64) * a.shape.gradients
@@ -119,7 +120,7 @@ def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh, KIND
 
     Sums are added to what stands there, unless that is fresh.
     """
-    if at_once(a, KIND):
+    if single_part(a, KIND):
         store_tile(p_gradient + at, s_row, tile, rows, columns)
     else:
         o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
@@ -133,7 +134,7 @@ def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh, KIND
 def keep_vector(a, p_gradient, place, part, at, vector, n, fresh, KIND: tl.constexpr):
     """The same for a bias."""
     o = tl.arange(0, vector.shape[0])
-    if at_once(a, KIND):
+    if single_part(a, KIND):
         tl.store(p_gradient + at + o, vector.to(p_gradient.dtype.element_ty), mask=o < n)
     else:
         p = part_of(a, part, KIND) + place + at + o
@@ -365,7 +366,7 @@ def reduce_kind(a, to, n, m, KIND: tl.constexpr, outputs, inputs, C: tl.constexp
 @triton.jit
 def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, KIND: tl.constexpr, C: tl.constexpr):
     """W and b of one linear map, unless they are whole."""
-    if not at_once(a, KIND):
+    if not single_part(a, KIND):
         weights = tl.cast(outputs, tl.int64) * inputs
         reduce_elements(a, p_weight, place, weights, turn, KIND)
         if C.released:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from grjca_kernels.problem import Problem
 
 if TYPE_CHECKING:
-    from grjca_kernels.config import Tiles
+    from grjca_kernels.triton_kernels.launch_config import Tiles
 
 # ---- samples
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.masks import (
+from grjca_kernels.triton_kernels.masks import (
     correlation_bits,
     draw,
     drawing_tasks,
@@ -21,7 +21,7 @@ from grjca_kernels.triton.masks import (
     load_factors,
     output_bits,
 )
-from grjca_kernels.triton.primitives import (
+from grjca_kernels.triton_kernels.primitives import (
     add_row,
     dot,
     entry,

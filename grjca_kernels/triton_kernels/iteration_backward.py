@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.iteration import (
+from grjca_kernels.triton_kernels.iteration import (
     KEY,
     OUTPUT,
     VALUE,
@@ -22,8 +22,8 @@ from grjca_kernels.triton.iteration import (
     output_factors,
     project_output,
 )
-from grjca_kernels.triton.masks import factors_of_correlation
-from grjca_kernels.triton.primitives import (
+from grjca_kernels.triton_kernels.masks import factors_of_correlation
+from grjca_kernels.triton_kernels.primitives import (
     chunk_of,
     dot,
     entry,
@@ -371,6 +371,6 @@ def initial_block(a, to, first, i, C: tl.constexpr):
         if C.normalize:
             b_x = load_tile(p_x0 + c, width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
             b_d = (b_d - along[:, None] * b_x) / norm[:, None]
-        b_d = tl.where(m_x[:, None], b_d, 0.0).to(a.work.dtype.element_ty)
+        b_d = tl.where(m_x[:, None], b_d, 0.0).to(a.activation_workspace.dtype.element_ty)
         mask = (o_r < rows)[:, None] & (c + o_c < d_m)[None, :]
         tl.store(p_to[:, None] + (c + o_c).to(tl.int64)[None, :] * s_column, b_d, mask=mask)

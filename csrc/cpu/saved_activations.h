@@ -34,16 +34,16 @@ using WordsOf = typename LanesOf<R>::words;
 
 // These are the pieces of one iteration. A piece that is not kept is null.
 template <class H>
-struct KeptPieces {
+struct SavedActivations {
   H *joint, *key, *value;  // [rows, ld]
   H* hidden;               // [rows, ld of all modalities side by side]
   H* correlation;          // tanh(K J / sqrt(d)), [sample][d][ld]
   uint8_t* signs;          // where U is positive: a bit for each of 8 frames, [sample][frames / 8][d]
 
-  static KeptPieces plan(const Problem& p, Arena& arena) {
+  static SavedActivations plan(const Problem& p, Arena& arena) {
     const int64_t d = p.width(), rows = p.batch * p.length, ld = held_leading<H>(d);
     const auto take = [&](Keep piece, int64_t size) { return p.keeps(piece) ? arena.take<H>(size) : nullptr; };
-    KeptPieces k{};
+    SavedActivations k{};
     k.joint = take(Keep::joint, rows * ld);
     k.key = take(Keep::key, rows * ld);
     k.value = take(Keep::value, rows * ld);
@@ -60,7 +60,7 @@ struct KeptPieces {
   }
 
   // Finds the pieces of iteration t, from 0, in what was kept.
-  static KeptPieces of(const Problem& p, void* kept, int t) {
+  static SavedActivations of(const Problem& p, void* kept, int t) {
     if (!kept) return {};
     Arena placed(static_cast<char*>(kept) + t * bytes(p));
     return plan(p, placed);

@@ -6,7 +6,7 @@ import torch
 from pytest import fixture, mark
 
 from cases import CASES, EVERYTHING, Case, call, cotangents, make, run
-from grjca_kernels import derivation, gated_rjca, reference
+from grjca_kernels import gated_rjca, manual_backward, reference
 from grjca_kernels.backends import TABLE, Backend
 from tolerances import check_float64
 
@@ -15,7 +15,7 @@ function = partial(gated_rjca, backend="cpu")
 
 @fixture(autouse=True)
 def derived(monkeypatch):
-    row = Backend("cpu", lambda: None, lambda device, dtype: None, derivation.forward, derivation.backward)
+    row = Backend("cpu", lambda: None, lambda device, dtype: None, manual_backward.forward, manual_backward.backward)
     monkeypatch.setitem(TABLE, "cpu", row)
 
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as some
 
 from cases import CASES, Case, describe, make
 from compiled import HARDWARE, NAMED, PRECISIONS
-from grjca_kernels import config, division
 from grjca_kernels import problem as problems
-from grjca_kernels.config import Constants, Launch
 from grjca_kernels.problem import Problem
+from grjca_kernels.triton_kernels import division, launch_config
+from grjca_kernels.triton_kernels.launch_config import Constants, Launch
 
-DEVICES = {name: hardware.device for name, hardware in HARDWARE.items()} | {"interpreter": config.INTERPRETER}
+DEVICES = {name: hardware.device for name, hardware in HARDWARE.items()} | {"interpreter": launch_config.INTERPRETER}
 WIDTHS = some.one_of(some.integers(1, 1024), some.sampled_from((1, 16, 64, 128, 256, 512, 1024)))
 
 PROBLEMS = some.builds(
     Problem,
     batch=some.integers(1, 512),
-    length=some.one_of(some.integers(1, 2048), some.integers(1, 2 * config.STREAM_FRAMES)),
+    length=some.one_of(some.integers(1, 2048), some.integers(1, 2 * launch_config.STREAM_FRAMES)),
     widths=some.lists(WIDTHS, min_size=2, max_size=4).map(tuple),
     iterations=some.integers(1, problems.MAX_ITERATIONS),
     gating=some.sampled_from(problems.GATINGS),
@@ -44,8 +44,10 @@ def launches(problem: Problem, precision: str, device: str, flag: bool) -> tuple
     dtype, tf32 = PRECISIONS[precision]
     where = DEVICES[device]
     return (
-        config.launch(problem, dtype, where, backward=False, tf32=tf32, lengths=flag, return_gates=flag),
-        config.launch(problem, dtype, where, backward=True, tf32=tf32, lengths=flag, weights=flag, d_iterates=flag),
+        launch_config.launch(problem, dtype, where, backward=False, tf32=tf32, lengths=flag, return_gates=flag),
+        launch_config.launch(
+            problem, dtype, where, backward=True, tf32=tf32, lengths=flag, weights=flag, d_iterates=flag
+        ),
     )
 
 
@@ -102,7 +104,7 @@ def test_phases_are_inlined_where_wgmma_would_wait(ptxas: tuple[int, int], inlin
         for case in NAMED:
             for backward in (False, True):
                 problem = named(case.name, case.batch)
-                launch = config.launch(problem, dtype, device, backward=backward, tf32=False, lengths=False)
+                launch = launch_config.launch(problem, dtype, device, backward=backward, tf32=False, lengths=False)
                 assert launch.constants.called != (inlined and wgmma)
 
 
@@ -189,7 +191,7 @@ def d_state(t: int) -> str:
 def places(launch: Launch, problem: Problem) -> dict[str, tuple[int, int]]:
     """First element of every buffer of the workspace, and the one after its last."""
     c, rows = launch.constants, launch.chunk * problem.length
-    unit = config.unit(problem, launch.chunk)
+    unit = launch_config.unit(problem, launch.chunk)
     activation, square = rows * problem.width, launch.chunk * problem.width**2
     sizes = {
         **dict.fromkeys(("joint", "key", "value", "initial"), activation),
@@ -226,10 +228,10 @@ def test_the_workspace_holds_what_is_alive(problem: Problem, precision: str, dev
     for launch, phases_of in both:
         phases, chunks = list(phases_of(launch.constants)), -(-problem.batch // launch.chunk)
         assert launch.steps == chunks * len(phases) + launch.reduced, "the reduction comes once"
-        check_workspace(phases, places(launch, problem), launch.work)
+        check_workspace(phases, places(launch, problem), launch.activation_workspace)
         values = launch.chunk * problem.length * len(problem.widths) * sum(problem.gate_ways)
         assert launch.gate_values >= values and launch.gate_values % 64 == 0
-        assert config.unit(problem, launch.chunk) % 64 == 0, "activations are aligned"
+        assert launch_config.unit(problem, launch.chunk) % 64 == 0, "activations are aligned"
 
 
 def test_an_overlap_is_found() -> None:
@@ -259,8 +261,8 @@ def test_every_parameter_has_room(case: Case) -> None:
     block = 16 if case.iterations < 16 else 32
     elements += [block * (gate.weight.shape[1] + (gate.bias is not None)) for of_m in inputs.gates for gate in of_m]
     problem = describe(case, inputs)
-    assert config.parameter_elements(problem) == sum(-(-n // 16) * 16 for n in elements)
-    assert config.key_elements(problem) == sum(-(-n // 16) * 16 for n in of_keys)
+    assert launch_config.parameter_elements(problem) == sum(-(-n // 16) * 16 for n in elements)
+    assert launch_config.key_elements(problem) == sum(-(-n // 16) * 16 for n in of_keys)
     assert (len(elements) + len(keys)) * (2 if case.form == "released" else 1) == len(inputs.parameters)
 
 
@@ -268,9 +270,9 @@ def test_every_parameter_has_room(case: Case) -> None:
 @OVER_ALL
 def test_parts_of_the_rows(problem: Problem, precision: str, device: str, flag: bool) -> None:
     forward, backward = launches(problem, precision, device, flag)
-    assert not forward.reduced and forward.wide == forward.gate_values
+    assert not forward.reduced and forward.fp32_workspace == forward.gate_values
     if not flag:
-        assert not backward.reduced and backward.wide == backward.gate_values
+        assert not backward.reduced and backward.fp32_workspace == backward.gate_values
         return
     rows = backward.chunk * problem.length
     assert 0 <= backward.parts <= division.MOST_PARTS and 0 <= backward.key_parts <= division.MOST_KEY_PARTS
@@ -278,8 +280,10 @@ def test_parts_of_the_rows(problem: Problem, precision: str, device: str, flag: 
     assert backward.key_parts <= backward.chunk
     if 0 in (backward.parts, backward.key_parts):
         assert backward.chunk == problem.batch and backward.constants.layers == problem.iterations, "not one sum"
-    of_parts = backward.parts * config.parameter_elements(problem)
-    assert backward.wide == backward.gate_values + of_parts + backward.key_parts * config.key_elements(problem)
+    of_parts = backward.parts * launch_config.parameter_elements(problem)
+    assert backward.fp32_workspace == backward.gate_values + of_parts + backward.key_parts * launch_config.key_elements(
+        problem
+    )
 
 
 H100 = DEVICES["sm_90"]
@@ -297,11 +301,11 @@ def named(name: str, batch: int) -> Problem:
 def test_the_sum_of_w_k_is_as_long_as_the_others(batch: int) -> None:
     """With few frames W_k has one tile for each modality: as one sum it would be the last task of the grid by far."""
     problem = named("clip", batch)
-    launch = config.launch(problem, torch.bfloat16, H100, backward=True, tf32=False, lengths=False, weights=True)
+    launch = launch_config.launch(problem, torch.bfloat16, H100, backward=True, tf32=False, lengths=False, weights=True)
     rows = launch.chunk * problem.length / max(1, launch.parts)
     samples = -(-launch.chunk // launch.key_parts)
     assert samples * max(problem.widths) <= max(1.5 * rows, max(problem.widths))
-    assert launch.key_parts * config.key_elements(problem) * 4 <= 2**20, "bytes of its sums"
+    assert launch.key_parts * launch_config.key_elements(problem) * 4 <= 2**20, "bytes of its sums"
 
 
 # ---- chunks
@@ -322,7 +326,7 @@ def test_chunks_are_alike(problem: Problem, precision: str, device: str, flag: b
 def test_chunks_leave_few_programs_idle() -> None:
     """Of the H100's 132, in every phase: three samples of "long" would be 192 tasks, which are two rounds."""
     problem = named("long", 8)
-    launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
+    launch = launch_config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
     assert launch.chunk in (2, 4)
     for phase in division.phases_of(problem, launch.tiles, launch.constants.stream, launch.chunk):
         tasks = sum(tasks for tasks, _ in phase)
@@ -330,7 +334,7 @@ def test_chunks_leave_few_programs_idle() -> None:
     for name in ("abaw", "clip", "light", "long"):
         for batch in (8, 12, 31, 64, 100, 512):
             problem = named(name, batch)
-            launch = config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
+            launch = launch_config.launch(problem, torch.bfloat16, H100, backward=False, tf32=False, lengths=False)
             chosen = division.rounds(problem, launch.tiles, launch.programs, launch.constants.stream, launch.chunk)
             for chunk in {1, launch.chunk // 2, launch.chunk // 3 + 1} - {0}:
                 assert chosen <= division.rounds(problem, launch.tiles, launch.programs, launch.constants.stream, chunk)

@@ -128,7 +128,7 @@ def where_positive(x, d):
 @triton.jit
 def chunk_of(a):
     """Samples that pass through the workspace together."""
-    return a.shape.chunk_odd // 2
+    return a.shape.chunk_unspecialized // 2
 
 
 @triton.jit
@@ -213,15 +213,16 @@ def layer_of(t, C: tl.constexpr):
 @triton.jit
 def slot(a, i):
     """The i-th activation [chunk, L, d] of the workspace."""
-    return a.work + tl.cast(a.shape.unit, tl.int64) * i
+    return a.activation_workspace + tl.cast(a.shape.unit, tl.int64) * i
 
 
 @triton.jit
 def state(a, t, first, C: tl.constexpr):
     """X^t of a chunk, [rows, d]: X^0 in the workspace, the others among the iterates. ``first`` is its first sample."""
-    place = (tl.cast(t - 1, tl.int64) * (a.batch_odd // 2) + first) * length_of(a, C) * a.shape.width
+    place = (tl.cast(t - 1, tl.int64) * (a.batch_unspecialized // 2) + first) * length_of(a, C) * a.shape.width
     place = tl.where(t == 0, tl.cast(a.shape.unit, tl.int64) * C.slot_initial, place)
-    return tl.where(t == 0, a.work, a.iterates) + place  # two choices: Triton 3.6 fails on one of both for AMD
+    # Two choices, because for AMD Triton 3.6 fails on one of both.
+    return tl.where(t == 0, a.activation_workspace, a.iterates) + place
 
 
 @triton.jit

@@ -25,11 +25,11 @@ class Shape(NamedTuple):
     length_parts: int
     width: int
     widths: tuple[int, ...]
-    chunk_odd: int  # samples that pass through the workspace together
+    chunk_unspecialized: int  # samples that pass through the workspace together
     unit: int  # elements of one activation [chunk, L, d] in the workspace
-    gate_values: int  # elements of ``wide`` before the gradients
+    gate_values: int  # elements of ``fp32_workspace`` before the gradients
     gradients: int  # elements of all parameters but W_k and b_k
-    parts_odd: int  # of the rows, whose sums are formed apart; one more than there are, so 1 means none
+    parts_unspecialized: int  # of the rows, whose sums are formed apart; one more than there are, so 1 means none
     key_gradients: int  # elements of all W_k and b_k
     key_parts_odd: int  # the same of the samples, whose sums for W_k are formed apart
 
@@ -39,7 +39,7 @@ class Scalars(NamedTuple):
 
     key_scale: float  # 1 / sqrt(d)
     temperature: float
-    threshold_odd: int  # 2 t + 1, as above: a 16-bit draw below t is dropped
+    threshold_unspecialized: int  # 2 t + 1, as above: a 16-bit draw below t is dropped
     kept: float  # 1 / (1 - p)
 
 
@@ -53,9 +53,9 @@ class Arguments(NamedTuple):
     lengths: Any  # [B], int64 and contiguous, or None
     seed: Any  # one int64, or None
     iterates: Any  # [T, B, L, d]
-    batch_odd: int
-    work: Any  # activations, in the dtype of the features
-    wide: Any  # float32: gate values, and the partial sums of the weights' gradients
+    batch_unspecialized: int
+    activation_workspace: Any  # activations, in the dtype of the features
+    fp32_workspace: Any  # float32: gate values, and the partial sums of the weights' gradients
     bits: Any  # bytes of the dropout masks, or None
 
 

@@ -63,13 +63,13 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
 
 def forward(call: Call) -> None:
     """:func:`launch.forward`."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     launch.forward(call)
 
 
 def backward(call: Call, gradients: Gradients) -> None:
     """:func:`launch.backward`."""
-    from grjca_kernels.triton import launch
+    from grjca_kernels.triton_kernels import launch
 
     launch.backward(call, gradients)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.primitives import chunk_of, entry, length_of, modality_blocks, modality_task
+from grjca_kernels.triton_kernels.primitives import chunk_of, entry, length_of, modality_blocks, modality_task
 
 GROUPS: tl.constexpr = tl.constexpr(8)
 COLUMNS: tl.constexpr = tl.constexpr(128)
@@ -20,7 +20,7 @@ COLUMNS: tl.constexpr = tl.constexpr(128)
 @triton.jit
 def threshold(a):
     """A 16-bit draw below it is dropped."""
-    return tl.cast(a.scalars.threshold_odd // 2, tl.uint32)
+    return tl.cast(a.scalars.threshold_unspecialized // 2, tl.uint32)
 
 
 @triton.jit

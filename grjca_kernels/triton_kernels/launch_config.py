@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from grjca_kernels import division
 from grjca_kernels.problem import Problem, expected_linears
+from grjca_kernels.triton_kernels import division
 
 KIB = 1024
 
@@ -115,7 +115,7 @@ class Launch:
     programs: int
     chunk: int  # samples that pass through the workspace together
     steps: int  # phases, between which the grid waits
-    work: int  # elements in the dtype of the features
+    activation_workspace: int  # elements in the dtype of the features
     bits: int  # bytes of the dropout masks
     gate_values: int  # elements of float32
     gradients: int  # elements of all parameters but W_k and b_k
@@ -124,7 +124,7 @@ class Launch:
     key_parts: int  # of the samples, over which those are summed apart
 
     @property
-    def wide(self) -> int:
+    def fp32_workspace(self) -> int:
         """Elements of float32 in all."""
         return self.gate_values + self.parts * self.gradients + self.key_parts * self.key_gradients
 
@@ -339,7 +339,9 @@ def launch(
         programs=programs,
         chunk=chunk,
         steps=chunks * steps + (parts + key_parts > 0),
-        work=compiled.slots * unit(problem, chunk) + compiled.correlations * chunk * problem.width**2 + d_logits,
+        activation_workspace=compiled.slots * unit(problem, chunk)
+        + compiled.correlations * chunk * problem.width**2
+        + d_logits,
         bits=mask_bytes(problem, compiled, chunk),
         gate_values=gate_values(problem, chunk),
         gradients=parameter_elements(problem) if weights else 0,

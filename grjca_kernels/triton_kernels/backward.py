@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates_backward import gates_backward, states_backward
-from grjca_kernels.triton.iteration import attend, attend_stored, correlate, initial, project
-from grjca_kernels.triton.iteration_backward import (
+from grjca_kernels.triton_kernels.gates_backward import gates_backward, states_backward
+from grjca_kernels.triton_kernels.iteration import attend, attend_stored, correlate, initial, project
+from grjca_kernels.triton_kernels.iteration_backward import (
     attended_task,
     attended_tasks,
     correlate_backward,
@@ -18,8 +18,8 @@ from grjca_kernels.triton.iteration_backward import (
     key_joint_backward,
     output_backward,
 )
-from grjca_kernels.triton.primitives import chunk_of, grid_barrier, last_program, run, run_task, task_of, turns
-from grjca_kernels.triton.weights_backward import (
+from grjca_kernels.triton_kernels.primitives import chunk_of, grid_barrier, last_program, run, run_task, task_of, turns
+from grjca_kernels.triton_kernels.weights_backward import (
     gate_weights_task,
     gate_weights_tasks,
     key_weights_task,

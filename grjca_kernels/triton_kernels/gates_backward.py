@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.gates import (
+from grjca_kernels.triton_kernels.gates import (
     UNROLLED,
     choice,
     first_way,
@@ -24,8 +24,8 @@ from grjca_kernels.triton.gates import (
     values_of,
     ways_of,
 )
-from grjca_kernels.triton.iteration_backward import d_state
-from grjca_kernels.triton.primitives import (
+from grjca_kernels.triton_kernels.iteration_backward import d_state
+from grjca_kernels.triton_kernels.primitives import (
     chunk_of,
     entry,
     frames,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grjca_kernels.triton.primitives import (
+from grjca_kernels.triton_kernels.primitives import (
     chunk_of,
     entry,
     frames,
@@ -78,7 +78,7 @@ def states(a, t, first, row, m, c, rows, C: tl.constexpr):
 def values_of(a, row, m, way, C: tl.constexpr):
     """Pointer to G of a row and way."""
     rows = chunk_of(a) * length_of(a, C)
-    return a.wide + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
+    return a.fp32_workspace + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
 
 
 @triton.jit
@@ -161,14 +161,14 @@ def gate(a, to, t, first, count, C: tl.constexpr):
             else:
                 b_y = states(a, C.iterations, first, row, m, c, rows, C)
             mask = (o_r < rows)[:, None] & (c + o_c < d_m)[None, :]
-            b_y = tl.where(present, b_y, 0.0).to(a.work.dtype.element_ty)
+            b_y = tl.where(present, b_y, 0.0).to(a.activation_workspace.dtype.element_ty)
             tl.store(p_y[:, None] + (c + o_c).to(tl.int64)[None, :] * s_column, b_y, mask=mask)
         if C.return_gates:
             p_g, s_way = rows_of(to.gates, first + sample, r, m, C)
             for w in range(0, C.ways, C.block_ways):
                 mask = (o_r < rows)[:, None] & (w + o_w < C.ways)[None, :]
                 b_g = tl.load(values_of(a, row, m, w, C) + o_r[:, None] * C.ways + o_w[None, :], mask=mask, other=0)
-                b_g = tl.where(present, b_g, 0.0).to(a.work.dtype.element_ty)
+                b_g = tl.where(present, b_g, 0.0).to(a.activation_workspace.dtype.element_ty)
                 tl.store(p_g[:, None] + (w + o_w).to(tl.int64)[None, :] * s_way, b_g, mask=mask)
 
 
