@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grjca import backbones
-from grjca.config import FUSIONS, GATING, Backend, ModelConfig
+from grjca.config import FUSIONS, GATING, Backend, ModelConfig, NetworkSize
 from grjca.errors import UserError
 from grjca.modalities import MODALITIES
 from grjca.model import checkpoints
@@ -52,9 +52,11 @@ def load_model(
 ) -> AudioVisualModel | WholeModel:
     """The authors' trained model, in eval mode.
 
-    A checkpoint with all of both networks (``spatial.visual.backbone.*`` and ``spatial.audio.backbone.*``) gives a
-    :class:`grjca.model.whole.WholeModel`, which reads pictures and log-mel patches; any other an
-    :class:`grjca.model.audiovisual.AudioVisualModel`, which reads features.
+    A checkpoint with both networks (``spatial.visual.backbone.*`` and ``spatial.audio.backbone.*``) gives a
+    :class:`grjca.model.whole.WholeModel`, which reads pictures and log-mel patches. One without networks gives an
+    :class:`grjca.model.audiovisual.AudioVisualModel`, which reads features. So does one with a single network, because
+    its fusion model is complete and features may come from elsewhere; a warning says that the network is left out
+    (:func:`grjca.backbones.load` reads it). A network of which a key is missing or does not fit is refused.
 
     Args:
         source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
@@ -108,6 +110,8 @@ class _Checkpoint:
         primary_last = sorted(content, key=lambda key: _replaced(key, _ALIASES) == key)
         self.tensors = {_primary(key): content[key] for key in primary_last}
         self.unused = set(self.tensors)
+        self.alone: str | None = None
+        """The modality of a network that comes without the other one."""
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
         """One with the shape of ``like``, and floating like it."""
@@ -153,16 +157,31 @@ class _Checkpoint:
         )
 
     def networks(self) -> dict[str, backbones.Network]:
-        """By modality, if all of both is there; else none."""
-        found: dict[str, backbones.Network] = {}
-        for name in MODALITIES:
-            prefix = backbones.WHOLE[name]
-            size = backbones.size_of(name, self.tensors, prefix)
-            if size is None:
-                return {}
-            found[name] = backbones.filled(name, size, self.label, self.tensors, prefix)
+        """By modality, if both are there, else none."""
+        there = [name for name in MODALITIES if any(key.startswith(backbones.WHOLE[name]) for key in self.tensors)]
+        sizes = {name: self._network_size(name) for name in there}
         self.unused = {key for key in self.unused if not key.startswith(tuple(backbones.WHOLE.values()))}
-        return found
+        if len(there) < len(MODALITIES):
+            self.alone = next(iter(there), None)
+            return {}
+        return {
+            name: backbones.filled(name, size, self.label, self.tensors, backbones.WHOLE[name])
+            for name, size in sizes.items()
+        }
+
+    def _network_size(self, name: str) -> NetworkSize:
+        """The size that most of a network's tensors fit; UserError if another one is missing or does not."""
+        prefix = backbones.WHOLE[name]
+        with torch.device("meta"):
+            expected = {size: backbones.make(name, size).state_dict() for size in backbones.STAGES}
+
+        def fitting(size: NetworkSize) -> int:
+            shapes = ((self.tensors.get(prefix + key), like.shape) for key, like in expected[size].items())
+            return sum(getattr(tensor, "shape", None) == shape for tensor, shape in shapes)
+
+        size = max(expected, key=fitting)
+        checkpoints.matching(self.label, self.tensors, prefix, expected[size])
+        return size
 
     def note(self) -> str:
         """What was ignored, or nothing."""
@@ -175,6 +194,12 @@ class _Checkpoint:
         if unknown:
             parts.append(f"unknown: {', '.join(unknown)}")
         notes = [f"ignored keys {'; '.join(parts)}."] if parts else []
+        if self.alone:
+            (missing,) = (prefix for name, prefix in backbones.WHOLE.items() if name != self.alone)
+            notes.append(
+                f"expected both networks or none, got {backbones.WHOLE[self.alone]}* without {missing}*: the model "
+                f"reads features, and the {self.alone} network is left out."
+            )
         if self.others:
             notes.append(
                 f"Loaded the weights under {self.place!r}, and not the averaged ones under "

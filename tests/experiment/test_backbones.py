@@ -172,6 +172,13 @@ def test_a_tensor_that_does_not_fit_is_named(key):
         assert same(network, before) and network.origin == RANDOM
 
 
+def test_counts_of_batches_may_be_missing():
+    w = weights("visual")
+    network = make("visual", "small")
+    load(network, {key: tensor for key, tensor in w.items() if not key.endswith("num_batches_tracked")})
+    assert same(network, w)
+
+
 def test_what_is_no_such_network():
     w = weights("visual")
     for source, match in (

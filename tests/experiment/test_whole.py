@@ -91,13 +91,57 @@ def test_a_whole_checkpoint_is_its_parts_one_by_one(name):
     assert {network.origin for network in loaded.backbones.values()} == {"source"}
 
 
-@mark.parametrize("missing", ["spatial.audio.", "spatial.visual.", "spatial.visual.backbone.body.2.res_layer.1.weight"])
-def test_without_all_of_both_networks_it_reads_features(missing):
-    w = with_networks(checkpoint("GRJCA", **SIZES))
-    w = {key: tensor for key, tensor in w.items() if not key.startswith(missing)}
-    count = sum(key.startswith("spatial.") for key in w)
-    with pytest.warns(UserWarning, match=rf"without effect on the output: spatial\.\* \({count} keys\)"):
+def without(w, prefix):
+    return {key: tensor for key, tensor in w.items() if not key.startswith(prefix)}
+
+
+def test_without_networks_it_reads_features():
+    w = without(with_networks(checkpoint("GRJCA", **SIZES)), "spatial.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert isinstance(load_model(w), AudioVisualModel)
+
+
+@mark.parametrize(("there", "missing"), [("visual", "audio"), ("audio", "visual")])
+def test_with_one_network_it_reads_features_and_says_why(there, missing):
+    w = without(with_networks(checkpoint("GRJCA", **SIZES)), f"spatial.{missing}.")
+    with pytest.warns(UserWarning) as caught:
+        assert isinstance(load_model(w), AudioVisualModel)
+    (said,) = (str(warning.message) for warning in caught)
+    assert said == (
+        f"source: expected both networks or none, got spatial.{there}.backbone.* without "
+        f"spatial.{missing}.backbone.*: the model reads features, and the {there} network is left out."
+    )
+
+
+@mark.parametrize("both", [True, False])
+@mark.parametrize(
+    "key", ["visual.backbone.input_layer.0.weight", "visual.backbone.body.2.res_layer.4.running_var",
+            "audio.backbone.features.0.weight", "audio.backbone.embeddings.4.bias"]
+)  # fmt: skip
+def test_a_network_that_is_incomplete_is_refused(key, both):
+    """Also where the other one is not there at all."""
+    key, other = f"spatial.{key}", {"visual": "audio", "audio": "visual"}[key.partition(".")[0]]
+    w = with_networks(checkpoint("GRJCA", **SIZES))
+    w = w if both else without(w, f"spatial.{other}.")
+    with pytest.raises(UserError, match=rf"source: {key}: expected a tensor of the authors' model, got no such key"):
+        load_model(without(w, key))
+    with pytest.raises(UserError, match=rf"source: {key}: expected shape \[.*\], got \[3, 2\]"):
+        load_model(w | {key: torch.zeros(3, 2)})
+    with pytest.raises(UserError, match=rf"source: {key}: expected a floating dtype, got torch.int64"):
+        load_model(w | {key: w[key].long()})
+
+
+def test_a_count_of_batches_may_be_missing():
+    """It has no effect, and old versions of PyTorch save none."""
+    w = with_networks(checkpoint("GRJCA", **SIZES))
+    counts = [key for key in w if key.startswith("spatial.") and key.endswith("num_batches_tracked")]
+    loaded = load_model({key: tensor for key, tensor in w.items() if key not in counts})
+    expected = load_model(w)
+    assert counts and isinstance(loaded, WholeModel)
+    assert same(loaded.state_dict(), expected.state_dict())
+    with pytest.raises(UserError, match=rf"{counts[0]}: expected shape \[\], got \[2\]"):
+        load_model(w | {counts[0]: torch.zeros(2).long()})
 
 
 def test_a_network_that_does_not_fit_is_refused():

@@ -28,6 +28,7 @@ NOT_READ = (
 
 AVERAGED = re.compile("ema|averag|swa", re.IGNORECASE)
 """Found in what stands before the names of averaged weights."""
+_COUNT = "num_batches_tracked"
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -77,18 +78,32 @@ def modules(content: Mapping[Any, Any], first: str) -> dict[str, dict[str, Any]]
 
 
 def fill(module: nn.Module, label: str, tensors: Mapping[str, Any], prefix: str) -> None:
-    """Copy the tensors whose names begin with ``prefix`` to ``module``.
+    """Copy the tensors whose names begin with ``prefix`` to ``module``; counts of batches that are missing are 0.
 
     Raises:
         UserError: for one that is missing or does not fit, or that such a module does not have.
     """
     expected = module.state_dict()
-    weights = {key: find_like(label, tensors, prefix + key, like) for key, like in expected.items()}
+    weights = matching(label, tensors, prefix, expected)
     parts = tuple(f"{prefix}{name}." for name, _ in module.named_children())
     for key in tensors.keys() - {prefix + key for key in expected}:
         if key.startswith(parts):
             raise UserError(f"{label}: {key}: expected no such key in a {type(module).__name__}; is it a larger one?")
-    module.load_state_dict(weights)
+    counts = {key: torch.zeros_like(expected[key]) for key in expected.keys() - weights.keys()}
+    module.load_state_dict(weights | counts)
+
+
+def matching(label: str, tensors: Mapping[str, Any], prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` that ``expected`` names without ``prefix``, with its shapes.
+
+    A count of batches, which nothing that we compute depends on and old versions of PyTorch do not save, may be
+    missing.
+
+    Raises:
+        UserError: for another one that is missing, or one that does not fit.
+    """
+    wanted = {k: like for k, like in expected.items() if prefix + k in tensors or not k.endswith(_COUNT)}
+    return {key: find_like(label, tensors, prefix + key, like) for key, like in wanted.items()}
 
 
 def find(label: str, tensors: Mapping[str, Any], name: str) -> Tensor:
