@@ -21,7 +21,7 @@ struct Slots {
   int count;
 };
 
-// The names of the phases, in the order of a launch. CONTRIBUTING.md has the equation of each, and the functions.
+// The names of the phases, in the order of a launch. docs/architecture.md has the equation of each, and the functions.
 //
 // The first six are the forward. The backward begins with initial and gates_backward, recomputes for every iteration,
 // from the last on, what the forward computed (up to H, and the sign of U), and then goes through it backward.

@@ -26,7 +26,7 @@ from grjca_kernels.triton_kernels import division, launch_config
 from grjca_kernels.triton_kernels.arguments import Arguments, Scalars
 from grjca_kernels.triton_kernels.masks import factors_of_correlation, load_factors, store_bits
 from grjca_kernels.triton_kernels.primitives import tanh
-from tolerances import DRAWS, _perturbed, check_close, check_draws, check_rule, length
+from tolerances import DRAWS, check_close, check_draws, check_rule, length, perturbed
 
 pytestmark = mark.skipif(not grjca_kernels.triton_kernels.interpreted(), reason="not in Triton's interpreter")
 NAN, INF = float("nan"), float("inf")
@@ -223,8 +223,8 @@ def gradients(
 def truth_and_draws(case: Case):
     """The equations in float64, and in float32 on inputs perturbed by half an ulp."""
     inputs = make(case, torch.float32)
-    perturbed = [inputs if i == 0 else _perturbed(inputs, i) for i in range(DRAWS)]
-    return equations(case, inputs.to(torch.float64)), [equations(case, x) for x in perturbed]
+    draws = [inputs if i == 0 else perturbed(inputs, i) for i in range(DRAWS)]
+    return equations(case, inputs.to(torch.float64)), [equations(case, x) for x in draws]
 
 
 LEAVES = {

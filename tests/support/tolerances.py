@@ -51,7 +51,7 @@ def exact(case: Case, dtype: torch.dtype) -> Result:
 def eager(case: Case, dtype: torch.dtype) -> tuple[Result, ...]:
     """Draws of eager's rounding errors."""
     inputs = make(case, dtype)
-    return tuple(run(reference.gated_rjca, case, inputs if i == 0 else _moved(inputs, i)) for i in range(DRAWS))
+    return tuple(run(reference.gated_rjca, case, inputs if i == 0 else perturbed(inputs, i)) for i in range(DRAWS))
 
 
 def check_rule(ours: Result, case: Case, dtype: torch.dtype, gradients: bool = True) -> None:
@@ -128,7 +128,7 @@ def kind_of(name: str) -> str:
     return (rest if first.startswith("layers") else first).partition("[")[0].partition(".")[0]
 
 
-def _moved(inputs: Inputs, seed: int) -> Inputs:
+def perturbed(inputs: Inputs, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
 
     def move(x: Tensor) -> Tensor:
