@@ -151,8 +151,8 @@ class NetworksConfig:
     """batch: train mode throughout, with statistics of the batch and dropout, as the authors do. frozen: evaluation
     mode throughout."""
     release: bool = True
-    """Train parts of them from epoch 0 on, and more whenever the learning rate has fallen to 1e-8, in three stages, as
-    the authors do; a fourth fall ends the training."""
+    """Train parts of them from epoch 0 on, and more whenever the learning rate has fallen to 1e-8 and more than five
+    epochs have gone by since the last time, in three stages, as the authors do; a fourth time ends the training."""
     augment: bool = True
     """Crop and flip the faces of each window at random."""
     chunk: int = 0
@@ -216,8 +216,9 @@ class TrainConfig:
     early_stop_from: Literal["best", "warmup"] = "best"
     """Count those epochs from the best one alone, or, as the authors do, not before the end of the warm-up."""
     restart: bool = False
-    """Begin anew from the best weights, with a new optimiser and a warm-up, when the learning rate has fallen to 1e-8,
-    as the authors do; otherwise it stays there. Releasing networks implies it."""
+    """Begin anew from the best weights, with a new optimiser and a warm-up, when the learning rate has fallen to 1e-8
+    and more than five epochs have gone by since the beginning, as the authors do; otherwise the rate stays there.
+    Releasing networks implies it."""
     shuffle: Literal["epoch", "once"] = "epoch"
     """Shuffle the windows in every epoch, or, as the authors do, once."""
     precision: Precision = "no"

@@ -104,11 +104,21 @@ def test_the_rate_stays_where_it_has_fallen_to(config, monkeypatch):
 def test_training_begins_anew_where_that_is_asked_for(config, monkeypatch):
     """With a warm-up and new moments, from the best weights, again and again."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
-    config = replace(config, epochs=7, restart=True, **fallen())
+    config = replace(config, epochs=13, restart=True, **fallen())
     train(config, progress=False)
-    assert rates(config) == pytest.approx([5e-6, 1e-5, 1e-5, 5e-6, 1e-5, 1e-5, 5e-6])
+    assert rates(config) == pytest.approx([5e-6, 1e-5, 1e-5, 1e-8, 1e-8, 1e-8] * 2 + [5e-6])
     state = json.loads((config.out / runs.CHECKPOINT / runs.STATE).read_text())
-    assert state["started"] == 6 and state["stage"] == 0
+    assert state["started"] == 12 and state["stage"] == 0
+
+
+@pytest.mark.parametrize(("warmup", "begins"), [(1, 6), (4, 6), (5, 6), (7, 8)])
+def test_training_begins_anew_after_more_than_five_epochs(config, monkeypatch, warmup, begins):
+    """However long the warm-up is; the rate falls in the epoch after it."""
+    scripted(monkeypatch, 0.5)
+    config = replace(config, epochs=begins, restart=True, **fallen(warmup=warmup))
+    train(config, progress=False)
+    state = json.loads((config.out / runs.CHECKPOINT / runs.STATE).read_text())
+    assert state["started"] == begins
 
 
 def test_a_rate_of_1e_8_up_to_rounding_has_fallen(config, monkeypatch):
@@ -121,10 +131,10 @@ def test_a_rate_of_1e_8_up_to_rounding_has_fallen(config, monkeypatch):
     assert rates(config) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("interrupted", [1, 3, 4, 6])
+@pytest.mark.parametrize("interrupted", [1, 5, 6, 12])
 def test_a_run_that_begins_anew_resumes_bit_for_bit(config, monkeypatch, interrupted):
     config = replace(config, restart=True, **fallen())
-    for out, begun, epochs in (("whole", 0, 7), ("parts", 0, interrupted), ("parts", interrupted, 7)):
+    for out, begun, epochs in (("whole", 0, 13), ("parts", 0, interrupted), ("parts", interrupted, 13)):
         scripted(monkeypatch, lambda epoch, begun=begun: 0.5 - (begun + epoch) / 100)
         train(replace(config, out=config.out.with_name(out), epochs=epochs), resume=True, progress=False)
     whole, parts = (config.out.with_name(name) for name in ("whole", "parts"))
@@ -145,12 +155,12 @@ def test_early_stopping_counts_from(config, monkeypatch, since, expected):
     assert train(config, progress=False).epochs == expected
 
 
-@pytest.mark.parametrize(("since", "expected"), [("best", 7), ("warmup", 9)])
+@pytest.mark.parametrize(("since", "expected"), [("best", 11), ("warmup", 13)])
 def test_beginning_anew_resets_early_stopping(config, monkeypatch, since, expected):
-    """It begins anew after epochs 4 and 8; three epochs after the first time, or never, it has waited long enough."""
+    """It begins anew after epochs 6 and 12; five epochs after the first time, or never, it has waited long enough."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     schedule = fallen(plateau=2)
-    config = replace(config, epochs=9, restart=True, early_stop_epochs=3, early_stop_from=since, **schedule)
+    config = replace(config, epochs=13, restart=True, early_stop_epochs=5, early_stop_from=since, **schedule)
     assert train(config, progress=False).epochs == expected
 
 
@@ -204,8 +214,8 @@ def test_networks_are_released_in_three_stages(whole, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", spied)
     config = replace(whole, epochs=20, **fallen())
     result = train(config, progress=False)
-    assert result.epochs == 9
-    assert rates(config) == pytest.approx([5e-6, 1e-5, 1e-5] * 3)
+    assert result.epochs == 18
+    assert rates(config) == pytest.approx([5e-6, 1e-5, 1e-5, 1e-8, 1e-8, 1e-8] * 3)
     networks = {name: backbones.make(name, "small") for name in ("visual", "audio")}
     head = sum(p.numel() for p in AudioVisualModel(arrays.MODEL, fusion="grjca", length=8).parameters())
     expected, prefixes = [], ()
@@ -218,7 +228,7 @@ def test_networks_are_released_in_three_stages(whole, monkeypatch):
             for key, p in network.named_parameters()
             if f"{name}.{key}".startswith(prefixes)
         )
-        expected += [head + sum(released)] * 3
+        expected += [head + sum(released)] * 6
     assert [line["trained"] for line in history(config)] == expected
     assert list(dict.fromkeys(traced)) == list(dict.fromkeys(expected))  # Adam itself holds no others
 

@@ -483,7 +483,7 @@ def test_two_processes_with_networks_in_the_loop(tmp_path):
     networks = NetworksConfig(size="small", statistics="frozen", augment=False)
     schedule = {"warmup_epochs": 1, "plateau_epochs": 1, "plateau_factor": 1e-3, "learning_rate": 1e-5}
     config = TrainConfig(
-        data, "valence", tmp_path / "together", source="arrays", window=8, hop=8, batch_size=2, epochs=5,
+        data, "valence", tmp_path / "together", source="arrays", window=8, hop=8, batch_size=2, epochs=7,
         model=replace(arrays.MODEL, dropout=0.0, encoder_dropout=0.0), networks=networks, tensorboard=False, **schedule,
     )  # fmt: skip
     done = launch(*on_the_command_line(config, tmp_path))

@@ -28,7 +28,10 @@ from grjca.training.losses import ccc_loss
 from grjca.training.metrics import split_scores
 
 T = TypeVar("T")
-LOWEST_RATE = 1e-8 * (1 + 1e-6)  # at which a training begins anew; rounding allowed for
+LOWEST_RATE = 1e-8 * (1 + 1e-6)
+"""At which a training begins anew; rounding allowed for."""
+RESTART_AFTER = 5
+"""Epochs that must have gone by since the last release, or the last time that the training began anew."""
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the rest follows from the settings
 
 
@@ -296,7 +299,7 @@ class _Training:
         elif self.config.plateau:
             self.plateau.step(ccc)
         since = self.state.epoch - self.state.started
-        fallen = self.optimizer.param_groups[0]["lr"] <= LOWEST_RATE and since > self.config.warmup_epochs
+        fallen = self.optimizer.param_groups[0]["lr"] <= LOWEST_RATE and since > RESTART_AFTER
         if fallen and (self.config.restart or self.releases):
             self._restart()
 
