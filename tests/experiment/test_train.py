@@ -277,8 +277,10 @@ def test_resuming_with_other_data_is_refused(config, tmp_path):
     other = small.write_data(tmp_path / "other")
     (label,) = (other / "annotations" / "train").glob("alpha.txt")
     label.write_text(label.read_text().replace("0.", "-0.", 1))
+    before = (config.out / runs.CONFIG).read_bytes()
     with pytest.raises(UserError, match=r"--data: .* is not what .* was begun with"):
         train(replace(config, data=other), resume=True, progress=False)
+    assert (config.out / runs.CONFIG).read_bytes() == before
 
 
 def test_resuming_with_another_backend_is_said(config, monkeypatch, capsys):
@@ -338,6 +340,9 @@ DAMAGE = {
     "a foreign tensor": lambda path: spoil(path, lambda t: t.update({"foo": torch.zeros(1)})),
     "moments missing": lambda path: spoil(path, lambda t: t.pop("optimizer.0.exp_avg")),
     "a state of something else": lambda path: path.with_name("state.json").write_text('{"epochs": 1}'),
+    "another optimiser": lambda path: (state := path.with_name("state.json")).write_text(
+        state.read_text().replace('"weight_decay": 0.001', '"weight_decay": 0.5')
+    ),
     "no state": lambda path: path.with_name("state.json").unlink(),
 }
 
@@ -345,11 +350,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named(config, damage):
     train(replace(config, epochs=1), progress=False)
-    best = (config.out / runs.BEST).read_bytes()
+    before = [(config.out / name).read_bytes() for name in (runs.BEST, runs.CONFIG)]
     DAMAGE[damage](config.out / "checkpoint" / "epoch-0001.safetensors")
     with pytest.raises(UserError, match=r"state\.json.* choose another --out|state\.json.*damaged.*another --out"):
         train(config, resume=True, progress=False)
-    assert (config.out / runs.BEST).read_bytes() == best
+    assert [(config.out / name).read_bytes() for name in (runs.BEST, runs.CONFIG)] == before
 
 
 def test_divergence_is_refused_and_loses_nothing(config, monkeypatch):

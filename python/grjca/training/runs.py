@@ -116,7 +116,7 @@ def _check_inner(folder: Path) -> None:
 
 
 def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
-    """Make the run's folder, take its lock and write config.yaml.
+    """Make the run's folder, and take its lock.
 
     Raises:
         UserError: if another process trains there, and as :func:`check`.
@@ -129,6 +129,10 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
         raise UserError(f"{config.out}: expected a folder or nothing, got a file; choose another --out.") from error
     for name in (CHECKPOINT, PREDICTIONS):
         files.remove_partial(config.out / name)
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write config.yaml: first of all in a new run, and in one that goes on once its checkpoint has been accepted."""
     networks = random_networks(config, config.data)
     remark = f"# Trained with the {networks}.\n" if networks else ""
     files.write_text(config.out / CONFIG, remark + settings.to_yaml(config))

@@ -146,7 +146,7 @@ class _Training:
         self.curves: Any = None
 
     def resume(self) -> None:
-        """Go on from the last epoch that was committed, if there is one."""
+        """Go on from the last epoch that was committed, if there is one, and write config.yaml."""
         shapes = {name: tensor.shape for name, tensor in self.inner.state_dict().items()}
         restored = _on_main(self.on, lambda: runs.restore(self.config.out, shapes))
         if restored:
@@ -165,6 +165,7 @@ class _Training:
                 raise UserError(f"{where}: the checkpoint is damaged ({error}); choose another --out.") from error
         else:
             self._begin()
+        _on_main(self.on, lambda: runs.write_config(self.config))  # a resumption that was refused has changed nothing
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
 
