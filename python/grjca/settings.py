@@ -25,6 +25,12 @@ GROUPS = ("--model", "--networks")
 OTHER_NAMES = {"--source": "--from"}
 """Options that may be written in another way; the fields of a dataclass cannot have these names."""
 
+_REPLACED = re.compile(r"model\b.{0,40}\b(visual|audio)_(features|channels)\b")
+_REPLACEMENT = (
+    ". The settings visual_features and audio_features are now model.modalities, as in {visual: 512, audio: 128}, and "
+    "visual_channels and audio_channels are model.channels, as in {visual: [512, 256], audio: [128]}"
+)
+
 MOST, DEEPEST, LONGEST = 1 << 20, 20, 4096
 """Limits of a file of settings: its bytes, its lists within lists, and the characters of a value, as of a path."""
 
@@ -50,7 +56,7 @@ class Parser(_Careful):
         message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
         message = re.sub(r"a (?:typing\.)?Literal\[(.*?)\]", r"one of \1", message)
         message = re.sub(r"<class '(.*?)'>", r"\1", message).replace("NoneType", "null")
-        sentence = printable(" ".join(message.split()).rstrip("."))
+        sentence = printable(_with_replacement(" ".join(message.split()).rstrip(".")))
         print(f"{self.prog}: {sentence}. See {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
 
@@ -146,8 +152,13 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
     try:
         return build(kind, options, options.parse_path(path))
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = _with_replacement(" ".join(str(error).split()))
         raise UserError(f"{path}: expected the settings of a {kind.__name__}, got: {reason}") from error
+
+
+def _with_replacement(reason: str) -> str:
+    """What is wrong, and where that is a setting of an earlier version, what it has become."""
+    return reason + _REPLACEMENT if _REPLACED.search(reason) else reason
 
 
 def _plain(value: Any) -> Any:

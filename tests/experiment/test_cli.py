@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,31 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert re.search(match, said(capsys, words, code))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["evaluate", "--run", "old"], 1),
+        (["train", "--resume", "--out", "old"], 2),
+        ([*TRAIN, "--config", "old/config.yaml"], 2),
+        ([*TRAIN, "--model", "old/model.yaml"], 2),
+        ([*TRAIN, "--model.audio_features", "64"], 2),
+        ([*TRAIN, "--model.visual_channels=[3]"], 2),
+    ],
+)
+def test_settings_that_have_been_replaced(words, code, capsys, tmp_path, monkeypatch):
+    """A run of the time before is told what has become of them; any other unknown setting is not."""
+    monkeypatch.chdir(tmp_path)
+    old = Path("old")
+    old.mkdir()
+    model = "visual_features: 512\naudio_features: 128\nvisual_channels: [6]\naudio_channels: [4]\n"
+    (old / "model.yaml").write_text(model)
+    text = "data: nowhere\ntarget: valence\nout: old\nmodel:\n  " + model.strip().replace("\n", "\n  ")
+    (old / "config.yaml").write_text(text + "\n")
+    message = said(capsys, words, code)
+    assert re.search(r"visual_features and audio_features are now model\.modalities, .* model\.channels, ", message)
+    assert "are now" not in said(capsys, [*TRAIN, "--model.audio_colour", "64"], 2)
 
 
 @pytest.mark.parametrize(
