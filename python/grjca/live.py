@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,16 +23,19 @@ class Live:
             whole model see every frame once, and the model around their features sees the window.
         every: h, frames from one value to the next. A value takes as long as the prediction of one window, whatever h.
 
+    Raises:
+        ValueError: ``every`` is no whole number above 0.
+
     The value of a frame is that which the model gives to the last frame of a window of L frames that ends with it. As
     long as there are fewer frames, the window has fewer.
     """
 
     def __init__(self, model: AudioVisualModel | WholeModel, *, every: int = 1) -> None:
-        if every < 1:
+        if not isinstance(every, int | np.integer) or every < 1:
             raise ValueError(f"every: expected a whole number of frames above 0, got {every}.")
         self.whole = model.eval() if isinstance(model, WholeModel) else None
         self.model: AudioVisualModel = (self.whole.model if self.whole else model).eval()  # type: ignore[assignment]
-        self.every = every
+        self.every = int(every)
         self.reset()
 
     def reset(self) -> None:
@@ -48,7 +52,7 @@ class Live:
                 [48, 48, 3] and the log-mel patch [96, 64]. Tensors or arrays.
 
         Raises:
-            ValueError, TypeError: naming what was expected and what came.
+            ValueError, TypeError: naming what was expected and what came, as NaN; the frame then counts as not there.
         """
         self.frames.append(self._features(frame))
         self.seen += 1
@@ -62,16 +66,26 @@ class Live:
 
     def _features(self, frame: tuple[Any, ...]) -> tuple[Tensor, ...]:
         like = next(self.model.parameters())
-        tensors = [torch.as_tensor(x, device=like.device) for x in frame]
+        tensors = [self._tensor(x).to(like.device) for x in frame]
         expected = [[width] for width in self.model.widths.values()]
         if self.whole is not None:
             expected = [list(form.row) for form in ARRAYS.values()]
         if [list(x.shape) for x in tensors] != expected:
             got = [list(x.shape) for x in tensors]
             raise ValueError(f"frame: expected {', '.join(self.model.widths)} of shapes {expected}, got {got}.")
+        if self.whole is not None and tensors[0].dtype != torch.uint8:
+            raise TypeError(f"frame: expected a face in torch.uint8, got {tensors[0].dtype}.")
+        for name, x in zip(self.model.widths, tensors, strict=True):
+            if not x.to(like.dtype).isfinite().all():
+                raise ValueError(f"frame: expected finite numbers, got others for {name}; leave the frame out.")
         if self.whole is not None:
-            if tensors[0].dtype != torch.uint8:
-                raise TypeError(f"frame: expected a face in torch.uint8, got {tensors[0].dtype}.")
             inputs = {"visual": crop(tensors[0]), "audio": tensors[1]}
             tensors = [self.whole.backbones[name](x[None].to(like.dtype))[0] for name, x in inputs.items()]
         return tuple(x.to(like.dtype) for x in tensors)
+
+    def _tensor(self, x: Any) -> Tensor:
+        try:
+            return torch.as_tensor(x)
+        except (RuntimeError, TypeError, ValueError) as error:  # which one depends on what it is
+            expected = f"tensors or arrays of numbers for {', '.join(self.model.widths)}"
+            raise TypeError(f"frame: expected {expected}, got {type(x).__name__}.") from error
