@@ -45,6 +45,9 @@ def numbers(folder: Path) -> set[int]:
 def crop(folder: Path, number: int) -> np.ndarray:
     """[48, 48, 3] uint8: the picture of this number, resized.
 
+    A file that was cut off is refused. Damage in its middle is refused only where libjpeg cannot go on: otherwise it
+    makes a picture of what it understands and warns, which Pillow does not pass on.
+
     Raises:
         UserError: it is no JPEG file, damaged, or implausibly large.
     """

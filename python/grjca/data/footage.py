@@ -116,7 +116,7 @@ def write_folder(source: Source, folder: Path, labels: np.ndarray | None, fps: f
 
 def _count(source: Source, annotated: int | None, shown: int, notes: list[str]) -> int:
     """N."""
-    if annotated and shown and annotated > shown + media.MEND:
+    if annotated and shown and abs(annotated - shown) > media.MEND:
         raise UserError(
             f"{source.video} has {shown} frames, but its annotation has {annotated} rows; a difference of at most "
             f"{media.MEND} is mended. One of the two is of another video, or damaged."
@@ -139,9 +139,14 @@ def _rate(
     path = source.video or source.sound or source.crops
     rate = asked or (video.fps if video is not None else None)
     if rate is None:
-        raise UserError(f"{path}: it does not say how many frames per second its video has; give them by --fps.")
+        raise UserError(
+            f"{path}: it does not say how many frames per second its video has; grjca prepare takes them by --fps."
+        )
     if not RATES[0] <= rate <= RATES[1]:
-        raise UserError(f"{path}: expected {RATES[0]} to {RATES[1]} frames per second, got {rate:g}; give --fps.")
+        raise UserError(
+            f"{path}: expected {RATES[0]} to {RATES[1]} frames per second, got {rate:g}; grjca prepare takes another "
+            "rate by --fps."
+        )
     if asked or video is None or np.isnan(video.times).any():
         return rate, None
     times = video.times - video.times[0]

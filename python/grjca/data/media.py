@@ -6,6 +6,7 @@ Every file is read to its end once before anything is decoded, so that one that 
 from __future__ import annotations
 
 import math
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _EXACT = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # say how long they are; 
 _MOST_PIXELS = 1 << 25  # of a frame; 8K has fewer
 _CUT = 0.5  # seconds that may be missing at the end
 _BUFFER = 1 << 18
+_CHUNKS = 1000  # of a .wav, before its sound; programs write a few
+_NO_SIZE = 0x7FFF0000  # from here on, the size in a .wav is what programs write that do not know it yet; so is 0
 _PACKETS = 100  # a frame, of all streams and empty ones: a small file may claim any number
 
 
@@ -51,8 +54,8 @@ def read(path: Path) -> Media:
     """Read all packets of a file, and decode none.
 
     Raises:
-        UserError: it is no video and no sound, cut off or damaged, or has too many frames; or it is no regular file.
-        OSError: it cannot be read.
+        UserError: it is no video and no sound, cut off or damaged, or has too many frames; or it is no regular file, or
+            cannot be read.
     """
     with _opened(path) as container:
         picture = _pictures(container)
@@ -70,6 +73,9 @@ def read(path: Path) -> Media:
                 packets += 1
                 if not packet.is_discard:  # an edit list leaves out what was cut away
                     moments.append(moment)
+        if container.format.name == "wav":  # FFmpeg takes what is there for all of it
+            _check_wav(path)
+            ends = {stream: (end, True) for stream, (end, _) in ends.items()}
         _check_whole(container, path, 0 if picture is None else picture.frames - packets, list(ends.values()))
         if picture is not None and not moments:
             raise UserError(f"{path}: expected at least one frame, got none.")
@@ -139,7 +145,13 @@ def _heard(container: Any, begin: float) -> Iterator[np.ndarray]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The container; what FFmpeg refuses in the block becomes a UserError."""
-    files.read_start(path, 1)  # refuses what might never end
+    try:
+        files.read_start(path, 1)  # refuses what might never end
+    except OSError as error:
+        got = "a folder" if path.is_dir() else error.strerror
+        if isinstance(error, FileNotFoundError):
+            got = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: expected a file of a video or sound, got {got}; replace or remove it.") from error
     with open(path, "rb") as file:
         try:
             with av.open(
@@ -184,3 +196,21 @@ def _check_whole(container: Any, path: Path, lost: int, ends: list[tuple[float, 
             f"{path}: expected a whole file, got one that was cut off: {max(lost, 0)} frames and {max(missing, 0):.1f} "
             "seconds are missing, or the end of the last frame. Copy or download it again."
         )
+
+
+def _check_wav(path: Path) -> None:
+    """Refuse a .wav that holds less sound than its header says. One of 4 GiB and more, RF64, is not looked at."""
+    with open(path, "rb") as file:
+        chunks = _CHUNKS if file.read(12)[:4] == b"RIFF" else 0
+        for _ in range(chunks):
+            name, size = file.read(4), int.from_bytes(file.read(4), "little")
+            if name != b"data":
+                file.seek(size + size % 2, os.SEEK_CUR)
+                continue
+            lacks = file.tell() + size - os.fstat(file.fileno()).st_size
+            if lacks > 0 and size < _NO_SIZE:
+                raise UserError(
+                    f"{path}: expected the {size} bytes of sound that its header promises, got one that was cut off: "
+                    f"{lacks} are missing. Copy or download it again."
+                )
+            return
