@@ -341,7 +341,8 @@ class PredictConfig:
     """Folder for the files. It must not exist, or be empty; RUN/predicted/NAME if left out, by the name of the data or
     video."""
     video: Path | None = None
-    """A video file: a table and a plot of its values over time."""
+    """A video file: a table and a plot of its values over time. Its sound is that of a .wav of its name, if one is
+    beside it."""
     faces: Path | None = None
     """Folder with cropped faces of that video, 00001.jpg and so on; if left out, OpenCV looks for them."""
     draw: bool = False

@@ -64,6 +64,16 @@ def find(config: PrepareConfig) -> Found:
     return Found(tasks, failures, len(inputs.crops.keys() - set(names)))
 
 
+def sound_beside(video: Path) -> Path | None:
+    """The sound file that goes before the sound of ``video``, as in :func:`find`.
+
+    Raises:
+        UserError: there are two of them, or the folder cannot be read.
+    """
+    sounds = (path for path in _entries(video.parent, "video") if path.suffix.lower() == SOUND)
+    return _only(_grouped(sounds, lambda path: path.stem), layout.composed(video.stem))
+
+
 class _Inputs:
     """The content of the folders, by the names of videos."""
 

@@ -4,6 +4,8 @@
 <video>.png         the same as curves
 <video>.mp4         with --draw true: the video, and the curves below it
 predictions/        as for a data folder
+
+As in ``grjca prepare``, the sound is that of ``<video>.wav``, if there is one beside the video.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from grjca import backbones, files
 from grjca.config import TARGETS, ExtractConfig, PredictConfig, Target
-from grjca.data import audio, footage, layout, media
+from grjca.data import audio, footage, layout, media, sources
 from grjca.errors import UserError
 from grjca.evaluation import plots
 from grjca.evaluation.trained import Trained, infer, write_predictions
@@ -34,6 +36,8 @@ from grjca.training import runs
 STRIP = 0.35
 """Height of the curves below a video, as a share of its own."""
 ENCODER = {"preset": "veryfast", "crf": "20"}
+TICKS = 90_000
+"""A second of a drawn video has so many: its frames are shown at multiples of them."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def predict_video(config: PredictConfig, on: Accelerator, trained: Sequence[Trai
             raise UserError(f"--video: expected runs of {' and '.join(WIDTHS)}, but {of.folder} reads {of.widths}.")
     if on.num_processes > 1:
         raise UserError("--video: expected one process, got several; a single video is not shared out.")
+    source = footage.Source(config.video, sources.sound_beside(config.video), config.faces)
     with files.whole_folder(config.folder) as folder:
-        found = _predicted(config, on, trained, name)
+        found = _predicted(config, on, trained, name, source)
         values = found.values
         write_predictions(folder / runs.PREDICTIONS, {target: {name: of} for target, of in values.items()})
         columns = np.column_stack([found.seconds, *values.values()])
@@ -78,14 +83,16 @@ def predict_video(config: PredictConfig, on: Accelerator, trained: Sequence[Trai
         )
         plots.save(plots.curves(title, found.seconds, values), folder / f"{name}.png")
         if config.draw:
-            files.write(folder / f"{name}.mp4", lambda file: _draw(file, media.read(config.video), values))  # type: ignore[arg-type]
+            video, heard = media.read(config.video), media.read(source.sound or config.video)
+            files.write(folder / f"{name}.mp4", lambda file: _draw(file, video, heard, found))
     print(f"{config.folder}: {name}.csv and plot of {len(found.seconds)} frames.", *found.notes, sep="\n")
     return 0
 
 
-def _predicted(config: PredictConfig, on: Accelerator, trained: Sequence[Trained], name: str) -> Prediction:
-    assert config.video is not None
-    source = footage.Source(video=config.video, crops=config.faces)
+def _predicted(
+    config: PredictConfig, on: Accelerator, trained: Sequence[Trained], name: str, source: footage.Source
+) -> Prediction:
+    assert source.video is not None
     with tempfile.TemporaryDirectory(prefix="grjca-", ignore_cleanup_errors=True) as scratch:
         arrays = Path(scratch) / "arrays"
         about = footage.write_folder(source, arrays / "npy_data" / name, None, None)
@@ -95,9 +102,10 @@ def _predicted(config: PredictConfig, on: Accelerator, trained: Sequence[Trained
             (prediction,) = infer(on, of, of.videos(root, "all"), config.batch_size)
             values[of.settings.target] = prediction.values
     ordered = {target: values[target] for target in TARGETS if target in values}
-    times = media.read(config.video).times
+    times = media.read(source.video).times
     seconds = np.arange(about["frames"]) / about["fps"] if np.isnan(times).any() else times - times[0]
-    return Prediction(seconds, ordered, about["notes"])
+    sound = [f"The sound is that of {source.sound}."] if source.sound else []
+    return Prediction(seconds, ordered, [*sound, *about["notes"]])
 
 
 def _extracted(config: PredictConfig, of: Trained, arrays: Path, scratch: Path) -> Path:
@@ -133,21 +141,24 @@ def _extracted(config: PredictConfig, of: Trained, arrays: Path, scratch: Path) 
     return out
 
 
-def _draw(file: IO[bytes], video: media.Media, values: Mapping[Target, np.ndarray]) -> None:
-    """The video as mp4, at its average rate, with the curves below it and its sound, mono at 16 kHz."""
+def _draw(file: IO[bytes], video: media.Media, heard: media.Media, found: Prediction) -> None:
+    """The video as mp4, its frames shown when it shows them, with the curves below it; the sound is mono at 16 kHz."""
     with av.open(file, "w", format="mp4") as container:
         rate = Fraction(video.fps or 25).limit_denominator(1001)
         out = container.add_stream("libx264", rate, options=ENCODER)
-        sound = container.add_stream("aac", audio.RATE, layout="mono") if video.has_sound else None
-        pictures = _drawn(video, values)
+        out.codec_context.time_base = Fraction(1, TICKS)
+        sound = container.add_stream("aac", audio.RATE, layout="mono") if heard.has_sound else None
+        pictures = _drawn(video, found.values)
         first = next(pictures)
         out.width, out.height, out.pix_fmt = first.width, first.height, "yuv420p"
-        for picture in chain([first], pictures):
-            container.mux(out.encode(av.VideoFrame.from_image(picture)))
+        for picture, moment in zip(chain([first], pictures), _moments(found.seconds), strict=True):
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts, frame.time_base = moment, out.codec_context.time_base
+            container.mux(out.encode(frame))
         container.mux(out.encode())
         if sound is not None:
             begin = 0
-            for samples in media.sound(video, float(len(next(iter(values.values()))) / rate)):
+            for samples in media.sound(heard, float(found.seconds[-1]) + float(1 / rate)):
                 if not len(samples):
                     continue
                 block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
@@ -155,6 +166,13 @@ def _draw(file: IO[bytes], video: media.Media, values: Mapping[Target, np.ndarra
                 begin += len(samples)
                 container.mux(sound.encode(block))
             container.mux(sound.encode())
+
+
+def _moments(seconds: np.ndarray) -> list[int]:
+    """When each frame is shown, in ticks: an encoder takes no two at once."""
+    order = np.arange(len(seconds))
+    moments: list[int] = (np.maximum.accumulate(np.rint(seconds * TICKS).astype(np.int64) - order) + order).tolist()
+    return moments
 
 
 def _drawn(video: media.Media, values: Mapping[Target, np.ndarray]) -> Iterator[Image.Image]:
