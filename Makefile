@@ -15,12 +15,12 @@ FORMATTED := $(NATIVE) $(wildcard tests/support/cuda_emulator/*)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-sanitized test-oldest-triton test-all-kernels works-with bench lint format clean
+.PHONY: help install demo test test-quick test-all test-sanitized test-oldest-triton test-all-kernels works-with bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: ## install into .venv, whether or not anything has changed
+install: ## install everything into .venv, whether or not anything has changed
 	@rm -f .venv/installed
 	@$(MAKE) --no-print-directory .venv/installed
 
@@ -29,13 +29,26 @@ install: ## install into .venv, whether or not anything has changed
 .venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --no-compile --editable '.[dev,train]' --constraint constraints.txt
+	@touch .venv/light $@
+
+# Without the CUDA C++ kernels, which take minutes to compile, and without the tools of developers.
+.venv/light: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	CUDACXX= $(BIN)/pip install --no-compile --editable '.[test,train]' --constraint constraints.txt
 	@touch $@
 
-demo: .venv/installed ## make data, train, evaluate, predict and plot, by the commands of grjca
+demo: .venv/light ## make footage, train on it, evaluate and predict by the commands of grjca; three minutes from a clean clone
 	$(BIN)/python -m grjca demo
 
-test: .venv/installed ## run all tests, a process for each core; ARGS go to pytest
+test: .venv/installed ## run the tests, a process for each core; ARGS go to pytest
+	@echo "Six thousand tests of every layer, on two cores in seven minutes; make test-quick takes two, make test-all has more cases."
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-quick: .venv/light ## run the quick tests of the library and of its kernels on processors; two minutes
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' tests/library tests/repository tests/kernels/test_contract.py $(ARGS)
+
+test-all: .venv/installed ## run every test with every case; an hour
+	$(BIN)/python -m pytest $(PARALLEL) --all $(ARGS)
 
 test-sanitized: .venv/installed ## run tests of the native CPU code under AddressSanitizer and UBSan; ARGS go to pytest
 	$(BIN)/python tests/support/sanitized.py $(ARGS)

@@ -39,7 +39,7 @@ NVCC_FLAGS = "-O3 -std=c++17 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibilit
 # Its runtime is hidden: PyTorch brings one of its own, whose functions would otherwise be taken for these.
 LINK_CUDA = "-cudart static -shared -Xlinker --exclude-libs,ALL"
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # a source knows its own as GRJCA_PRECISION
-ARCHITECTURES = ["80", "90a"]  # A100, and by its PTX whatever is newer; H100 and H200
+ARCHITECTURES = ["80", "90"]  # A100; H100 and H200; and by PTX whatever is newer
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB
 # Not setuptools' temporary folder: an editable install throws that away, and the next one would start afresh.
 BUILD = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")

@@ -132,6 +132,7 @@ def test_a_rate_of_1e_8_up_to_rounding_has_fallen(config, monkeypatch):
 
 
 @pytest.mark.parametrize("interrupted", [1, 5, 6, 12])
+@pytest.mark.sampled(1)
 def test_a_run_that_begins_anew_resumes_bit_for_bit(config, monkeypatch, interrupted):
     config = replace(config, restart=True, **fallen())
     for out, begun, epochs in (("whole", 0, 13), ("parts", 0, interrupted), ("parts", interrupted, 13)):
@@ -254,6 +255,7 @@ def test_frozen_networks_stay_as_they_are(whole):
 
 
 @pytest.mark.parametrize("options", [{}, {"statistics": "frozen"}, {"chunk": 5}])
+@pytest.mark.sampled(1)
 def test_training_with_networks_resumes_bit_for_bit(whole, options):
     ends = []
     for name, until in (("at-once", [3]), ("parts", [1, 2, 3])):

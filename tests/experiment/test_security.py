@@ -189,6 +189,7 @@ ODD = ["b,0.5,0.5", "a\nb", "a\rb", "a\x1b[2Jb", "a\u2028b", 'a"b', "a\\b", " a"
 
 
 @pytest.mark.parametrize("name", ODD, ids=ascii)
+@pytest.mark.sampled(2)
 def test_a_name_that_cannot_be_written_is_refused_first(run: Path, data: Path, said: Any, name: str) -> None:
     (data / "features" / "gamma").rename(data / "features" / name)
     (data / "annotations" / "validate" / "gamma.txt").rename(data / "annotations" / "validate" / f"{name}.txt")
@@ -505,6 +506,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
 @pytest.mark.parametrize(
     "name, count", [("train", 2), ("evaluate", 1), ("predict", 1), ("prepare", 1), ("extract", 1), ("loop", 1)]
 )
+@pytest.mark.sampled(2)
 def test_commands_that_are_stopped(name: str, count: int, tmp_path: Path) -> None:
     """``python tests/support/signals.py`` stops them as often as it is told to."""
     signals.prepare(tmp_path)

@@ -536,11 +536,13 @@ def learn(data, out, target, backend="auto"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.sampled(1)
 def test_a_learnable_set_is_learnt(learnable, tmp_path, target):
     assert learn(learnable, tmp_path / "run", target).best_ccc >= 0.8
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_curves_agree_to_the_end_of_a_training(learnable, tmp_path):
     """Training amplifies rounding; by how much is seen from two backends that are plain PyTorch both."""
     curves = {}

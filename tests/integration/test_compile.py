@@ -54,6 +54,7 @@ def test_whole_model():
 
 
 @mark.parametrize("dynamic, most", [(True, 1), (None, 2)])
+@mark.sampled(1)
 def test_batch_sizes_and_lengths(dynamic, most):
     """One compilation for all batch sizes and `lengths`, forward and backward, with `dynamic=True`; by default two"""
     module = GatedRJCAFused(D_V, D_A, L, gating="hierarchical", dropout=0.3)
@@ -70,6 +71,7 @@ def test_batch_sizes_and_lengths(dynamic, most):
     assert compilations() == most
 
 
+@mark.exhaustive
 def test_all_sizes():
     """One compilation of the functional form for all B, L and widths"""
 

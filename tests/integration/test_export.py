@@ -80,6 +80,7 @@ def run_onnx(program, arguments) -> torch.Tensor:
 @needs_exporter
 @mark.uses("onnx", "onnxscript", "onnxruntime")
 @mark.parametrize("gating, with_lengths", [("none", True), ("dynamic", False), ("flat", False), ("hierarchical", True)])
+@mark.sampled(1)
 def test_onnx(gating, with_lengths):
     """ONNX, exported through the reference whatever the backend, any batch size: the same numbers by onnxruntime"""
     module = block(gating=gating, normalize=True)

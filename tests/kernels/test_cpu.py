@@ -98,6 +98,7 @@ def test_gradients_of_sixteen_bits(case, dtype):
 
 
 @each_way(torch.float32, torch.bfloat16)
+@mark.sampled(3)
 def test_chunks(dtype, instruction_set):
     problem = describe(CHUNKS, make(CHUNKS))
     for backward in (False, True):
@@ -118,6 +119,7 @@ def test_golden(name, instruction_set):
 
 
 @mark.parametrize("case", FULL_SIZE.values(), ids=str)
+@mark.sampled(2)
 def test_the_released_formulas_at_full_size(case):
     leaves = make(case).leaves()
     module, parameters = eager_module(case, leaves)
@@ -131,6 +133,7 @@ def test_the_released_formulas_at_full_size(case):
 
 
 @mark.parametrize("case", FULL_SIZE.values(), ids=str)
+@mark.sampled(2)
 def test_the_rule_at_full_size(case):
     check_rule(run(native, case, make(case, torch.float32)), case, torch.float32)
 

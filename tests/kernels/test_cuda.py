@@ -69,11 +69,13 @@ def check(case: Case, dtype: torch.dtype = torch.float32, gradients: bool = True
 
 
 @mark.parametrize("case", [*CASES, *TILES], ids=str)
+@mark.sampled(14)
 def test_float32(case):
     check(case)
 
 
 @mark.parametrize("case, dtype", spread([*CASES, *TILES], HALVES), ids=str)
+@mark.sampled(10)
 def test_values_of_sixteen_bits(case, dtype):
     check(case, dtype, gradients=False)
 
@@ -81,6 +83,7 @@ def test_values_of_sixteen_bits(case, dtype):
 @mark.parametrize("case, dtype", [
     *spread(STATISTICAL, HALVES), *product([replace(STATISTICAL[5], name="streamed", length=24)], HALVES)
 ], ids=str)  # fmt: skip
+@mark.sampled(4)
 def test_gradients_of_sixteen_bits(case, dtype):
     """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
     check(case, dtype)
@@ -89,6 +92,7 @@ def test_gradients_of_sixteen_bits(case, dtype):
 @mark.parametrize(
     "case", [STATISTICAL[1], STATISTICAL[7], replace(STATISTICAL[6], name="streamed", length=24)], ids=str
 )
+@mark.sampled(2)
 def test_tf32(case):
     with emulated_cuda.overrides(tf32=True):
         result = run(function, case, make(case, torch.float32))
@@ -97,6 +101,7 @@ def test_tf32(case):
 
 
 @mark.parametrize("dtype, reduced", [(torch.float32, False), (torch.float32, True), *((x, False) for x in HALVES)])
+@mark.sampled(2)
 def test_the_self_check(dtype, reduced):
     """That of "auto", with the problems it runs on a GPU made smaller."""
     device = torch.device("cpu")
@@ -142,6 +147,7 @@ def in_order(case):
 
 
 @mark.parametrize("case, overrides", LAUNCHES, ids=str)
+@mark.sampled(10)
 def test_launches(case, overrides):
     """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
     once = in_order(case)
@@ -154,6 +160,7 @@ def test_launches(case, overrides):
 
 
 @mark.parametrize("case", [TILES[2], replace(TILES[3], batch=3)], ids=str)
+@mark.exhaustive
 def test_orders_of_many_tiles(case):
     inputs = make(case, torch.bfloat16)
     with emulated_cuda.overrides(resident=4, chunk=1):
@@ -180,6 +187,7 @@ def test_all_is_written_and_nothing_else(case, dtype):
 
 @mark.parametrize("name", ["transposed", "part of a cat", "every second column", "batch last", "one number for all"])
 @mark.parametrize("case", BOTH, ids=str)
+@mark.sampled(4)
 def test_strides(name, case):
     """Of features, and of incoming gradients."""
     check_strides(function, case, LAYOUTS[name])
@@ -207,6 +215,7 @@ def test_what_stands_in_absent_rows_reaches_nothing(case, garbage):
 @mark.parametrize("length", [5, 34])
 @mark.parametrize("form", problems.FORMS)
 @mark.parametrize("poison", [NAN, INF])
+@mark.sampled(4)
 def test_a_bad_number_stays_in_its_sample(length, form, poison):
     case = Case("bad", 2, length, (3, 2), 2, "flat", form, normalize=True, dropout=0.3)
     check_bad_number(function, case, poison)

@@ -459,11 +459,11 @@ def test_one_kernel_forward_and_one_backward(block, frames):
 def test_steps_that_are_launched_alone_give_the_same_bits(backend, block, frames):
     """Nobody waits for anybody then: the barrier of the grid does what the end of a launch does."""
     pytest.importorskip("triton")
-    from benchmarks.gpu_parts import apart
+    from benchmarks.gpu_phases import one_launch_per_step
 
     module, x = block(frames), features(frames, batch=37)
     expected = step(module, x)
-    with apart(backend):
+    with one_launch_per_step(backend):
         result, ran = kernels_of(lambda: step(module, x))
     equal(result, expected)
     for direction in ("forward", "backward"):

@@ -80,6 +80,7 @@ def assert_same(found, expected, of: str) -> None:
 @needs_native
 @mark.parametrize("name, dtype", ways(*problems.DTYPES), ids=str)
 @mark.parametrize("case", SAME, ids=str)
+@mark.sampled(40)
 def test_what_is_kept_changes_no_bit(case, name, dtype, tight):
     inputs = make(case, dtype)
     with cpu.instruction_set(name):
@@ -467,6 +468,7 @@ def filled():
 @needs_native
 @mark.parametrize("keep", [KEY, ALL - JOINT])
 @mark.parametrize("case", OPERATORS, ids=str)
+@mark.sampled(2)
 def test_opcheck(case, keep, filled):
     torch.library.opcheck(torch.ops.grjca.forward.default, kept_arguments(case, make(case), keep))
     leaves = make(case, torch.float32).leaves()

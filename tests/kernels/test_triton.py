@@ -106,6 +106,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, **options) -> None:
     (DATAFLOWS[(i + j) % 2], form, gating)
     for i, form in enumerate(problems.FORMS) for j, gating in enumerate(problems.GATINGS)
 ], indirect=["dataflow"])  # fmt: skip
+@mark.sampled(5)
 def test_every_gating_and_form(dataflow, form, gating):
     """Every gating and form in every dataflow too, but not all three together."""
     check(Case(f"{form}-{gating}", 2, 3, (3, 2), 2, gating, form))
@@ -135,6 +136,7 @@ RAW = Case("raw", 2, 3, (2, 3), 2, "hierarchical", joint="raw", dropout=0.3, len
         ALL,
     ],
 )
+@mark.sampled(6)
 def test_options(dataflow, case):
     check(case)
 
@@ -145,6 +147,7 @@ def test_options(dataflow, case):
     Case("paper-none-T5", 1, 2, (1, 2), 5, "none", "paper"),
     Case("released-hierarchical-T4", 1, 2, (1, 2), 4, "hierarchical"),
 ], ids=str)  # fmt: skip
+@mark.sampled(2)
 def test_many_iterations(case):
     check(case)
 
@@ -161,6 +164,7 @@ def test_the_most_ways():
     Case("terms-of-several-tiles", 1, 2, (33, 1), 1, "none", "paper"),
     Case("three-modalities-of-tiles", 1, 2, (15, 18, 16), 1, "none"),
 ], ids=str)  # fmt: skip
+@mark.sampled(4)
 def test_tiles(case, dataflow):
     check(case)
 
@@ -178,6 +182,7 @@ def test_more_frames_than_ever_are_streamed():
 @mark.parametrize("dataflow, m, n, k", [
     *((name, *tile) for name in DATAFLOWS for tile in ((32, 16, 32), (16, 32, 16))), ("stored", 64, 64, 32)
 ], indirect=["dataflow"])  # fmt: skip
+@mark.sampled(2)
 def test_tiles_of_other_sizes(dataflow, m, n, k, set_tiles):
     """More rows than columns and fewer, in both dataflows; more than one tile of whichever size."""
     set_tiles(m, n, k)
@@ -189,6 +194,7 @@ def test_tiles_of_other_sizes(dataflow, m, n, k, set_tiles):
     Case("many-rows", 2, 67, (6, 17), 1, "none", lengths=(67, 40)),
     Case("many-terms", 1, 5, (133, 2), 1, "none"),
 ], ids=str)  # fmt: skip
+@mark.sampled(1)
 def test_large_problems(case, set_tiles):
     """A tile or two and a rest."""
     set_tiles(64, 64, 64)
@@ -199,6 +205,7 @@ def test_large_problems(case, set_tiles):
     Case("chunks", 3, 3, (2, 3), 1, "dynamic", normalize=True, dropout=0.3, lengths=(2, 0, 3)),
     Case("chunks-shared-paper", 3, 2, (2, 3), 2, "none", "paper", shared=True),
 ], ids=str)  # fmt: skip
+@mark.sampled(2)
 def test_chunks(case, set_chunk, dataflow):
     """Of two samples and of one."""
     set_chunk(2)
@@ -223,6 +230,7 @@ def test_parts_of_the_rows(case, monkeypatch, set_chunk):
     [("streamed", 0, 3), ("streamed", 2, 5), ("stored", 2, 5), ("stored", 2, 0)],
     indirect=["dataflow"],
 )
+@mark.sampled(2)
 def test_parts_of_the_samples(dataflow, parts, key_parts, monkeypatch):
     """The sums of W_k have parts of their own, of which some may be empty."""
     monkeypatch.setattr(division, "parts_of", lambda *_: parts)
@@ -246,6 +254,7 @@ def test_values_of_float16(dataflow, case):
     (Case("released-none", 4, 64, (40, 24), 1, "none"), 64),
     (Case("paper-none", 4, 64, (40, 24), 2, "none", "paper", normalize=True), 64),
 ], ids=str)  # fmt: skip
+@mark.sampled(1)
 def test_gradients_of_float16(case, frames, set_tiles, monkeypatch):
     """Large enough that many relu change sides by rounding: on a small problem one of them decides."""
     set_tiles(64, 64, 64)
@@ -279,6 +288,7 @@ def poisoned():
 
 
 @mark.parametrize("case", [MOST, Case("tile", 1, 17, (17, 2), 1, "none", "paper", lengths=(9,))], ids=str)
+@mark.sampled(1)
 def test_uninitialised_memory_is_not_read(case, dataflow, request, monkeypatch, set_chunk):
     monkeypatch.setattr(division, "parts_of", lambda *_: 2)
     set_chunk(1)
@@ -318,6 +328,7 @@ def test_all_is_written_and_nothing_else(case, dtype, dataflow, monkeypatch, set
 
 
 @mark.parametrize("name", ["transposed", "part of a cat", "every second column", "batch last", "one number for all"])
+@mark.sampled(2)
 def test_strides(name):
     """Of features, and of incoming gradients."""
     check_strides(function, MOST, LAYOUTS[name])
@@ -348,6 +359,7 @@ def test_a_concatenation_is_the_outputs_side_by_side():
 
 
 @mark.parametrize("unaligned", ["features", "parameters", "lengths and seed"])
+@mark.sampled(2)
 def test_addresses_that_are_not_aligned(unaligned, monkeypatch):
     """Parts of other tensors: they give the same, and kernels see multiples of 16 bytes all the same."""
     from grjca_kernels.triton_kernels import launch
@@ -436,6 +448,7 @@ def test_lengths_of_any_stride(step):
 
 
 @mark.parametrize("case, garbage", [(MOST, NAN), (replace(MOST, form="paper", lengths=(0, 3)), INF)], ids=str)
+@mark.sampled(2)
 def test_what_stands_in_absent_rows_reaches_nothing(case, garbage, dataflow):
     check_absent_frames(function, case, garbage)
 

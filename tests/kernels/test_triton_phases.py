@@ -122,6 +122,7 @@ def alone(case: Case, dataflow: str):
 
 @mark.parametrize("dataflow", FRAMES)
 @mark.parametrize("case", CASES, ids=str)
+@mark.sampled(2)
 def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
     """The same bits: the benchmarks time steps alone."""
     monkeypatch.setattr(launch_config, "STREAM_FRAMES", FRAMES[dataflow])
@@ -132,6 +133,7 @@ def test_phases_alone_are_the_whole(case, dataflow, monkeypatch):
 
 
 @mark.parametrize("dataflow", FRAMES)
+@mark.sampled(1)
 def test_masks_stay_in_their_bytes(dataflow, monkeypatch):
     from grjca_kernels.triton_kernels import launch
 

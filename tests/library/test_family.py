@@ -147,6 +147,7 @@ def test_what_is_taken_over(name, training, dtype):
 
 
 @mark.parametrize("size", [(2, (256, 128), 300), (2, (512, 512), 16)], ids=str)
+@mark.sampled(1)
 def test_what_is_told_apart_at_full_size(size):
     torch.manual_seed(0)
     for raw in (False, True):
@@ -195,6 +196,7 @@ def full_size(name):
 
 @mark.parametrize("name", ["RJCMA", "TAGF"])
 @mark.parametrize("backend", BACKENDS)
+@mark.sampled(1)
 def test_full_size(name, backend):
     """Blocks as they are trained, in float32, within the error rule: twice what their own module is off by."""
     x, theirs, truth, ours = full_size(name)

@@ -65,6 +65,7 @@ def backward_arguments(case: Case, inputs: Inputs, missing=(), **options) -> tup
 @mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @mark.parametrize("concat, return_gates", [(False, True), (True, False)])
 @mark.parametrize("case", CASES, ids=str)
+@mark.sampled(12)
 def test_opcheck_forward(case, concat, return_gates, dtype):
     arguments = forward_arguments(case, make(case, dtype), concat, return_gates)
     torch.library.opcheck(torch.ops.grjca.forward.default, arguments)
@@ -78,6 +79,7 @@ def test_opcheck_forward_with_gradients(case):
 @mark.parametrize("missing", [(), (0,), (1, 2)])
 @mark.parametrize("concat", [False, True])
 @mark.parametrize("case", CASES, ids=str)
+@mark.sampled(12)
 def test_opcheck_backward(case, concat, missing):
     arguments = backward_arguments(case, make(case), missing, concat=concat)
     torch.library.opcheck(torch.ops.grjca.backward.default, arguments)
@@ -458,6 +460,7 @@ def test_compile_with_dropout():
 
 
 @mark.parametrize("dynamic", [None, True])
+@mark.sampled(1)
 def test_compile_of_another_batch(dynamic):
     torch.compiler.reset()
     module = GatedRJCAFused(5, 3, 4, backend="cpu").eval()

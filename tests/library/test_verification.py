@@ -147,12 +147,14 @@ def test_right_kernels_pass_whatever_the_numbers(dtype):
 
 @mark.parametrize("dtype", verification.DTYPES, ids=str)
 @mark.parametrize("case", WIDE, ids=lambda case: f"L{case.length}-B{case.batch}")
+@mark.sampled(4)
 def test_right_kernels_pass_at_real_widths(case, dtype):
     for finding in verification.compare(ROW, case, CPU, dtype):
         assert finding.error <= finding.bound / 2 + (finding.bound == 0), finding
 
 
 @mark.parametrize("dtype, reduced", PRECISIONS)
+@mark.sampled(2)
 def test_what_is_allowed_is_small(dtype, reduced):
     """At the sizes of a GPU no gradient of half the scale would pass, and no value off by a tenth of the largest."""
     for case in (Case(12, 20, (72, 40), "hierarchical", True), Case(4, 35, (72, 40), "flat", False), WIDE[0], WIDE[2]):
@@ -167,6 +169,7 @@ def test_what_is_allowed_is_small(dtype, reduced):
                 assert finding.bound < 0.5 * float(backward[finding.tensor].norm()), finding
 
 
+@mark.exhaustive
 def test_the_interpreter_passes(capsys):
     if not triton_kernels.interpreted():
         pytest.skip("kernels run on the GPU here: test_gpu.py")
@@ -307,6 +310,7 @@ def emulated(mode):
     "case", [Case(12, 20, (72, 40), "hierarchical", True), *WIDE[1:3]], ids=lambda case: f"L{case.length}"
 )
 @mark.parametrize("allowed", ["by the settings", "by autocast"])
+@mark.sampled(2)
 def test_tf32_may_be_cut_or_rounded_and_no_worse(case, allowed, monkeypatch):
     if allowed == "by autocast":
         case = replace(case, reduced=True)

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def options() -> list[str]:
     checks = FOLDER.parent / "repository" / "test_record.py"  # of what is about to be written
-    return ["--numprocesses", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", f"--ignore={checks}"]
+    return ["--all", "--numprocesses", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", f"--ignore={checks}"]
 
 
 class Outcomes:
