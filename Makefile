@@ -68,7 +68,7 @@ test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes
 works-with: .venv/installed ## run every test, and publish what passed in README's "Works with"
 	$(BIN)/python tests/support/record.py --all
 
-bench: .venv/installed ## time eager, torch.compile and fused; ARGS go to pytest
+bench: .venv/installed ## time eager, torch.compile and fused, in eight minutes; ARGS, as --full, go to pytest
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 lint: .venv/installed ## check format, style and types

@@ -120,7 +120,3 @@ def _linear(x: Tensor, parameters: Linear, scale: float = 1.0) -> Tensor:
     if scale != 1:
         weight, bias = weight * scale, bias * scale
     return torch.addmm(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
-
-
-FORMULATIONS: dict[str, type[GatedRJCAEager]] = {"eager": GatedRJCAEager, "strong": GatedRJCAStrong}
-"""What is also compiled; the better one of a shape and a pass is the row of torch.compile."""

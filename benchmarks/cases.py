@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import platform
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import FORMULATIONS
+from benchmarks.baselines import GatedRJCAStrong
+from grjca import environment
 from grjca.measure import Shape
+from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused, flops
 from grjca_kernels import problem as problems
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 THREADS = torch.get_num_threads()
 DROPOUT = 0.6
-WARM_UPS = 2  # calls before those that are timed
 ROTATED = 4  # sets of inputs that take turns
 SCORES = 1.5  # root mean square of K J / sqrt(d): the whole of tanh, which near zero is linear and hides mistakes
 
-IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {
-    "eager": lambda problem, **options: problem.block(FORMULATIONS["eager"], **options),
-    "strong": lambda problem, **options: problem.block(FORMULATIONS["strong"], **options),
-    "compiled": lambda problem, **options: compiled(problem, **options),
-    "fused": lambda problem, **options: problem.block(GatedRJCAFused, **options),
-}
-
-
-def compiled(problem: Problem, formulation: str = "eager", **options: object) -> nn.Module:
-    """One of the formulations by torch.compile.
-
-    Not with mode="max-autotune": on a loaded processor it took about seven seconds for each product of a training step,
-    did not end within five minutes that the default mode shared, and took MKL's product in all four cases seen.
-    """
-    return cast(nn.Module, torch.compile(problem.block(FORMULATIONS[formulation], **options), dynamic=False))
+Call = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Takes the two inputs. Returns the output, followed in a training step by the gradients of inputs and parameters."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +40,11 @@ class Problem:
 
     shape: Shape
     dtype: torch.dtype = torch.float32
-    seed: int = 0  # of the first inputs; weights do not depend on it
+    device: str = "cpu"
 
-    def block(self, kind: type[GatedRJCAFused], **options: object) -> GatedRJCAFused:
+    def block(self, kind: type[GatedRJCAFused], **options: Any) -> GatedRJCAFused:
         """A block with the weights of this problem."""
-        block = self.shape.block(kind, **{"dtype": self.dtype, **options})
+        block = self.shape.block(kind, **{"dtype": self.dtype, "device": self.device, **options})
         block.load_state_dict(self.weights)
         return block
 
@@ -70,14 +59,14 @@ class Problem:
                 for x_m, key in zip(x, layer.key, strict=True):
                     scores = F.linear(x_m.mT, *key) @ joint / math.sqrt(joint.shape[-1])
                     key.weight.mul_(SCORES / scores.square().mean().sqrt())
-        return {name: value.to(self.dtype) for name, value in block.state_dict().items()}
+        return {name: value.to(self.device, self.dtype) for name, value in block.state_dict().items()}
 
     @cached_property
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
-        return [self.input(self.seed + i) for i in range(ROTATED)]
+        return [self.input(seed) for seed in range(ROTATED)]
 
     def input(self, seed: int) -> tuple[Tensor, Tensor]:
-        visual, audio = (x.to(self.dtype).requires_grad_() for x in self.shape.inputs(seed))
+        visual, audio = (x.to(self.device, self.dtype).requires_grad_() for x in self.shape.inputs(seed))
         return visual, audio
 
     @cached_property
@@ -85,7 +74,95 @@ class Problem:
         """Of the output, [B, L, d]."""
         generator = torch.Generator().manual_seed(ROTATED)
         size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
-        return torch.randn(size, generator=generator).to(self.dtype)
+        return torch.randn(size, generator=generator).to(self.device, self.dtype)
+
+    def call(self, implementation: str, training: bool, **options: Any) -> Call:
+        """One of IMPLEMENTATIONS: a training step, or a forward in eval mode without autograd."""
+        return IMPLEMENTATIONS[implementation](self, training, **options)
+
+    def in_turns(self, call: Call) -> Callable[[], list[Tensor]]:
+        """``call`` on the sets of inputs, one after the other."""
+        turns = itertools.cycle(self.inputs)
+        return lambda: call(next(turns))
+
+
+# ---- implementations
+
+
+def plain(block: nn.Module, gradient: Tensor | None = None) -> Call:
+    """As PyTorch runs it: a training step if there is a ``gradient`` of the output, else a forward."""
+    block.train(gradient is not None)
+    parameters = list(block.parameters())
+
+    def call(x: Sequence[Tensor]) -> list[Tensor]:
+        if gradient is None:
+            with torch.no_grad():
+                return [block(*x)]
+        y = block(*x)
+        return [y.detach(), *torch.autograd.grad(y, [*x, *parameters], gradient)]
+
+    return call
+
+
+def of_block(problem: Problem, training: bool, *, kind: type[GatedRJCAFused], **options: Any) -> Call:
+    return plain(problem.block(kind, **options), problem.gradient if training else None)
+
+
+def _compiled(problem: Problem, training: bool, **options: Any) -> Call:
+    """The strong formulation by torch.compile, on a GPU with CUDA graphs.
+
+    mode="max-autotune" took seven seconds for each product of a training step, and chose MKL's in all cases seen.
+    """
+    mode = "reduce-overhead" if problem.device == "cuda" else None
+    block = torch.compile(problem.block(GatedRJCAStrong, **options), mode=mode, dynamic=False)
+    call = plain(block, problem.gradient if training else None)
+
+    def marked(x: Sequence[Tensor]) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(x)
+
+    return marked
+
+
+def _graph(problem: Problem, training: bool, **options: Any) -> Call:
+    """A CUDA graph, captured once; inputs are copied in at every call, as torch.compile does it with its own."""
+    call, static = of_block(problem, training, **options), problem.input(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = call(static)
+
+    def replay(x: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            torch._foreach_copy_(static, x)
+        captured.replay()
+        return results
+
+    return replay
+
+
+OURS = {"triton": "triton", "cuda": "cuda"} if DEVICE == "cuda" else {"fused": "auto"}
+"""The fused block, and the backend that computes it. Its dropout masks are those of the reference."""
+PLAIN: dict[str, dict[str, Any]] = {
+    "eager": {"kind": GatedRJCAEager},
+    "strong": {"kind": GatedRJCAStrong},
+    **{name: {"kind": GatedRJCAFused, "backend": backend} for name, backend in OURS.items()},
+}
+"""What makes the blocks that run as PyTorch runs them."""
+IMPLEMENTATIONS: dict[str, Callable[..., Call]] = {
+    **{name: partial(of_block, **options) for name, options in PLAIN.items()},
+    "compiled": _compiled,
+}
+if DEVICE == "cuda":
+    IMPLEMENTATIONS |= {f"{name}-graph": partial(_graph, **PLAIN[name]) for name in ("eager", *OURS)}
+
+
+# ---- what a forward costs
 
 
 def flop(shape: Shape) -> int:
@@ -101,44 +178,20 @@ def tanhs(shape: Shape) -> int:
     return shape.batch * shape.iterations * (width**2 + 2 * shape.length * width)
 
 
-VARYING = frozenset({"commit", "clock_mhz"})
-"""What may differ between rows that are otherwise of the same."""
+# ---- where it is measured
 
 
-@lru_cache
-def provenance() -> dict[str, str | int | float | None]:
+def machine() -> dict[str, str | int]:
     """Where and with what a time was measured."""
     return {
-        "commit": _commit(),
-        "device": _cpu("model name") or platform.processor() or platform.machine(),
-        "clock_mhz": _clock(),
+        "device": torch.cuda.get_device_name(0) if DEVICE == "cuda" else environment.processor(),
         "threads": THREADS,
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "python": platform.python_version(),
     }
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _clock() -> float | None:
-    """Of the first core, now; a virtual machine shows the nominal one. None where the system does not say."""
-    clock = _cpu("cpu MHz")
-    return float(clock) if clock else None
-
-
-def _cpu(entry: str) -> str:
-    """What /proc/cpuinfo says of the first core; empty where there is no such entry, or no such file."""
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(entry):
-                return line.partition(":")[2].strip()
-    return ""
+def where() -> str:
+    """The same in a line, with the commit."""
+    about = machine()
+    return f"{about['device']}, {about['threads']} threads, torch {about['torch']}, commit {environment.commit()}"

@@ -1,22 +1,46 @@
-"""How a call is timed."""
+"""How a call is timed, and what is kept of it: ``pytest benchmarks --benchmark-only``, with ``--full`` for the rest."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.cases import IMPLEMENTATIONS, THREADS, WARM_UPS, Problem, provenance
-from grjca.measure import SHAPES
+from benchmarks.cases import DEVICE, THREADS, machine
 
-SECONDS = 3.0  # of measuring per case, unless FEWEST rounds take longer
-FEWEST, MOST = 5, 50
-HALVES = [*((name, torch.bfloat16) for name in SHAPES), ("abaw", torch.float16)]
-CASES = [*((name, torch.float32) for name in SHAPES), *HALVES]
+SECONDS = 3.0  # of measuring a case, unless FEWEST rounds take longer
+FEWEST, MOST = 3, 50
+KEPT = ("min", "max", "median", "q1", "q3", "iqr", "mean", "stddev", "rounds", "iterations", "ops")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also the benchmarks of benchmarks/test_full.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The columns that people compare, unless others are asked for."""
+    if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        config.option.benchmark_columns = ["median", "iqr", "min", "max", "rounds"]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "test_full.py" and not config.getoption("--full") else None
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, str | int]:
+    """Not the name of the host."""
+    return machine()
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Without the time of every round, and what else benchmarks.report has no use for."""
+    for row in output_json["benchmarks"]:
+        row["stats"] = {name: row["stats"][name] for name in KEPT}
+        del row["options"], row["params"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,56 +51,32 @@ def clean() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def _name(case: tuple[str, torch.dtype]) -> str:
-    return f"{case[0]}-{str(case[1]).removeprefix('torch.')}"
-
-
-# Of this scope, so that what is measured of one shape and dtype follows one another.
-@pytest.fixture(scope="session", params=CASES, ids=_name)
-def case(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def subject(case: tuple[str, torch.dtype]) -> Problem:
-    shape, dtype = case
-    return Problem(SHAPES[shape], dtype)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
-def measure(
-    benchmark: Any, case: tuple[str, torch.dtype], subject: Problem, implementation: str
-) -> Callable[..., None]:
-    """``measure(pass_name, call, before)`` times ``call(visual, audio)`` on inputs that take turns."""
+def measure(benchmark: Any) -> Callable[..., None]:
+    """``measure(call, **about)`` times a call; ``about`` are its shape, pass, implementation and dtype, and figures."""
 
-    def run(pass_name: str, call: Callable[..., object], before: Callable[[], object]) -> None:
-        turns = itertools.cycle(subject.inputs)
-
-        def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-            before()
-            return next(turns), {}
-
-        for _ in range(WARM_UPS):  # the first one compiles and allocates; the last one says how many are to follow
-            before()
+    def run(call: Callable[[], object], **about: Any) -> None:
+        about = {"dtype": "float32", **about}
+        benchmark.group = f"{about['shape']}, {about['dtype']}, {about['pass']}"
+        benchmark.extra_info.update(about)
+        seconds = 0.0
+        for _ in range(2):  # the first one compiles and allocates; the second one says how many are to follow
             start = time.perf_counter()
-            call(*next(turns))
+            _synchronized(call)
             seconds = time.perf_counter() - start
-        rounds = int(SECONDS / seconds)
-        dtype = str(subject.dtype).removeprefix("torch.")
-        benchmark.group = f"{case[0]}, {dtype}, {pass_name}"
-        benchmark.extra_info.update(
-            shape=case[0],
-            batch=subject.shape.batch,
-            **{"pass": pass_name},
-            implementation=implementation,
-            dtype=dtype,
-            **provenance(),
-        )
-        benchmark.pedantic(call, setup=setup, rounds=min(max(rounds, FEWEST), MOST))
+            if seconds > SECONDS / 2 and about["implementation"] != "compiled":
+                break
+        rounds = min(max(int(SECONDS / seconds), FEWEST), MOST)
+        if DEVICE == "cuda":
+            from triton.testing import do_bench
+
+            benchmark.extra_info["device_ms"] = do_bench(call, return_mode="median")
+        benchmark.pedantic(lambda: _synchronized(call), rounds=rounds)
 
     return run
+
+
+def _synchronized(call: Callable[[], object]) -> None:
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()

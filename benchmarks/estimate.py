@@ -1,7 +1,7 @@
 """What a launch should cost on an H200, by count: ``python -m benchmarks.gpu --estimate``.
 
 Both backends run the same phases, and one model counts them: csrc/cuda/costs.h, which also chooses the tiles of the
-CUDA C++ kernels. Where a GPU has measured the phases, what it measured stands beside the estimate.
+CUDA C++ kernels. ``python -m benchmarks.gpu_phases`` measures the same phases on a GPU.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import ledger
-from benchmarks.row_files import ROOT
 from grjca.measure import SHAPES, Shape
 from grjca_kernels import cuda, native
 from grjca_kernels.problem import Problem
@@ -29,7 +27,7 @@ GPU has confirmed the constants of the model (csrc/cuda/costs.h). A multiprocess
 product), and 375 for every trip to L2 that it cannot hide; two blocks of a multiprocessor wait at the same time and
 work one after another; a barrier takes 1.5 us within a team and 1.9 us of the grid. The launch itself is not in it.
 tasks: of the grid; turns, trips: of the block that has most; MB: through L2; us: of all times together."""
-COLUMNS = "phase                 tiles     times  tasks  turns  trips      MB   us each       us  measured us"
+COLUMNS = "phase                 tiles     times  tasks  turns  trips      MB   us each       us"
 
 
 def problem_of(shape: Shape, batch: int) -> Problem:
@@ -68,32 +66,17 @@ def triton_table(problem: Problem, backward: bool) -> list[PhaseCost]:
 TABLES: dict[str, Callable[[Problem, bool], list[PhaseCost]]] = {"cuda": cuda_table, "triton": triton_table}
 
 
-def measured() -> dict[tuple[str, int, str, str], dict[str, float]]:
-    """(shape, batch, backend, pass) -> microseconds of every phase over all iterations, of the newest rows."""
-    found = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
-        for row in ledger.read(path):
-            for direction in ("forward", "backward") if row.get("kind") == "phases" else ():
-                times: dict[str, float] = {}
-                for step, us in row[direction].items():
-                    phase = step.rpartition(" ")[0] if step[-1].isdigit() else step
-                    times[phase] = times.get(phase, 0.0) + us
-                found[row["shape"], row["batch"], row.get("implementation", "triton"), direction] = times
-    return found
-
-
 def lines() -> Iterator[str]:
     """The tables, or why there are none."""
     if native.missing or not native.library.cuda_architectures:
         yield "benchmarks.gpu --estimate: the model is a part of the CUDA C++ kernels, and they are not built here."
         return
     yield LEGEND
-    seen = measured()
     for name, batch in CELLS:
         problem = problem_of(SHAPES[name], batch)
         for direction in ("forward", "backward"):
             for backend, table in TABLES.items():
-                rows, times = table(problem, direction == "backward"), seen.get((name, batch, backend, direction), {})
+                rows = table(problem, direction == "backward")
                 total = sum(row.times * row.microseconds for row in rows)
                 yield f"\n{name} B={batch} {direction}, {backend}: {total:.0f} us"
                 yield COLUMNS
@@ -103,4 +86,4 @@ def lines() -> Iterator[str]:
                         f"{row.times:5.0f} {row.tasks:6.0f} {row.turns:6.0f} {row.trips:6.0f} {row.bytes / 1e6:7.1f}"
                     )
                     us = f"{row.microseconds:9.1f} {row.times * row.microseconds:8.1f}"
-                    yield f"{row.phase:<20}  {tiles:<9} {counts} {us}  {times.get(row.phase, '')}".rstrip()
+                    yield f"{row.phase:<20}  {tiles:<9} {counts} {us}"

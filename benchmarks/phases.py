@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DROPOUT, IMPLEMENTATIONS, WARM_UPS, Problem, provenance
+from benchmarks.cases import DROPOUT, Problem, where
 from grjca.measure import Shape
-from grjca_kernels import cpu, keeping
+from grjca_kernels import GatedRJCAFused, cpu, keeping
 from grjca_kernels import problem as problems
 
 SECONDS, FEWEST = 3.0, 3  # of measuring a shape in a dtype; rounds
+WARM_UPS = 2
 DTYPES = (torch.float32, torch.bfloat16)
 HELD_FROM = 64  # kHeldFrom of csrc/cpu/backward_memory.h
 GROUP = 256  # kGroup of csrc/cpu/workspace.h
@@ -23,7 +24,7 @@ HEAD = "| shape | dtype | pass | phase | ms | GFLOP | GFLOP/s | of the highest |
 LEGEND = """These are passes of a training step with dropout, each in the round in which it took the median. Where each
 thread takes samples of its own, a phase has the mean of the threads; what the total lacks is Python, and the time that
 threads waited for each other. A multiply-add counts as two operations. The last column is a share of the highest matrix
-rate that `python -m benchmarks.roofline` has measured on this machine in float32, {ceiling}; for bfloat16 it is a share
+rate that was reached just now in float32, {ceiling:.0f} GFLOP/s; for bfloat16 it is a share
 of {bfloat16}."""
 
 
@@ -58,20 +59,15 @@ def flop(problem: problems.Problem) -> dict[str, dict[str, int]]:
     return {name: {phase: of_batch(phase, size) for phase, size in of.items()} for name, of in both.items()}
 
 
-def table(shapes: Mapping[str, Shape], ceiling: float | None) -> str:
+def table(shapes: Mapping[str, Shape], ceiling: float) -> str:
     """Markdown; ``ceiling`` is in GFLOP/s."""
-    if cpu.why_not():
-        raise SystemExit(f"--phases: expected the native CPU kernels, got none: {cpu.why_not()}")
-    about = provenance()
-    where = f"{about['device']}, {about['threads']} threads, commit {about['commit']}, torch {about['torch']}."
-    lines = [where, "", HEAD]
+    lines = [f"{where()}.", "", HEAD]
     factors = {dtype: 2 if cpu.held(dtype) == 2 else 1 for dtype in DTYPES}  # products of pairs are twice as fast
     for name, shape in shapes.items():
         for dtype, factor in factors.items():
-            lines += _rows(name, shape, dtype, factor * (ceiling or 0.0))
+            lines += _rows(name, shape, dtype, factor * ceiling)
     doubled = "twice that, because its instruction takes two products for one" if max(factors.values()) > 1 else "that"
-    known = f"{ceiling:.0f} GFLOP/s" if ceiling else "which is none so far"
-    return "\n".join([*lines, "", LEGEND.format(ceiling=known, bfloat16=doubled)])
+    return "\n".join([*lines, "", LEGEND.format(ceiling=ceiling, bfloat16=doubled)])
 
 
 def _rows(title: str, shape: Shape, dtype: torch.dtype, ceiling: float) -> list[str]:
@@ -84,7 +80,7 @@ def _rows(title: str, shape: Shape, dtype: torch.dtype, ceiling: float) -> list[
         rows.append((f"total, of {1e3 * wall:.3g} ms that passed", sum(times.values()), sum(counts.values())))
         for phase, took, count in (row for row in rows if row[1]):  # what was kept is not computed again
             rate = count / took / 1e9
-            percent = f"{100 * rate / ceiling:.0f} %" if rate and ceiling else ""
+            percent = f"{100 * rate / ceiling:.0f} %" if rate else ""
             numbers = (f"{1e3 * took:.3g}", f"{count / 1e9:.3g}", f"{rate:.3g}" if rate else "", percent)
             lines.append(f"| {' | '.join((*about, name, phase, *numbers))} |")
     return lines
@@ -106,7 +102,7 @@ def of_own(problem: problems.Problem, threads: int) -> bool:
 def measure(shape: Shape, dtype: torch.dtype) -> list[tuple[float, dict[str, float]]]:
     """Seconds of forward and backward, and of their phases, in the round in which the pass took the median."""
     problem, rounds = Problem(shape, dtype), []
-    block = IMPLEMENTATIONS["fused"](problem, dropout=DROPOUT, backend="cpu").train()
+    block = problem.block(GatedRJCAFused, dropout=DROPOUT, backend="cpu").train()
     features, incoming = problem.inputs[0], problem.gradient
     wanted, deadline = [*features, *block.parameters()], time.perf_counter() + SECONDS
     while len(rounds) < WARM_UPS + FEWEST or time.perf_counter() < deadline:

@@ -1,11 +1,12 @@
-"""What is counted and not timed, against what is recorded: ``python -m benchmarks.counted``.
+"""Costs that are counted instead of timed, against a record: ``python -m benchmarks.cost_baseline``.
 
-The same on every run and under any load: memory, operators, FLOP, functions of the package that a call runs in Python,
-and instructions of the native kernels under valgrind. Whatever differs from ``counted.json`` is printed, and the exit
-status is 1: what grew is a regression or has a reason, and what shrank is to be recorded, so that it cannot grow back.
-``--update`` rewrites the file; ``tests/benchmarks/test_counted.py`` compares with it in CI.
+They are the same on every run and under any load: memory, operators, FLOP, Python functions that a call runs, and
+instructions of the native kernels under valgrind. The command prints every count that differs from
+``cost_baseline.json``, and its exit status is then 1: a count that grew is a regression or has a reason, and one that
+shrank has to be recorded, so that it cannot grow back. ``--update`` rewrites the file;
+``tests/benchmarks/test_cost_baseline.py`` compares with it in CI.
 
-A count is compared only where what made it is what made the recorded one: this PyTorch, or this compiler. PyTorch's
+A count is compared only where it depends on the same PyTorch, or the same compiler, as the recorded one. PyTorch's
 operators are those that reach the dispatcher below autograd, views among them.
 """
 
@@ -37,8 +38,8 @@ from grjca_kernels import GatedRJCAFused, cpu, cuda, keeping, native
 from grjca_kernels import problem as problems
 from grjca_kernels.triton_kernels import launch_config
 
-RECORDED = Path(__file__).with_name("counted.json")
-UPDATE = "python -m benchmarks.counted --update"
+RECORDED = Path(__file__).with_name("cost_baseline.json")
+UPDATE = "python -m benchmarks.cost_baseline --update"
 GATINGS = ("none", "flat", "hierarchical")
 BATCH = 2  # of what autograd does: its memory is per sample, and its operators are the same for any
 DTYPES = (torch.float32, torch.bfloat16)
@@ -48,10 +49,10 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class Section:
-    """Counts that the same things decide.
+    """Counts that depend on the same things.
 
-    ``why_not()`` is why they cannot be counted here, or None; ``made_by()`` what they depend on besides the sources.
-    They may grow by a share of ``allowed``.
+    ``why_not()`` tells why they cannot be counted here, or None; ``made_by()`` what they depend on besides the sources.
+    They may differ by a share of ``allowed``.
     """
 
     count: Callable[[], Counts]
@@ -62,7 +63,9 @@ class Section:
 
 def main(argv: list[str] | None = None) -> int:
     """Print every count that changed; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description="Compare counts with the record.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost_baseline", description="Compare counts with the record."
+    )
     parser.add_argument("--update", action="store_true", help=f"rewrite {RECORDED.name}")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS], metavar="SECTION")
     arguments = parser.parse_args(argv)
@@ -88,7 +91,8 @@ def run(names: Iterable[str], update: bool) -> int:
         if update:
             recorded[name] = {"made_by": SECTIONS[name].made_by(), "counts": counts}
     if update:
-        write({name: recorded[name] for name in SECTIONS if name in recorded})
+        kept = {name: recorded[name] for name in SECTIONS if name in recorded}
+        RECORDED.write_text(json.dumps(kept, indent=2) + "\n")
         print(f"wrote {RECORDED}")
     return 0 if update else int(changed > 0)
 
@@ -101,13 +105,6 @@ def read() -> dict[str, Any]:
     return json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
 
 
-def write(recorded: dict[str, Any]) -> None:
-    """A line each, so that a change of one shows as such."""
-    from grjca import files  # here, because it takes safetensors, and comparing does not
-
-    files.write_json(RECORDED, recorded)
-
-
 def why_not(name: str, recorded: dict[str, Any]) -> str | None:
     """Why a section cannot be counted here, or not be compared with what is recorded; or None."""
     section = SECTIONS[name]
@@ -117,7 +114,8 @@ def why_not(name: str, recorded: dict[str, Any]) -> str | None:
     was, now = recorded[name]["made_by"], section.made_by()
     if was == now:
         return None
-    return f"the record was made by {_described(was)}, and here is {_described(now)}."
+    made, here = (", ".join(f"{name} {value}" for name, value in by.items()) for by in (was, now))
+    return f"the record was made by {made}, and here is {here}."
 
 
 def changes(name: str, recorded: Counts, counts: Counts) -> list[str]:
@@ -126,25 +124,16 @@ def changes(name: str, recorded: Counts, counts: Counts) -> list[str]:
     for key in dict.fromkeys([*recorded, *counts]):
         was, now = recorded.get(key), counts.get(key)
         if was is None or now is None:
-            fate = f"is not recorded, and is {now}" if was is None else f"was {was}, and is counted no more"
+            fate = f"is not recorded, and is {now}" if was is None else f"was {was}, and is no longer counted"
             result.append(f"{name}: {key} {fate}. If that is meant, run {UPDATE}.")
         elif abs(now - was) > SECTIONS[name].allowed * was:
-            result.append(f"{name}: {key} was {was}, and is {now}{_percent(was, now)}. {_advice(now > was)}")
+            percent = f" ({100 * (now - was) / was:+.1f} %)" if was else ""
+            result.append(f"{name}: {key} was {was}, and is {now}{percent}. {GREW if now > was else SHRANK}")
     return result
 
 
-def _advice(grew: bool) -> str:
-    if grew:
-        return f"It grew: repair that, or, if it is meant, run {UPDATE} and say why in the commit."
-    return f"It shrank: run {UPDATE}, so that it cannot grow back."
-
-
-def _percent(was: int, now: int) -> str:
-    return f" ({100 * (now - was) / was:+.1f} %)" if was else ""
-
-
-def _described(made_by: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in made_by.items())
+GREW = f"It grew: repair that, or, if it is meant, run {UPDATE} and say why in the commit."
+SHRANK = f"It shrank: run {UPDATE}, so that it cannot grow back."
 
 
 # ---- PyTorch
@@ -278,7 +267,7 @@ def _launches() -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
     for name, shape in _shapes():
         for dtype in DTYPES:
             for backward in (False, True):
-                yield f"{name} {_name(dtype)} {_direction(backward)}", shape, dtype, backward
+                yield f"{name} {str(dtype).removeprefix('torch.')} {_direction(backward)}", shape, dtype, backward
 
 
 def described(shape: Shape) -> problems.Problem:
@@ -286,10 +275,6 @@ def described(shape: Shape) -> problems.Problem:
     widths = (shape.dim_visual, shape.dim_audio)
     options = (shape.iterations, shape.gating, "released", DROPOUT, 0.1, shape.normalize, False)
     return problems.Problem(shape.batch, shape.length, widths, *options)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _direction(backward: bool) -> str:
