@@ -1,6 +1,6 @@
-"""One call: described and checked once, at the public door, and handed down as it is.
+"""The description of one call. The public functions check it once and hand it down unchanged.
 
-What was legal once is recognised: a call that is like it is compared with it, and not checked again.
+A call with the same layout as an earlier legal one is recognised by a key, and is not checked again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ R = TypeVar("R")
 
 
 class Call(NamedTuple):
-    """What is computed from what, and where to: all that ``forward(call)`` of a backend is given.
+    """The inputs and the destinations of a computation: everything that a backend's ``forward(call)`` receives.
 
-    ``features`` are X_m [B, L, d_m] of any strides, ``parameters`` stand in the order of :func:`problem.flatten`,
-    ``lengths`` [B] and ``seed`` [] are int64; where there is dropout there is a seed. A forward fills ``outputs`` Y_m
-    [B, L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]. A backward reads the iterates.
-    ``likeness`` is that of features and parameters, or None unless all of them are plain tensors.
+    ``features`` are X_m [B, L, d_m] of any strides, ``parameters`` are in the order of :func:`problem.flatten`, and
+    ``lengths`` [B] and ``seed`` [] are int64; with dropout there is always a seed. A forward fills ``outputs`` Y_m [B,
+    L, d_m], ``iterates`` [T, B, L, d] and, unless empty, ``gates`` [B, L, ways]. A backward reads the iterates.
+    ``likeness`` is that of the features and parameters, or None unless all of them are plain tensors.
     """
 
     problem: Problem
@@ -50,10 +50,11 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What ``backward(call, gradients)`` of a backend is given beside the call: all per modality but ``parameters``.
+    """What a backend's ``backward(call, gradients)`` receives besides the call: one entry per modality, except in
+    ``parameters``.
 
-    The first three come in, in the shapes of what the forward filled, iterates as [T, B, L, d_m]; None counts as zero.
-    ``features`` and ``parameters`` are to be filled, where they are not None.
+    The first three are inputs with the shapes of what the forward filled (iterates as [T, B, L, d_m]); None counts as
+    zero. The backward fills those of ``features`` and ``parameters`` that are not None.
     """
 
     outputs: Sequence[Tensor | None]
@@ -63,7 +64,7 @@ class Gradients(NamedTuple):
     parameters: Sequence[Tensor | None]
 
 
-# ---- the public door
+# ---- the public entry
 
 
 def describe(
@@ -86,10 +87,10 @@ def describe(
     keep: str = "auto",
     backend: str = "auto",
 ) -> Call:
-    """Check the arguments of :func:`grjca_kernels.gated_rjca`, cast them where autocast is on, and describe the call.
+    """Check the arguments of :func:`grjca_kernels.gated_rjca`, cast them if autocast is on, and describe the call.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what was passed.
     """
     options = (
         iterations,
@@ -117,15 +118,15 @@ def describe(
     parameters, nesting = walk or (problems.flatten(layers, gates), None)
     features, parameters, reduced = _autocast(features, parameters)
     alike = nesting and likeness([*features, *parameters])
-    problem = once(alike and (alike, nesting, reduced, options, tuple(map(type, options))), check)  # 1 == True == 1.0
+    problem = once(
+        alike and (alike, nesting, reduced, options, tuple(map(type, options))), check
+    )  # the types, because 1 == True == 1.0
     if lengths is not None:
         problems.check_lengths(lengths, problem.batch, features[0])
         if type(lengths) is Tensor and undisturbed((lengths,)):
             lengths = known_lengths(problem, lengths)
         else:
-            alike = (
-                None  # the call then goes by the operator, to which PyTorch gives the tensor that this one stands for
-            )
+            alike = None  # PyTorch gives the operator the tensor behind this one, so the call must go through it
     if isinstance(seed, Tensor) and not (type(seed) is Tensor and undisturbed((seed,))):
         alike = None
     seed = _drawn_seed(problem, seed, features[0]) if seed is not None or problem.dropout else None
@@ -133,7 +134,7 @@ def describe(
 
 
 def answers(describe: Callable[P, Call]) -> Callable[[Callable[[Call], Any]], Callable[P, Any]]:
-    """Make of ``answer(call)`` a function of what ``describe`` takes."""
+    """Turn ``answer(call)`` into a function with the arguments of ``describe``."""
 
     def decorate(answer: Callable[[Call], Any]) -> Callable[P, Any]:
         @wraps(answer)
@@ -148,20 +149,21 @@ def answers(describe: Callable[P, Call]) -> Callable[[Callable[[Call], Any]], Ca
 
 
 def flat_problem(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
-    """Check a call of an operator, whose parameters are one list; ``settings`` are those of Problem."""
+    """Check an operator's call, whose parameters are one list; ``settings`` are those of :class:`Problem`."""
     alike = likeness([*features, *parameters])
     key = alike and (alike, len(features), tuple(settings), tuple(map(type, settings)))
     return once(key, lambda: problems.check_flat(features, parameters, settings))
 
 
-# ---- its tensors
+# ---- tensors of a call
 
 
 def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequence[Tensor], list[Any], bool]:
-    """Features and parameters in the dtype of the features, where autocast is on, and whether that is float32, whose
-    products may be as coarse then as those of autocast's dtype.
+    """Cast features and parameters to the dtype of the features if autocast is on.
 
-    So residuals and outputs keep the dtype of the features, as with torch's operators. float64 is left alone.
+    The last value returned is whether that dtype is float32, whose products may then be as coarse as those of
+    autocast's dtype. Residuals and outputs thus keep the dtype of the features, as with torch's operators. float64 is
+    left alone.
     """
     if autocast_dtype(features[0].device.type) is None:
         return features, parameters, False
@@ -179,7 +181,8 @@ def _autocast(features: Sequence[Tensor], parameters: list[Any]) -> tuple[Sequen
 
 
 def known_lengths(problem: Problem, lengths: Tensor) -> Tensor:
-    """As contiguous int64; on the CPU a copy, of which the values are checked, so that nobody changes them after."""
+    """Return the lengths as contiguous int64. On the CPU this is a checked copy, so that later changes cannot affect
+    it."""
     on_cpu = lengths.device.type == "cpu"
     if on_cpu and problem.batch and not lengths.data_ptr():
         problems.refuse_memory("lengths", 0, lengths)  # the copy itself would crash
@@ -190,7 +193,10 @@ def known_lengths(problem: Problem, lengths: Tensor) -> Tensor:
 
 
 def _drawn_seed(problem: Problem, seed: Tensor | int | None, like: Tensor) -> Tensor | None:
-    """The seed as one int64 on the device of ``like``, from PyTorch's generator if None; None without dropout."""
+    """Return the seed as one int64 on the device of ``like``, or None without dropout.
+
+    If ``seed`` is None, PyTorch's generator draws it.
+    """
     if seed is not None:
         problems.check_seed(seed, like)
     if problem.dropout == 0:
@@ -203,18 +209,21 @@ def _drawn_seed(problem: Problem, seed: Tensor | int | None, like: Tensor) -> Te
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
 
 
-# ---- what is recognised
+# ---- recognising calls
 
 MOST_REMEMBERED = 512
 _legal: dict[Any, Any] = {}
 
 
 def once(key: Any, check: Callable[[], R]) -> R:
-    """What ``check`` finds, or found before: a key holds all that it looks at, and None is for what has none."""
+    """Return the cached result of ``check`` for ``key``, or run it; without a key (None) always run it.
+
+    The key must hold everything that ``check`` looks at.
+    """
     try:
         if key and key in _legal:
             return _legal[key]
-    except TypeError:  # an option that is nothing one could remember
+    except TypeError:  # an option that is not hashable
         key = None
     found = check()
     if key:
@@ -225,14 +234,16 @@ def once(key: Any, check: Callable[[], R]) -> R:
 
 
 class Layers(tuple[Layer, ...]):
-    """Layers that are handed over again and again, and remember what was found when they were walked through."""
+    """A tuple of layers that caches its own traversal, for callers that pass the same layers repeatedly."""
 
     walk: tuple[Gates, Any] | None = None
 
 
 def _walk(features: Any, layers: Any, gates: Any) -> tuple[list[Tensor], Any] | None:
-    """The parameters as one list, and how they are nested, as far as a check looks at it; None where it is odd, or
-    traced, and has to be looked at closely."""
+    """Return the parameters as one list, and the nesting as far as a check looks at it.
+
+    The result is None while tracing, and for unusual structures that need a full check.
+    """
     if torch.compiler.is_compiling() or type(features) not in (list, tuple):
         return None
     if not features or not isinstance(features[0], Tensor):
@@ -247,7 +258,7 @@ def _walk(features: Any, layers: Any, gates: Any) -> tuple[list[Tensor], Any] | 
         nesting += ((type(group), len(group)) for group in gates)
         if not {Layer, Linear, tuple}.issuperset(map(type, (*layers, *linears))) or {*map(len, linears)} != {2}:
             return None
-    except (TypeError, ValueError):  # no tuples where some should be
+    except (TypeError, ValueError):  # something is not a tuple that should be one
         return None
     walk = [x for linear in linears for x in linear if x is not None], tuple(nesting)
     if type(layers) is Layers and type(gates) is tuple:

@@ -20,15 +20,15 @@ _times: ContextVar[Any] = ContextVar("grjca_phase_times", default=None)
 
 
 def why_not() -> str | None:
-    """Why this backend cannot run here, or None."""
+    """Return why this backend cannot run here, or None."""
     return native.missing
 
 
 def instruction_sets() -> list[str]:
-    """What this processor can run of "avx512bf16", "avx512", "avx2" and "baseline"; the first is used.
+    """Return which of "avx512bf16", "avx512", "avx2" and "baseline" this processor can run; the first is used.
 
-    "avx512bf16" is for bfloat16, of which it rounds the operands of products as eager PyTorch does; other dtypes go by
-    the next.
+    "avx512bf16" is for bfloat16 only, and rounds the operands of products as eager PyTorch does; other dtypes use the
+    next one.
     """
     return [] if native.missing else native.library.instruction_sets()
 
@@ -45,10 +45,10 @@ def instruction_set(name: str) -> Iterator[None]:
 
 @contextmanager
 def phase_times() -> Iterator[Any]:
-    """Measure the calls within a ``with`` block: what it yields has the ``seconds`` of each phase.
+    """Measure the calls within a ``with`` block: the object it yields has the ``seconds`` of each phase.
 
-    They are those of all threads together where each works on samples of its own, and else those that pass until all
-    threads are done.
+    Where each thread works on its own samples, these are summed over the threads; elsewhere they are the wall time
+    until all threads are done.
     """
     token = _times.set(times := native.library.PhaseTimes())
     try:
@@ -59,7 +59,7 @@ def phase_times() -> Iterator[Any]:
 
 @constant_when_compiled
 def held(dtype: torch.dtype) -> int:
-    """Bytes of an element of what a forward keeps: the operands of products are kept as these take them."""
+    """Return how many bytes one element of the saved activations takes: they are stored as the products read them."""
     if dtype == torch.bfloat16:
         pairs = (_instruction_set.get() or instruction_sets()[0]) == "avx512bf16"
         return 2 if pairs else 4
@@ -67,7 +67,7 @@ def held(dtype: torch.dtype) -> int:
 
 
 def forward(call: Call) -> None:
-    """Fill what the call wants."""
+    """Fill the results that the call wants."""
     problem, host = _prepared(call, backward=False)
     native.library.cpu_forward(problem, call, host)
 
@@ -79,7 +79,7 @@ def backward(call: Call, gradients: Gradients) -> None:
 
 
 def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str | None, Any]]:
-    """The problem in the library's words; a workspace, the number of threads, the instruction set, and a clock."""
+    """Return the library's problem, and a workspace, the number of threads, the instruction set and a clock."""
     problem = native.problem_of(call.problem, call.features[0].dtype)
     threads, isa = _threads(call.problem), _instruction_set.get()
     workspace = memory.take(native.library.cpu_workspace(problem, backward, threads, isa))
@@ -87,11 +87,11 @@ def _prepared(call: Call, backward: bool) -> tuple[Any, tuple[Tensor, int, str |
 
 
 FOR_A_THREAD = 1 << 22
-"""Multiply-adds that a thread is worth waking for: a tenth of a millisecond. Each is one more to wait for, and on a
-machine with other work that may take long."""
+"""The multiply-adds that justify waking one more thread, about a tenth of a millisecond. Every thread must be waited
+for, which may take long on a busy machine."""
 
 
 def _threads(problem: Problem) -> int:
-    """As PyTorch is set, or fewer where there is little to do. Results do not depend on it."""
+    """Return PyTorch's number of threads, or fewer for small problems. Results do not depend on it."""
     work = problem.batch * problem.length * problem.width * (problem.width + problem.length) * problem.iterations
     return min(torch.get_num_threads(), 1 + work // FOR_A_THREAD)

@@ -19,11 +19,11 @@ from grjca_kernels.problem import Problem
 if TYPE_CHECKING:
     from grjca_kernels._native import CudaLaunch
 
-# ---- whether
+# ---- availability
 
 
 def why_not() -> str | None:
-    """Why this backend cannot run here, or None."""
+    """Return why this backend cannot run here, or None."""
     reason = native.missing or native.library.cuda_why_not()
     if reason is not None:
         return reason
@@ -36,8 +36,11 @@ def why_not() -> str | None:
 
 @functools.cache
 def _why_not_on(capability: tuple[int, int], architectures: str) -> str | None:
-    """Machine code runs on later chips of the same generation, and there is PTX of the oldest for all later ones; names
-    with a letter stand for these chips alone."""
+    """Return why the built ``architectures`` do not cover a device of this ``capability``, or None.
+
+    Machine code runs on later chips of the same generation, and PTX of the oldest architecture on all later chips.
+    Names with a letter stand for exactly those chips.
+    """
     found = ".".join(map(str, capability))
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 (Ampere) or later, and this one has {found}."
@@ -54,7 +57,7 @@ def _why_not_on(capability: tuple[int, int], architectures: str) -> str | None:
 
 
 def refusal(device: str, dtype: torch.dtype) -> str | None:
-    """Why it does not compute tensors of this device type and dtype, or None."""
+    """Return why the backend does not compute tensors of this device type and dtype, or None."""
     if device != "cuda":
         return f"it computes on cuda tensors, and these are on {device}."
     if dtype == torch.float64:
@@ -62,11 +65,11 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# ---- what
+# ---- entry points
 
 
 def forward(call: Call) -> None:
-    """Fill what the call wants."""
+    """Fill the results that the call wants."""
     launch = launch_of(call, backward=False, weights=False)
     _start(call, launch, launch.forward, call)
 
@@ -79,12 +82,12 @@ def backward(call: Call, gradients: Gradients) -> None:
 
 
 def _start(call: Call, launch: CudaLaunch, start: Callable[..., None], *tensors: Any) -> None:
-    """All steps in one cooperative launch, on the current stream of the device, or into the graph that it captures.
+    """Launch all steps as one cooperative kernel, on the device's current stream or into the graph that it captures.
 
-    What is allocated here may be freed before the kernel has run: memory is given out anew in the order of the stream.
+    Memory allocated here may be freed before the kernel has run, because the allocator reuses it in stream order.
 
     Raises:
-        RuntimeError: if the driver refuses, for example since another process holds a part of the GPU.
+        RuntimeError: if the driver refuses the launch, for example because another process holds part of the GPU.
     """
     device = call.iterates.device
     with torch.cuda.device(device):
@@ -94,14 +97,14 @@ def _start(call: Call, launch: CudaLaunch, start: Callable[..., None], *tensors:
 
 
 together = True
-"""Benchmarks set this to False, and every step is a launch of its own."""
+"""Whether all steps go into one launch; benchmarks set this to False to launch every step alone."""
 
 
 # ---- launches
 
 
 def launch_of(call: Call, *, backward: bool, weights: bool) -> CudaLaunch:
-    """The launch for a call, remembered. ``weights``: whether gradients of any parameter are wanted."""
+    """Return the cached launch for a call; ``weights`` says whether the gradient of any parameter is wanted."""
     dtype = call.iterates.dtype
     tf32 = dtype == torch.float32 and (call.problem.reduced or allows_tf32())
     return _launch(call.problem, dtype, tf32, call.iterates.device.index, backward, weights)
@@ -116,15 +119,17 @@ def _launch(problem: Problem, dtype: torch.dtype, tf32: bool, device: int, backw
 
 @functools.cache
 def _resident(dtype: torch.dtype, tf32: bool, backward: bool, device: int) -> tuple[int, int]:
-    """Blocks that the device can hold at once, and how many of them share a multiprocessor."""
+    """Return how many blocks the device can hold at once, and how many of them share a multiprocessor."""
     return native.library.cuda_resident(str(dtype).removeprefix("torch."), tf32, backward, device)
 
 
 def plan(
     problem: Problem, dtype: torch.dtype, resident: int, sharing: int = 2, *, tf32: bool, backward: bool, weights: bool
 ) -> CudaLaunch:
-    """The launch for a problem on a device that holds ``resident`` blocks at once, ``sharing`` of them on a
-    multiprocessor. Needs no device."""
+    """Plan the launch on a device that holds ``resident`` blocks at once, ``sharing`` of them per multiprocessor.
+
+    This needs no device.
+    """
     return native.library.CudaLaunch(
         problem=native.problem_of(problem, dtype),
         tf32=tf32,

@@ -1,7 +1,7 @@
 """The dropout mask of operator.md: a pure function of (seed, iteration, modality, site, sample, row, column).
 
-One Philox4x32 call (seven rounds: the fewest that pass BigCrush, Salmon et al., SC 2011) decides eight rows of a
-column.
+One Philox4x32 call decides eight rows of a column. It uses seven rounds, the fewest that pass BigCrush (Salmon et al.,
+SC 2011).
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def threshold(p: float) -> int:
-    """A 16-bit draw below this is dropped: p in steps of 2^-16, and never all of them."""
+    """Return the 16-bit value below which a draw drops its element: p in steps of 2^-16, and never 1."""
     return min(65535, int(p * 65536 + 0.5))
 
 
 def scaled_mask(
     seed: Tensor, p: float, *, iteration: int, modality: int, site: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The factors by which the block multiplies C or U while training, for code of one's own that must agree with it.
+    """Return the factors by which the block multiplies C or U while training, for code that must agree with it.
 
     Public as ``grjca_kernels.dropout_mask``; "Dropout" in ``operator.md`` defines every bit.
 
     Args:
         seed: one int64, on the device of the mask. Without a ``seed`` the block draws, once per call,
             ``torch.randint(2**63 - 1, (), dtype=torch.int64, device=...)``.
-        p: probability to drop, 0 <= p < 1.
+        p: the probability of dropping an element, 0 <= p < 1.
         iteration, modality: t and m, both from 0.
         site: 0 for C_m [B, d_m, d], 1 for U_m [B, L, d_m].
-        shape: of C_m or U_m, so (samples, rows, columns).
-        dtype: of the result.
+        shape: the shape of C_m or U_m: (samples, rows, columns).
+        dtype: the dtype of the result.
 
     Returns:
-        ``shape`` of ``dtype``: 0 where dropped, 1 / (1 - p) where kept.
+        A tensor of ``shape`` and ``dtype``: 0 where an element is dropped, 1 / (1 - p) where it is kept.
     """
     return keep_mask(seed, p, iteration=iteration, modality=modality, site=site, shape=shape).to(dtype) / (1 - p)
 
 
 def drop(a: Tensor, seed: Tensor | None, p: float, iteration: int, modality: int, site: int) -> Tensor:
-    """``a`` times its mask, or as it is without a seed. That takes gradients back as it takes values forth."""
+    """Multiply ``a`` by its mask, or return it unchanged without a seed. Gradients take the same mask."""
     if seed is None:
         return a
     place = {"iteration": iteration, "modality": modality, "site": site, "shape": (a.shape[0], a.shape[1], a.shape[2])}
@@ -56,7 +56,7 @@ def drop(a: Tensor, seed: Tensor | None, p: float, iteration: int, modality: int
 def keep_mask(
     seed: Tensor, p: float, *, iteration: int, modality: int, site: int, shape: tuple[int, int, int]
 ) -> Tensor:
-    """The same as booleans: true where kept."""
+    """Return the mask of :func:`scaled_mask` as booleans, true where an element is kept."""
     samples, rows, columns = shape
     groups = (rows + GROUP - 1) // GROUP
 
@@ -77,7 +77,7 @@ def keep_mask(
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 on int64 tensors that hold 32-bit words; the key is the low and high word of ``seed``."""
+    """Compute Philox4x32 on int64 tensors of 32-bit words; the key is the low and the high word of ``seed``."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(ROUNDS):

@@ -1,8 +1,8 @@
-"""What a forward keeps for its backward beside X^t, so that the backward does not compute it anew.
+"""The choice of activations that a forward saves besides X^t, so that the backward need not recompute them.
 
-``keep`` of a call is "least" (X^t alone), "most" (all pieces) or "auto": the pieces that save most multiply-adds among
-those that, with X^t, fit into half of what an eager block saves, by the counts below, or into 16 MiB. The choice is a
-pure function of the shape and the dtype.
+The ``keep`` of a call is "least" (X^t alone), "most" (all pieces) or "auto". By the counts below, "auto" takes the
+pieces that save the most multiply-adds among those that, together with X^t, fit into half of what an eager block saves,
+or into 16 MiB. The choice is a pure function of the shape and the dtype.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from grjca_kernels.problem import Problem
 CHOICES = ("auto", "least", "most")
 
 JOINT, KEY, VALUE, HIDDEN, CORRELATION, SIGNS = (1 << bit for bit in range(6))
-"""Bits of :attr:`Problem.keep`, the same as in csrc/grjca.h: J, K, V, H, C before dropout, and the sign of U."""
+"""Bits of :attr:`Problem.keep`, as in csrc/grjca.h: J, K, V, H, C before dropout, and the sign of U."""
 
 ALLOWED = 1 << 24
-"""Bytes that "auto" keeps in any case."""
+"""The number of bytes that "auto" may always save."""
 
 LINE = 64
 PAGE = 1024
 
 
 class Piece(NamedTuple):
-    """Of one sample and iteration: elements to keep, and multiply-adds that the backward then saves."""
+    """One kind of activation: its elements, and the multiply-adds that saving it spares the backward, per sample and
+    iteration."""
 
     bit: int
     elements: int
@@ -37,7 +38,7 @@ class Piece(NamedTuple):
 
 
 def _pieces(problem: Problem) -> Iterator[Piece]:
-    """All but the signs, which take a bit for each element of X."""
+    """Yield all pieces except the signs, which take one bit per element of X."""
     length, width = problem.length, problem.width
     row = length * width
     if problem.projected:
@@ -49,11 +50,11 @@ def _pieces(problem: Problem) -> Iterator[Piece]:
 
 
 def _eager(problem: Problem, item: int) -> int:
-    """Elements that the best eager block that we know saves of one sample (benchmarks/baselines.py), masks aside.
+    """Return how many elements per sample the best known eager block saves (benchmarks/baselines.py), without masks.
 
-    X, J, K, V, U and the joined X of every iteration, V C and H of every modality, and C; H once more where C of the
-    batch takes more than 4 MiB, because it is then worked on in chunks; beside the iterations the features, normalised
-    or not, and what the gates multiply.
+    Each iteration saves X, J, K, V, U and the joint X, V C and H of every modality, and C. Where C of the batch takes
+    more than 4 MiB, the block works on it in chunks and saves H once more. In addition the block saves the features,
+    normalised or not, and the operands of the gates.
     """
     row, batch = problem.length * problem.width, problem.batch
     chunked = sum(batch * d_m * problem.width * item > 4 << 20 for d_m in problem.widths)
@@ -62,16 +63,15 @@ def _eager(problem: Problem, item: int) -> int:
 
 
 def all_pieces(problem: Problem) -> int:
-    """The bits of all pieces that there are."""
+    """Return the bits of all pieces that the problem has."""
     return sum(piece.bit for piece in _pieces(problem)) + (SIGNS if problem.released else 0)
 
 
 def choose(problem: Problem, keep: str, dtype: torch.dtype, held: int | None = None) -> int:
-    """The bits that ``keep`` stands for, where an element of a piece takes ``held`` bytes: by default as many as one of
-    the dtype, or of float32 in float16.
+    """Return the bits that ``keep`` stands for.
 
-    A problem of batch 0 stands for one of any size, as compiled programs are: "auto" then is J, K, V and the signs,
-    which always fit.
+    ``held`` is how many bytes one saved element takes; by default that is the size of the dtype, and 4 for float16.
+    Batch 0 stands for any batch size, as in compiled programs: "auto" is then J, K, V and the signs, which always fit.
     """
     pieces, signs = tuple(_pieces(problem)), SIGNS if problem.released else 0
     if keep == "least":
@@ -80,7 +80,7 @@ def choose(problem: Problem, keep: str, dtype: torch.dtype, held: int | None = N
         return all_pieces(problem)
     if not problem.batch:
         return all_pieces(problem) & (JOINT | KEY | VALUE | SIGNS)
-    states = (problem.iterations + 1) * problem.length * problem.width  # which are saved in any case
+    states = (problem.iterations + 1) * problem.length * problem.width  # saved in any case
     room = (_eager(problem, dtype.itemsize) / 2 - states) / problem.iterations
     room = max(room, ALLOWED / (problem.batch * problem.iterations * dtype.itemsize))
     room *= dtype.itemsize / (held or (4 if dtype == torch.float16 else dtype.itemsize))
@@ -89,17 +89,21 @@ def choose(problem: Problem, keep: str, dtype: torch.dtype, held: int | None = N
         for chosen in combinations(pieces, count):
             elements, saves = (sum(getattr(piece, name) for piece in chosen) for name in ("elements", "saves"))
             found = (saves, -elements, sum(piece.bit for piece in chosen))
-            if elements <= room and found > best:  # not max(), which torch.compile cannot trace of symbols
+            if elements <= room and found > best:  # not max(), which torch.compile cannot trace with symbols
                 best = found
     return best[2] + signs
 
 
 choose_once = lru_cache(maxsize=512)(choose)
-"""The same, remembered; not for torch.compile, which traces through what remembers."""
+"""Cached version of :func:`choose`. Code under torch.compile must call :func:`choose`, because tracing ignores
+caches."""
 
 
 def kept_bytes(problem: Problem, item: int) -> int:
-    """Bytes of what ``problem.keep`` names, as saved_activations.h lays it out in elements of ``item`` bytes."""
+    """Return how many bytes the pieces in ``problem.keep`` take, laid out as in saved_activations.h.
+
+    ``item`` is the size of an element in bytes.
+    """
     width, rows = problem.width, problem.batch * problem.length
     hidden = _leading(len(problem.widths) * width, item)
     each: tuple[tuple[int, Callable[[], int]], ...] = (
@@ -115,6 +119,7 @@ def kept_bytes(problem: Problem, item: int) -> int:
 
 
 def _leading(columns: int, item: int) -> int:
-    """Bytes from row to row: whole lines, and never a multiple of the page, where rows would share a cache set."""
+    """Return the bytes from row to row: whole cache lines, but no multiple of the page, or rows would share a cache
+    set."""
     size = -(-columns * item // LINE) * LINE
     return size if size % PAGE else size + LINE

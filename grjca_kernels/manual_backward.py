@@ -1,8 +1,8 @@
-"""The middle rung: reference.py's forward with its backward written out by hand, equation by equation.
+"""The reference forward with a backward written by hand, equation by equation.
 
-``d_x`` is the gradient of the loss by x. Only the features and the iterates are kept; the rest, C above all, is
-recomputed, as in the kernels. This page is held against autograd and the kernels against this page, so that a failure
-names its layer.
+``d_x`` is the gradient of the loss with respect to x. Only the features and the iterates are saved; everything else,
+above all C, is recomputed, as in the kernels. The tests compare this file with autograd and the kernels with this file,
+so a failure shows which layer is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grjca_kernels.reference import linear
 
 @torch.no_grad()
 def forward(call: Call) -> None:
-    """Fill what :func:`grjca_kernels.reference.forward` returns."""
+    """Fill the outputs, the iterates and the gate values with those of :func:`grjca_kernels.reference.forward`."""
     outputs, iterates, values = reference.forward(call)
     for to, y in zip(call.outputs, outputs, strict=True):
         to.copy_(y)
@@ -35,7 +35,7 @@ def forward(call: Call) -> None:
 
 @torch.no_grad()
 def backward(call: Call, gradients: Gradients) -> None:
-    """Fill the gradients of the features, and of the parameters."""
+    """Fill the gradients of the features and the parameters."""
     problem, features = call.problem, call.features
     layers, gates = unflatten(problem, call.parameters)
     present = reference.presence(problem.length, call.lengths)
@@ -68,7 +68,7 @@ def backward(call: Call, gradients: Gradients) -> None:
 
 
 def initial_backward(problem: Problem, x: Tensor, d_x0: Tensor, present: Tensor | None) -> Tensor:
-    """X^0 = x / max(|x|, eps): the part along x is taken out, except where eps was the larger."""
+    """Differentiate X^0 = x / max(|x|, eps): remove the part along x, except where eps was the larger."""
     if problem.normalize:
         x = _present(x, present)
         norm = x.norm(dim=-1, keepdim=True)
@@ -92,7 +92,7 @@ def iteration_backward(
     seed: Tensor | None,
     d_next: Sequence[Tensor],
 ) -> list[Tensor]:
-    """d X^t of every modality from d X^(t+1), t from 0; gradients of the parameters are added to ``d_layer``."""
+    """Return d X^t of every modality from d X^(t+1), t from 0; add the parameters' gradients to ``d_layer``."""
     inputs = torch.cat(list(x), dim=-1)
     joint = inputs if layer.query is None else linear(inputs, layer.query)  # J [B, L, d]
     d_joint = torch.zeros_like(joint)
@@ -119,7 +119,7 @@ def attention_backward(
     seed: Tensor | None,
     d_next: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Through U_m, H_m, C_m, V_m and K_m: what d U_m = d X_m^(t+1) contributes to d X_m^t and to d J."""
+    """Return what d U_m = d X_m^(t+1) contributes to d X_m^t and to d J, through U_m, H_m, C_m, V_m and K_m."""
     drop = partial(masks.drop, seed=seed, p=problem.dropout, iteration=t, modality=m)
     key, value, correlation, dropped, hidden, update = reference.attend(problem, x, joint, m, layer, t, present, seed)
     d_update = _present(d_next, present)
@@ -149,13 +149,14 @@ def gate_backward(
     d_y: Tensor | None,
     d_values: Any,
 ) -> list[Tensor]:
-    """d X_m^0..T from d Y_m and d of the gate values; gradients of the parameters are added to ``d_gates``."""
+    """Return d X_m^0..T from d Y_m and the gradients of the gate values; add the parameters' gradients to
+    ``d_gates``."""
     last = problem.iterations
     d_states = [torch.zeros_like(x) for x in states]
     d_y = torch.zeros_like(states[last]) if d_y is None else d_y
 
     def through(g: int, t: int, choices: Sequence[Tensor], d_output: Tensor, d_value: Tensor | None) -> list[Tensor]:
-        """d choices; gate g is computed from X^t."""
+        """Return d choices; gate g is computed from X^t."""
         d_x, d_choices = mix_backward(problem, states[t], choices, gates[g], d_gates[g], d_output, d_value)
         d_states[t] += d_x
         return d_choices
@@ -177,7 +178,7 @@ def gate_backward(
 
 
 def mix(problem: Problem, x: Tensor, choices: Sequence[Tensor], gate: Linear) -> tuple[Tensor, Tensor]:
-    """relu(sum_i G_i choices_i) and G = softmax((x W_g^T + b_g) / tau)."""
+    """Return relu(sum_i G_i choices_i) and G = softmax((x W_g^T + b_g) / tau)."""
     values = torch.softmax(linear(x, gate) / problem.temperature, dim=-1)
     return torch.relu((torch.stack(list(choices), dim=-1) @ values[..., None])[..., 0]), values
 
@@ -191,7 +192,7 @@ def mix_backward(
     d_output: Tensor,
     d_values: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """d x and d choices."""
+    """Return d x and d choices."""
     output, values = mix(problem, x, choices, gate)
     d_sum = _where_positive(output, d_output)
     d_choices = [values[..., i : i + 1] * d_sum for i in range(len(choices))]
@@ -206,7 +207,7 @@ def mix_backward(
 
 
 def linear_backward(d_y: Tensor, x: Tensor, parameters: Linear, d_parameters: Linear) -> Tensor:
-    """y = x W^T + b: returns d x = d_y W; adds d_y^T x to d W and the sum of d_y to d b."""
+    """Differentiate y = x W^T + b: return d x = d_y W, add d_y^T x to d W and the sum of d_y to d b."""
     d_parameters.weight.add_(torch.einsum("bro,bri->oi", d_y, x))
     if d_parameters.bias is not None:
         d_parameters.bias.add_(d_y.sum(dim=(0, 1)))
@@ -214,10 +215,10 @@ def linear_backward(d_y: Tensor, x: Tensor, parameters: Linear, d_parameters: Li
 
 
 def _where_positive(x: Tensor, d: Tensor) -> Tensor:
-    """Through relu, given its argument or its value. Written so that a NaN in x passes, as autograd has it."""
+    """Return d through a relu whose argument or value is x; a NaN in x passes d on, as in autograd."""
     return torch.where(x <= 0, 0, d)
 
 
 def _present(x: Tensor | None, present: Tensor | None) -> Any:
-    """Absent frames cleared; x is [B, L, ...], or None."""
+    """Clear the absent frames of x, which is [B, L, ...] or None."""
     return x if x is None or present is None else torch.where(present, x, 0)

@@ -1,4 +1,4 @@
-"""What PyTorch is set to around a call: TF32, autocast, and modes and transforms that want to see every operator."""
+"""PyTorch's state around a call: TF32, autocast, and the modes and transforms that must see every operator."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_when_compiled(function: F) -> F:
-    """torch.compile calls it once, instead of tracing how devices and the environment are looked up.
+    """Make torch.compile call ``function`` once and treat its result as a constant.
 
-    It is torch.compiler.assume_constant_result, without the 1.5 seconds that this takes to import the compiler.
+    This keeps it from tracing how devices and the environment are looked up. It does the same as
+    torch.compiler.assume_constant_result, but without the 1.5 seconds that importing the compiler takes.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def allows_tf32() -> bool:
-    """Whether PyTorch's settings let float32 products of CUDA tensors use TF32."""
+    """Return whether PyTorch's settings let float32 products of CUDA tensors use TF32."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
 
@@ -34,18 +35,18 @@ _AUTOCAST = {name for name in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast is set to for this device type, or None where it is off or does not exist."""
+    """Return autocast's dtype for this device type, or None if autocast is off or not available."""
     if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def undisturbed(tensors: Iterable[Tensor], parameters: Iterable[Tensor] = ()) -> bool:
-    """Whether kernels may read the memory of plain tensors without asking PyTorch.
+    """Return whether kernels may read the memory of plain tensors without asking PyTorch.
 
     Dispatch modes (FakeTensorMode, FlopCounterMode, tracing), function modes other than a default device, torch.func,
-    forward-mode derivatives and the compiler want to see operators; and what a lazy negation, or a lazy zero, stands
-    for is nowhere in memory.
+    forward-mode derivatives and the compiler must see operators. Lazily negated tensors and lazy zeros do not have
+    their values in memory.
     """
     return not (
         torch.compiler.is_compiling()

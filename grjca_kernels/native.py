@@ -1,4 +1,4 @@
-"""The compiled library: whether it is there, and what it tells of tensors and problems."""
+"""The compiled library: whether it can be used, and what it says about tensors and problems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from grjca_kernels.problem import Problem
 
 INTERFACE = 5
-"""Of csrc/bindings.cpp: an editable install notices by it that its Python files have moved on."""
+"""The interface version in csrc/bindings.cpp; it shows when an editable install's library is older than its Python
+files."""
 
 library: Any = None
 missing: str | None = None
@@ -30,13 +31,15 @@ else:
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _exchanges = missing is None and library.use_tensors(Tensor, torch.nn.Parameter, True)
-"""Whether torch shows tensors to C++ by DLPack's exchange API, as it does from 2.11 on."""
+"""Whether torch shows tensors to C++ through DLPack's exchange API, as it does since 2.11."""
 _shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
 def likeness(tensors: list[Tensor]) -> Any:
-    """The dtype and device of all and the shape of each, equal only where these are; None unless all are plain tensors
-    of one dtype and device, which have memory and sizes that are numbers."""
+    """Return a key of the common dtype and device and of every shape, so that equal keys mean equal layouts.
+
+    The result is None unless all are plain tensors with memory, one dtype, one device and sizes that are numbers.
+    """
     if torch.compiler.is_compiling():
         return None
     if _exchanges:
@@ -47,11 +50,11 @@ def likeness(tensors: list[Tensor]) -> Any:
         of_all = {*map(_dtype, tensors)}, {*map(_device, tensors)}, {*map(_layout, tensors)}
         key = (*(one for (one,) in of_all), *map(_shape, tensors))
         return None if key[1].type == "meta" or key[2] is not torch.strided else key
-    except (RuntimeError, ValueError):  # a nested tensor has no shape; there are two of what should be one
+    except (RuntimeError, ValueError):  # a nested tensor has no shape; dtypes, devices or layouts differ
         return None
 
 
 @functools.lru_cache(maxsize=512)
 def problem_of(problem: Problem, dtype: torch.dtype) -> Any:
-    """The problem in the library's words."""
+    """Return the library's description of ``problem``."""
     return library.Problem(str(dtype).removeprefix("torch."), *astuple(problem))

@@ -1,6 +1,7 @@
-"""What a legal problem is. Every refusal of bad input is worded here, before anything is computed.
+"""Problem descriptions. Every refusal of bad input is worded here, before anything is computed.
 
-Letters are those of ``operator.md``: B batch, L sequence length, M modalities of widths d_m, d their sum, T iterations.
+The letters are those of ``operator.md``: B batch, L sequence length, M modalities of widths d_m, d their sum, T
+iterations.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ GATINGS = ("none", "dynamic", "flat", "hierarchical")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 JOINTS = ("projected", "raw")
 MAX_ITERATIONS = 16
-MODALITIES = (2, 4)  # fewest and most
+MODALITIES = (2, 4)  # the fewest and the most modalities
 
 
 class Linear(NamedTuple):
-    """y = x W^T + b with ``weight`` [out, in] and ``bias`` [out], as in torch.nn.Linear."""
+    """The linear map y = x W^T + b with ``weight`` [out, in] and ``bias`` [out], as in torch.nn.Linear."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
 class Layer(NamedTuple):
-    """Parameters of one iteration; the tuples hold one entry per modality, visual first.
+    """The parameters of one iteration; the tuples hold one entry per modality, visual first.
 
     ``query`` is W_q [d, d] (None where J is raw), ``key`` W_k,m [L, L], ``value`` W_v,m [d_m, d_m], ``output`` W_h,m
     [d_m, d].
@@ -42,14 +43,15 @@ class Layer(NamedTuple):
 
 
 Gates = tuple[tuple[Linear, ...], ...]
-"""Per modality the gates in the order stage 1..T, final ("hierarchical"), one gate ("flat", "dynamic") or none."""
+"""The gates of each modality: stages 1..T and then the final gate ("hierarchical"), one gate ("flat", "dynamic") or
+none."""
 
 SETTINGS = ("iterations", "gating", "form", "dropout", "temperature", "normalize", "joint")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All of a call that is not a tensor. :func:`check` builds it, so holding one means that the input was legal."""
+    """Everything about a call except its tensors. Only :func:`check` builds one, so a Problem is always legal."""
 
     batch: int
     length: int
@@ -62,8 +64,8 @@ class Problem:
     normalize: bool
     shared: bool
     joint: str = "projected"  # "raw" in the paper form
-    reduced: bool = False  # products of float32 may be as coarse as those of float16 and bfloat16: autocast is on
-    keep: int = 0  # what the forward keeps for the backward beside X^t: bits of keeping.py
+    reduced: bool = False  # whether float32 products may be as coarse as autocast's: autocast is on
+    keep: int = 0  # what the forward saves for the backward besides X^t: bits from keeping.py
 
     @property
     def width(self) -> int:
@@ -72,7 +74,7 @@ class Problem:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All but the sizes, in this order."""
+        """All fields except the sizes, in the order of their declaration."""
         p = self
         return (
             p.iterations, p.gating, p.form, p.dropout, p.temperature, p.normalize, p.shared, p.joint, p.reduced,
@@ -85,7 +87,7 @@ class Problem:
 
     @property
     def projected(self) -> bool:
-        """Whether there is a W_q."""
+        """Whether the problem has a W_q."""
         return self.released and self.joint == "projected"
 
     @property
@@ -94,14 +96,14 @@ class Problem:
 
 
 def gate_ways(gating: str, iterations: int) -> tuple[int, ...]:
-    """Number of ways of each gate of one modality, in the order of :data:`Gates`."""
+    """Return the number of ways of each gate of one modality, in the order of :data:`Gates`."""
     if gating == "hierarchical":
         return (*range(2, iterations + 2), iterations)
     return {"none": (), "dynamic": (2,), "flat": (iterations + 1,)}[gating]
 
 
 def modality_names(count: int) -> tuple[str, ...]:
-    """Names used in messages."""
+    """Return the modality names that messages use."""
     return ("visual", "audio") if count == 2 else tuple(f"features[{m}]" for m in range(count))
 
 
@@ -117,7 +119,7 @@ _NUMBERS = {
 
 
 def check_options(**options: Any) -> None:
-    """Refuse options outside the contract, by their names, with ValueError or TypeError."""
+    """Refuse options that are out of range (ValueError) or of the wrong type (TypeError), by name."""
     for name, value in options.items():
         if name in _CHOICES:
             check_choice(name, value, _CHOICES[name])
@@ -129,7 +131,7 @@ def check_options(**options: Any) -> None:
                 raise ValueError(f"{name}: expected {expected}, got {value}.")
         elif name == "iterations":
             check_size(name, value, MAX_ITERATIONS)
-        elif not isinstance(value, bool):  # "no" would count as true
+        elif not isinstance(value, bool):  # the string "no" would count as true
             raise TypeError(f"{name}: expected True or False, got {value!r}.")
 
 
@@ -141,7 +143,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_size(name: str, value: object, most: int | None = None) -> None:
-    """Refuse what is not a positive int, or one above ``most``."""
+    """Refuse a value that is not a positive int, or that exceeds ``most``."""
     expected = "a positive int" if most is None else f"an int from 1 to {most}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {expected}, got {value!r}.")
@@ -160,18 +162,19 @@ def check(
     settings: tuple[Any, ...],
     reduced: bool,
 ) -> Problem:
-    """Check all that a problem is made of, and describe it.
+    """Check all the arguments that make up a problem, and describe it.
 
-    ``layers`` and ``gates`` have passed :func:`check_structure`; ``parameters`` are what :func:`flatten` makes of them,
-    as they are or cast; ``settings`` are the :data:`SETTINGS`, or None for the iterations; ``reduced`` is Problem's.
+    ``layers`` and ``gates`` must have passed :func:`check_structure`. ``parameters`` are those that :func:`flatten`
+    returns for them, possibly cast. ``settings`` are the :data:`SETTINGS`, with None for iterations to be inferred;
+    ``reduced`` is that of :class:`Problem`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what was passed.
     """
     options = {name: value for name, value in zip(SETTINGS, settings, strict=True)}
     total = options["iterations"] = len(layers) if options["iterations"] is None else options["iterations"]
     check_options(**options)
-    if len(layers) != 1 and len(layers) != total:  # not `in`: PyTorch 2.4 compiles that wrongly where total is symbolic
+    if len(layers) != 1 and len(layers) != total:  # not `in`: PyTorch 2.4 miscompiles that when total is symbolic
         raise ValueError(f"layers: expected {total} of them (one per iteration) or 1 (shared), got {len(layers)}.")
     if options["form"] == "paper":
         options.update(joint="raw", dropout=0.0)
@@ -184,10 +187,13 @@ def check(
 
 
 def check_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], settings: Sequence[Any]) -> Problem:
-    """The same for parameters in the order of :func:`flatten`; ``settings`` are iterations to shared of Problem."""
+    """Check a call whose parameters are one list, in the order of :func:`flatten`.
+
+    ``settings`` are the fields of :class:`Problem` from iterations on.
+    """
     _check_modalities(features)
     options = dict(zip([field.name for field in fields(Problem)[3:]], settings, strict=True))
-    keep = options.pop("keep")  # which the operator checks, as it knows the pieces
+    keep = options.pop("keep")  # the operator checks this one, because it knows the pieces
     check_options(**options)
     problem = Problem(*_check_features(features), **options)
     count = sum(1 for _ in expected_tensors(problem))
@@ -199,7 +205,8 @@ def check_flat(features: Sequence[Tensor], parameters: Sequence[Tensor], setting
 
 
 def check_structure(features: Sequence[Tensor], layers: Sequence[Layer], gates: Gates) -> None:
-    """Refuse arguments that are not the nested sequences of tensors they should be, whatever the tensors hold."""
+    """Refuse arguments that are not the expected nested sequences of tensors; the tensors themselves are not
+    checked."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"features: expected a sequence of tensors, one per modality, got {_kind(features)}.")
     _check_modalities(features)
@@ -256,7 +263,7 @@ def _check_linear(name: str, linear: object) -> None:
 
 
 def check_lengths_values(lengths: Tensor, length: int) -> None:
-    """Refuse lengths outside 0..L. Reads the values, so it is called where they are known."""
+    """Refuse lengths outside 0..L. This reads the values, so call it only where they are available."""
     if lengths.numel() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= length):
         raise ValueError(
             f"lengths: expected values from 0 to L = {length}, got {int(lengths.min())} to {int(lengths.max())}."
@@ -291,7 +298,7 @@ def _check_features(features: Sequence[Tensor]) -> tuple[int, int, tuple[int, ..
 
 
 def _check_presence(problem: Problem, layers: Sequence[Layer], gates: Gates) -> None:
-    """Refuse a W_q or a bias that should be absent, or is; and another number of gates."""
+    """Refuse a missing or superfluous W_q or bias, and a wrong number of gates."""
     for t, layer in enumerate(layers):
         if problem.projected and layer[0] is None:
             raise TypeError(f"layers[{t}].query: expected a Linear(weight, bias), got None; joint='raw' has none.")
@@ -312,7 +319,7 @@ def _check_presence(problem: Problem, layers: Sequence[Layer], gates: Gates) -> 
 
 
 def expected_linears(problem: Problem) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of every linear map of a problem, in the order of :func:`flatten`."""
+    """Yield the name, rows and columns of every linear map of a problem, in the order of :func:`flatten`."""
     length, width = problem.length, problem.width
     for t in range(1 if problem.shared else problem.iterations):
         if problem.projected:
@@ -327,7 +334,7 @@ def expected_linears(problem: Problem) -> Iterator[tuple[str, int, int]]:
 
 
 def expected_tensors(problem: Problem) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight and bias."""
+    """Yield the name and shape of every weight and bias."""
     for name, rows, columns in expected_linears(problem):
         yield f"{name}.weight", (rows, columns)
         if problem.released:
@@ -350,7 +357,7 @@ def _check_like(name: str, x: Tensor, like: Tensor, first: str, advice: str = ""
 
 
 def refuse_memory(what: str, index: int, x: Tensor) -> NoReturn:
-    """Say of a tensor, whose address was asked for, that it has no memory. C++ calls this too."""
+    """Refuse a tensor that turned out to have no memory when its address was taken. C++ calls this too."""
     if x.layout is not torch.strided:
         raise TypeError(
             f"{what}[{index}]: expected a strided tensor, got layout {x.layout}; make it one by x.to_dense()."
@@ -362,7 +369,7 @@ def refuse_memory(what: str, index: int, x: Tensor) -> NoReturn:
 
 
 def check_seed(seed: object, like: Tensor) -> None:
-    """Refuse what is neither an int nor one int64 on the device of ``like``."""
+    """Refuse a seed that is neither an int nor one int64 value on the device of ``like``."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: expected one int64 value, got {seed.dtype} of shape {list(seed.shape)}.")
@@ -373,7 +380,7 @@ def check_seed(seed: object, like: Tensor) -> None:
 
 
 def check_lengths(lengths: Tensor, batch: int, like: Tensor) -> None:
-    """Refuse what is no integer tensor [B] on the device of ``like``."""
+    """Refuse lengths that are not an integer tensor [B] on the device of ``like``."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [B], got {type(lengths).__name__}.")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
@@ -388,7 +395,7 @@ def check_lengths(lengths: Tensor, batch: int, like: Tensor) -> None:
 
 
 def every_linear(layers: Sequence[Layer], gates: Gates) -> list[Linear]:
-    """Per iteration W_q, where there is one, key, value and output; then per modality the gates."""
+    """Return per iteration W_q (if there is one), key, value and output, then the gates of each modality."""
     found: list[Linear] = []
     for query, key, value, output in layers:
         if query is not None:
@@ -400,12 +407,12 @@ def every_linear(layers: Sequence[Layer], gates: Gates) -> list[Linear]:
 
 
 def flatten(layers: Sequence[Layer], gates: Gates) -> list[Tensor]:
-    """Weights and biases of :func:`every_linear`, as one list."""
+    """Return the weights and biases of :func:`every_linear` as one list."""
     return [tensor for linear in every_linear(layers, gates) for tensor in linear if tensor is not None]
 
 
 def unflatten(problem: Problem, parameters: Sequence[Tensor]) -> tuple[tuple[Layer, ...], Gates]:
-    """Inverse of :func:`flatten`."""
+    """Invert :func:`flatten`."""
     tensors = iter(parameters)
     count = len(problem.widths)
 

@@ -1,4 +1,4 @@
-"""operator.md in PyTorch, in the order of its equations: any dtype, any device, no thought of speed.
+"""operator.md in PyTorch, in the order of its equations: any dtype, any device, and no optimisation.
 
 Gradients come from autograd, so this is also the backend for what the kernels don't do (double backward, export).
 """
@@ -19,7 +19,7 @@ from grjca_kernels.problem import Layer, Linear, Problem, check_lengths_values, 
 
 
 def assemble(call: Call, outputs: Sequence[Tensor], iterates: Sequence[Tensor], gates: Sequence[Any]) -> Any:
-    """The public result of a call."""
+    """Assemble the public result of a call."""
     extras: dict[str, Any] = {}
     if call.return_gates:
         extras["gates"] = tuple(gates)
@@ -29,26 +29,27 @@ def assemble(call: Call, outputs: Sequence[Tensor], iterates: Sequence[Tensor], 
 
 
 def with_extras(outputs: Sequence[Any], extras: dict[str, Any], concat: bool) -> Any:
-    """The outputs (a tuple, or their concatenation alone), and then the extras if there are any."""
+    """Return the outputs (a tuple, or the concatenation alone), followed by the extras if there are any."""
     if extras:
         return (*outputs, extras)
     return outputs[0] if concat else tuple(outputs)
 
 
 def answer(call: Call) -> Any:
-    """The public result, computed here."""
+    """Compute the public result of a call in PyTorch."""
     outputs, iterates, gates = forward(call)
     return assemble(call, [torch.cat(outputs, dim=-1)] if call.concat else outputs, iterates, gates)
 
 
 @answers(describe)
 def gated_rjca(call: Call) -> Any:
-    """Same signature and result as :func:`grjca_kernels.gated_rjca`; ``backend`` is accepted and ignored."""
+    """Compute :func:`grjca_kernels.gated_rjca` with the same signature and result; ``backend`` is accepted and
+    ignored."""
     return answer(call)
 
 
 def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Y_m [B, L, d_m], the iterates [T, B, L, d_m] and the gate values, each per modality. Fills nothing."""
+    """Return Y_m [B, L, d_m], the iterates [T, B, L, d_m] and the gate values, each per modality, in new tensors."""
     problem, seed = call.problem, call.seed
     layers, gates = unflatten(problem, call.parameters)
     if call.lengths is not None and not torch.compiler.is_compiling():
@@ -69,26 +70,28 @@ def forward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Any]]:
 
 
 def presence(length: int, lengths: Tensor | None) -> Tensor | None:
-    """[B, L, 1], true for the frames that exist; None when all do."""
+    """Return a mask [B, L, 1], true for the frames that exist, or None when all do."""
     if lengths is None:
         return None
     return (torch.arange(length, device=lengths.device) < lengths[:, None])[..., None]
 
 
 def initial(normalize: bool, x: Tensor, present: Tensor | None) -> Tensor:
-    """X^0: the input with absent frames cleared, normalised per frame if asked for."""
+    """Return X^0: the input with absent frames cleared, and each frame normalised if requested."""
     if present is not None:
         x = torch.where(present, x, 0)
     if not normalize:
         return x
-    wide = x if x.dtype == torch.float64 else x.float()  # float16 has no 1e-12, and no norm of large frames
+    wide = (
+        x if x.dtype == torch.float64 else x.float()
+    )  # 1e-12 and the squared norm of a large frame are out of float16's range
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
 def iterate(
     problem: Problem, x: Sequence[Tensor], layer: Layer, t: int, present: Tensor | None, seed: Tensor | None
 ) -> list[Tensor]:
-    """X^(t+1) of every modality from X^t (t counts from 0)."""
+    """Compute X^(t+1) of every modality from X^t (t counts from 0)."""
     joint = torch.cat(list(x), dim=-1)
     if layer.query is not None:
         joint = linear(joint, layer.query)  # J [B, L, d]
@@ -113,7 +116,7 @@ def attend(
     present: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """K_m, V_m, C_m, C_m after dropout, H_m, and H_m W_h^T + b_h, of which U_m is made."""
+    """Return K_m, V_m, C_m, C_m after dropout, H_m, and H_m W_h^T + b_h, from which U_m follows."""
     key = linear(x.mT, layer.key[m])  # [B, d_m, L]
     if present is not None:
         key = torch.where(present.mT, key, 0)
@@ -126,7 +129,10 @@ def attend(
 
 
 def gate(problem: Problem, states: Sequence[Tensor], gates: Sequence[Linear]) -> tuple[Tensor, Any]:
-    """Y_m from X_m^0..T, and the gate values: [B, L, ways], a tuple of them for "hierarchical", None for "none"."""
+    """Return Y_m from X_m^0..T, and the gate values.
+
+    The values are [B, L, ways], a tuple of such tensors for "hierarchical", or None for "none".
+    """
     last = states[-1]
 
     def ways(x: Tensor, g: Linear) -> Tensor:
@@ -147,7 +153,7 @@ def gate(problem: Problem, states: Sequence[Tensor], gates: Sequence[Linear]) ->
 
 
 def linear(x: Tensor, parameters: Linear) -> Tensor:
-    """y = x W^T + b."""
+    """Compute y = x W^T + b."""
     return F.linear(x, parameters.weight, parameters.bias)
 
 

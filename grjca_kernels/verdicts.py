@@ -1,7 +1,7 @@
-"""What "auto" asks before it uses kernels that no test record proves: whether they passed their check on this device.
+"""Verdicts on kernels without a test record: "auto" uses them only if they passed their self-check on this device.
 
-Verdicts are kept in this process and in a small file of the user's cache folder, for the device, the versions and the
-very sources that they were found with.
+Verdicts are kept in this process and in a small file in the user's cache folder. They hold for the device, the versions
+and the exact sources with which they were found.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from grjca_kernels.modes import allows_tf32
 from grjca_kernels.verification import Row
 
 RECORDS: dict[str, str] = {}
-"""GPUs that need no check: the name that torch.cuda.get_device_name gives -> the file in benchmarks/results/ with its
+"""GPUs that need no check: maps the name from torch.cuda.get_device_name to the file in benchmarks/results/ with the
 full test record. There is none yet."""
 
 _log = logging.getLogger("grjca_kernels")
 
 
-# ---- what is remembered
+# ---- storage
 
 _verdicts: dict[str, verification.Verdict] = {}
 _lock = threading.RLock()
@@ -38,7 +38,7 @@ _lock = threading.RLock()
 
 @functools.cache
 def key_of(backend: str, index: int, precision: str) -> str:
-    """All that a verdict depends on, as JSON."""
+    """Return everything that a verdict depends on, as JSON."""
     properties = torch.cuda.get_device_properties(index)
     driver = getattr(torch._C, "_cuda_getDriverVersion", None)
     key = {
@@ -58,7 +58,7 @@ def key_of(backend: str, index: int, precision: str) -> str:
 
 @functools.cache
 def sources() -> str:
-    """A digest of this package: its version, its kernels, and this check."""
+    """Return a digest of this package: its Python files and its compiled libraries."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*")):
@@ -68,18 +68,21 @@ def sources() -> str:
 
 
 def file_of(key: str) -> Path:
-    """One file for every key, so that processes never write the same one with different content."""
+    """Return the file for a key. Every key has its own, so processes never write one file with different content."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
     return folder / "grjca_kernels" / f"self-check-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def recall(key: str) -> verification.Verdict | None:
-    """What this or an earlier process found; a file that cannot be read, or says something else, says nothing."""
+    """Return the verdict of this or an earlier process, or None; ignore files that are unreadable or for another
+    key."""
     if key not in _verdicts and json.loads(key)["device"] in RECORDS:
         _verdicts[key] = verification.Verdict(None)
     elif key not in _verdicts:
-        with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):  # RuntimeError: no home
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError, TypeError, KeyError
+        ):  # RuntimeError: there is no home folder
             content = json.loads(file_of(key).read_text())
             if content["key"] == json.loads(key) and isinstance(content["reason"], (str, type(None))):
                 _verdicts[key] = verification.Verdict(content["reason"])
@@ -87,7 +90,7 @@ def recall(key: str) -> verification.Verdict | None:
 
 
 def remember(key: str, verdict: verification.Verdict) -> None:
-    """In this process, and for the next ones unless they may do better. Without a place to write, in this one only."""
+    """Store a verdict in this process, and on disk if it is lasting and there is a place to write."""
     _verdicts[key] = verdict
     if not verdict.lasting:
         return
@@ -97,18 +100,17 @@ def remember(key: str, verdict: verification.Verdict) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
             part.write_text(json.dumps(content, indent=1))
-            os.replace(part, path)  # whole, or not there
+            os.replace(part, path)  # atomic: the file is complete or not there
 
 
-# ---- what is asked
+# ---- queries
 
 
 def passed(row: Row, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> bool:
-    """Whether "auto" may use ``row`` for tensors of this device and dtype, ``reduced`` as in Problem. Checks it if
-    nobody has.
+    """Return whether "auto" may use ``row`` for tensors of this device and dtype, and check it if nobody has.
 
-    On the CPU, which is where Triton's interpreter computes, it is not asked for: no. What is said is said once in a
-    process, by the logger "grjca_kernels".
+    ``reduced`` is that of Problem. On the CPU, where Triton's interpreter computes, the answer is always no. The logger
+    "grjca_kernels" reports each message once per process.
     """
     if device == "cpu":
         return False
@@ -133,7 +135,7 @@ def passed(row: Row, device: str, index: int | None, dtype: torch.dtype, reduced
 def first_verdict(
     row: Row, device: str, index: int, dtype: torch.dtype, reduced: bool, key: str
 ) -> verification.Verdict | None:
-    """Check, unless a CUDA graph is being captured, in which nothing else may run."""
+    """Check ``row``, unless a CUDA graph is being captured, during which nothing else may run."""
     what = f"the {row.name} kernels have no test record for {verification.precision(dtype, reduced)} on {name_of(key)}"
     if torch.cuda.is_current_stream_capturing():
         say(
@@ -147,7 +149,7 @@ def first_verdict(
     return verdict
 
 
-@functools.cache  # so that it is said once
+@functools.cache  # logs each sentence only once
 def say(sentence: str) -> None:
     _log.warning(sentence)
 
@@ -157,7 +159,7 @@ def name_of(key: str) -> str:
 
 
 def report(row: Row, device: torch.device | str | int | None) -> bool:
-    """Check ``row`` now, in every dtype that it computes, print what was found, and remember it for "auto"."""
+    """Check ``row`` now in every dtype that it computes, print the findings, and remember the verdict for "auto"."""
     device = find_device(row, device)
     failures = []
 
@@ -185,7 +187,7 @@ def report(row: Row, device: torch.device | str | int | None) -> bool:
 
 
 def find_device(row: Row, given: torch.device | str | int | None) -> torch.device:
-    """The device to check on: by default a GPU, or the CPU if that is where ``row`` computes."""
+    """Return the device to check on: by default a GPU, or the CPU if that is where ``row`` computes."""
     candidates = [torch.device(kind) for kind in ("cuda", "cpu")] if given is None else [torch.device(given)]
     for device in candidates:
         if row.refusal(device.type, torch.float32) is None:

@@ -1,18 +1,18 @@
-"""Whether kernels compute what the reference does, on the very machine: the check behind verdicts.py.
+"""The self-check behind verdicts.py: whether kernels compute what the reference does, on this very machine.
 
-A check runs forward and backward of a few problems (:func:`cases`), which reach both dataflows of the kernels and the
-tiles that users' widths get. Tensor by tensor, the error against manual_backward.py in float64 may be at most twice the
-error which manual_backward.py makes in the same dtype on the same device, plus a few ulp of the scale: the rule of
-operator.md, with values measured by the largest element, and gradients as vectors, those of both modalities together. A
-second run must give the same bits.
+A check runs the forward and the backward of a few problems (:func:`cases`), which reach both dataflows of the kernels
+and the tiles that users' widths get. For each tensor, the error against manual_backward.py in float64 may be at most
+twice the error of manual_backward.py in the same dtype on the same device, plus a few ulp of the scale. This is the
+rule of operator.md: values are measured by the largest element, and gradients as vectors over both modalities. A second
+run must give the same bits.
 
-TF32 exists only in the operands of products. There manual_backward.py computes in float32 with operands cut to the 10
-bits that tensor cores read: Triton leaves the rest to them, and CUDA C++, which rounds, is nearer to the truth.
-PyTorch's own TF32 rounds too, and may use none for small or odd matrices.
+TF32 exists only in the operands of products. For TF32, manual_backward.py computes in float32 with operands cut to the
+10 bits that tensor cores read: Triton leaves the cutting to the tensor cores, and CUDA C++, which rounds, is more
+accurate. PyTorch's own TF32 also rounds, and may not be used for small or odd matrices.
 
-A relu whose argument is near 0 would spoil that: rounding flips it, and one element of a gradient is wrong as a whole.
-In bfloat16 such flips make eager so inexact that much could hide behind it, in float32 they come by bad luck. Therefore
-:func:`make` chooses numbers that leave next to none near 0.
+A relu whose argument is near 0 would spoil the comparison: rounding flips it, and one element of a gradient is entirely
+wrong. In bfloat16 such flips make eager so inexact that it could hide much else; in float32 they occur by chance.
+Therefore :func:`make` chooses numbers that leave almost none near 0.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from grjca_kernels.problem import Layer, Linear, Problem, expected_tensors, flat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FACTOR, FEW, DRAWS = 2, 4, 3
-SPREAD = 1.0  # of the arguments of tanh and softmax: neither constant nor linear
-SEED = 0x1234_5678_9ABC_DEF0 - 2**63  # of the dropout masks
+SPREAD = 1.0  # the scale of the arguments of tanh and softmax: neither constant nor linear
+SEED = 0x1234_5678_9ABC_DEF0 - 2**63  # the seed of the dropout masks
 
-Row = Any  # of the table in backends.py, a layer above this one
+Row = Any  # a row of the table in backends.py, a layer above this one
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``extras``: gate values are returned, and gradients come in for them and for the iterates too.
-    ``reduced`` is Problem's.
+    """A problem to check.
 
-    Without extras, outputs are views of one tensor, as they are when the caller asks for the concatenation.
+    With ``extras``, gate values are returned, and gradients also come in for them and for the iterates. Without extras,
+    outputs are views of one tensor, as when the caller asks for the concatenation. ``reduced`` is that of Problem.
     """
 
     batch: int
@@ -68,17 +68,18 @@ class Case:
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
-    """What is checked on a device."""
+    """Return the cases to check on a device."""
     if device.type == "cpu":  # the interpreter is slow
         return Case(1, 6, (5, 3), "hierarchical", True), Case(1, 33, (4, 3), "flat", False, 1)
     return cases_of_gpu(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def cases_of_gpu(multiprocessors: int) -> tuple[Case, ...]:
-    """C streamed and stored, by large tiles, which are for widths that are multiples of 16, and by small ones.
+    """Return cases with C streamed and stored, each with large tiles (widths that are multiples of 16) and small ones.
 
     Tiles depend on the widths, so two cases have those of "clip" and "long". Rows of W_k begin at multiples of 16 bytes
-    for 16 and 256 frames alone. Large batches pass through the workspace in chunks, and one sample has smaller tiles.
+    only for 16 and 256 frames. Large batches pass through the workspace in chunks, and a single sample has smaller
+    tiles.
     """
     n = multiprocessors
     return (
@@ -110,7 +111,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reason``: why the kernels must not be used, or None; ``lasting`` unless another process may do better."""
+    """The outcome of a check.
+
+    ``reason`` says why the kernels must not be used, or is None; ``lasting`` is false if another process may do better.
+    """
 
     reason: str | None
     lasting: bool = True
@@ -121,7 +125,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that goes into forward and backward; ``iterates`` [T, B, L, d] goes into the backward alone."""
+    """All inputs of forward and backward; ``iterates`` [T, B, L, d] goes into the backward alone."""
 
     features: list[Tensor]
     parameters: list[Tensor]
@@ -131,11 +135,11 @@ class Inputs:
     seed: Tensor
 
     def call(self, problem: Problem) -> Call:
-        """Without what a forward fills."""
+        """Return the call, without the tensors that a forward fills."""
         return Call(problem, self.features, self.parameters, self.lengths, self.seed, iterates=self.iterates)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with ``f`` applied to every floating-point tensor."""
+        """Return these inputs with ``f`` applied to every floating-point tensor."""
         return replace(
             self,
             features=[f(x) for x in self.features],
@@ -157,14 +161,14 @@ class Inputs:
 
 
 def make(case: Case, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Inputs:
-    """Numbers that ``dtype`` holds, as float64 on the device; absent frames hold NaN.
+    """Return numbers that ``dtype`` holds exactly, as float64 on the device; absent frames hold NaN.
 
-    Random, but for means that decide relu. X is positive or negative by column. J is so too, and as K and V are
-    positive on average, V C has the sign of J; so half of H is 0. The bias of U outweighs the rest, and where it lets
-    something through, X is positive, so that no mix of the iterates is near 0.
+    The numbers are random, except for means that decide relu. X is positive or negative by column, and so is J; as K
+    and V are positive on average, V C has the sign of J, and half of H is 0. The bias of U outweighs the rest, and
+    where U is positive, X is positive, so no mix of the iterates is near 0.
 
-    What is random about K and V must not vanish in the sums over L and d_m, however long they are: else a term that is
-    missing would not show.
+    The random part of K and V must not vanish in the sums over L and d_m, however long they are; otherwise a missing
+    term would not show.
     """
     problem, generator = case.problem, torch.Generator("cpu").manual_seed(seed)
     length, width, frames, count = case.length, problem.width, (case.batch, case.length), len(case.widths)
@@ -176,13 +180,13 @@ def make(case: Case, dtype: torch.dtype, seed: int, device: torch.device | str =
         return torch.arange(size, device="cpu") % 2 * 2.0 - 1
 
     def linear(rows: int, columns: int, mean: Tensor | float, noise: float, inputs: float = 1) -> Linear:
-        """y around ``mean``, and apart by ``noise`` where inputs have the size ``inputs``."""
+        """Return a linear map whose y has mean ``mean`` and deviation ``noise`` for inputs of size ``inputs``."""
         weight = normal(rows, columns) * noise / inputs / math.sqrt(columns)
         return Linear(weight, normal(rows) * noise / 2 + mean)
 
     def layer(t: int) -> Layer:
         score = SPREAD * math.sqrt(width) / length
-        x = math.sqrt(count / width) if t == 0 else 1  # frames of X^0 have the norm 1
+        x = math.sqrt(count / width) if t == 0 else 1  # frames of X^0 have norm 1
         return Layer(
             linear(width, width, signs(width), 0.3, x),
             tuple(linear(length, length, score, 0.5 * score * math.sqrt(length), x) for _ in case.widths),
@@ -217,9 +221,14 @@ TF32_ULP = 2.0**-10
 
 
 class CutOperands(TorchDispatchMode):
-    """Cuts the operands of every product of float32 to the bits of TF32."""
+    """A mode that cuts the operands of every float32 product to the bits of TF32."""
 
-    PRODUCTS: ClassVar = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # -> the first operand
+    PRODUCTS: ClassVar = {
+        "aten::mm": 0,
+        "aten::bmm": 0,
+        "aten::addmm": 1,
+        "aten::baddbmm": 1,
+    }  # index of the first operand
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = self.PRODUCTS.get(function._schema.name)
@@ -231,11 +240,11 @@ class CutOperands(TorchDispatchMode):
         return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-# ---- a backend, or the derivation; results by name, gradients one vector for every kind
+# ---- runs of a backend or of the reference: results by name, one gradient vector per kind
 
 
 def computed_forward(forward: Callable[[Call], None], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Tensors as ops.py allocates them, but for what they hold: what is left unwritten shows as NaN."""
+    """Run ``forward`` on tensors allocated as in ops.py but filled with NaN, so that unwritten elements show."""
     problem, like = case.problem, inputs.features[0]
     frames = (case.batch, case.length)
 
@@ -267,8 +276,10 @@ LINEAR = r"layers\[(\d+)\]\.(\w+).*"
 
 
 def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """One vector of float64, on the CPU, for every kind of gradient, and of weights for every iteration: in the first
-    they are so small that they would not count beside the others."""
+    """Join the gradients to one float64 CPU vector per kind, and per iteration for weights.
+
+    Those of the first iteration are so small that they would not count among the others.
+    """
     names = [name for name, _ in expected_tensors(problem)]
     kinds = ["d features"] * len(features)
     kinds += ["d gates" if name.startswith("gates") else re.sub(LINEAR, r"d \2[\1]", name) for name in names]
@@ -282,17 +293,17 @@ def joined(problem: Problem, features: Sequence[Tensor], parameters: Sequence[Te
 
 
 def in_tf32(dtype: torch.dtype, reduced: bool = False) -> bool:
-    """Whether products use TF32, by PyTorch's settings or as autocast is on: such kernels are other kernels."""
+    """Return whether products use TF32, by PyTorch's settings or under autocast: TF32 kernels are separate kernels."""
     return dtype == torch.float32 and (reduced or allows_tf32())
 
 
 def precision(dtype: torch.dtype, reduced: bool = False) -> str:
-    """The dtype, and whether products of float32 use TF32."""
+    """Return the dtype as text, and whether float32 products use TF32."""
     return str(dtype).removeprefix("torch.") + (" with TF32" if in_tf32(dtype, reduced) else "")
 
 
 def compare(row: Row, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Iterator[Finding]:
-    """Every tensor of one case: values, gradients, and whether a second run gives the same."""
+    """Yield a finding for every tensor of one case: values, gradients, and whether a second run gives the same bits."""
     exact, tf32 = make(case, dtype, seed, device), in_tf32(dtype, case.reduced)
     inputs, generator = exact.to(device, dtype), torch.Generator("cpu").manual_seed(seed)
     ulp = TF32_ULP if tf32 else torch.finfo(dtype).eps
@@ -326,10 +337,10 @@ def check(
     reduced: bool = False,
     tell: Callable[[Finding | str], None] = lambda line: None,
 ) -> Verdict:
-    """Check one dtype; ``tell`` is given every finding, and the traceback of an exception.
+    """Check one dtype; ``tell`` receives every finding, and the traceback of an exception.
 
     PyTorch keeps its modes (no_grad, inference, autocast, fake tensors, a default device, transforms, tracing) per
-    thread, so the check runs in a thread of its own, in which there are none.
+    thread, so the check runs in a thread of its own, which has none.
     """
 
     def work() -> str | None:
