@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import GatedRJCAStrong
-from grjca import environment
 from grjca.measure import Shape
 from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused, flops
@@ -183,6 +182,8 @@ def tanhs(shape: Shape) -> int:
 
 def machine() -> dict[str, str | int]:
     """Where and with what a time was measured."""
+    from grjca import environment  # here, because it takes psutil, and blocks do not
+
     return {
         "device": torch.cuda.get_device_name(0) if DEVICE == "cuda" else environment.processor(),
         "threads": THREADS,
@@ -193,5 +194,7 @@ def machine() -> dict[str, str | int]:
 
 def where() -> str:
     """The same in a line, with the commit."""
+    from grjca import environment
+
     about = machine()
     return f"{about['device']}, {about['threads']} threads, torch {about['torch']}, commit {environment.commit()}"

@@ -101,7 +101,7 @@ def headline(runs: list[Run]) -> str:
 
     def headlined(run: Run) -> list[str]:
         shapes = dict.fromkeys(shape for shape, _, _ in run.places)
-        return [shape for shape in shapes if all("fused" in run.rows(shape, what) for what in HEADLINE_PASSES)]
+        return [shape for shape in shapes if all("fused" in times(run.rows(shape, what)) for what in HEADLINE_PASSES)]
 
     run = max(runs, key=lambda run: len(headlined(run)), default=None)
     if run is None or not headlined(run):

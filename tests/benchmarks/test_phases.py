@@ -104,6 +104,7 @@ def test_who_takes_samples():
 
 @needs_native
 def test_the_table(monkeypatch, capsys):
+    pytest.importorskip("psutil")
     monkeypatch.setattr(roofline, "SHAPES", {"one": Shape(9, 6, 5, 2, 3, "flat"), "two": Shape(4, 7, 6, 1, 2)})
     monkeypatch.setattr(roofline, "one_tile", lambda: 100.0)
     monkeypatch.setattr(roofline, "THREADS", 1)

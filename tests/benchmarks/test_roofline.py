@@ -26,6 +26,7 @@ def test_bounds_by_hand():
 
 
 def test_the_table(monkeypatch, capsys):
+    pytest.importorskip("psutil")
     small = {"one": Shape(9, 6, 5, 2, 3, "flat", normalize=True), "two": Shape(4, 7, 6, 1, 2)}
     values = {"SHAPES": small, "SECONDS": 0.01, "FEWEST": 2, "MOST": 2, "COPIED": 1 << 16, "VALUES": 64, "TERMS": (64,)}
     for name, value in {**values, "THREADS": 2}.items():
