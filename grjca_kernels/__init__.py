@@ -1,4 +1,5 @@
-"""Fused gated recursive joint cross-attention of audio-visual features. Its contract: ``operator.md``, beside this."""
+"""Fused gated recursive joint cross-attention of audio-visual features, specified in ``operator.md`` beside this
+file."""
 
 import torch as _torch
 
@@ -19,17 +20,17 @@ __all__ = ["GatedRJCAFused", "Layer", "Linear", "backends", "dropout_mask", "gat
 def self_check(backend: str | None = None, device: _torch.device | str | int | None = None) -> bool:
     """Check a backend's kernels on this machine: small problems, forward and backward, against float64.
 
-    This is what ``backend="auto"`` does once, dtype by dtype, on a type of GPU without a committed test record. Called
-    by hand it checks float32, bfloat16 and float16 now, whatever is remembered, and "auto" goes by the new result. On a
-    GPU it takes minutes with Triton, most of them for compiling.
+    ``backend="auto"`` does this once per dtype on a type of GPU without a committed test record. A direct call checks
+    float32, bfloat16 and float16 anew, whatever was remembered, and "auto" follows the new result. On a GPU with Triton
+    it takes minutes, most of them for compiling.
 
     Args:
-        backend: one that has kernels, a name in :func:`backends` other than "reference"; by default those for GPUs that
-            can run here.
+        backend: a backend with kernels: any name in :func:`backends` except "reference"; by default the GPU backends
+            that can run here.
         device: where to check; by default the current GPU, or the CPU if the backend computes there.
 
     Returns:
-        Whether all passed. Prints for every tensor its error and what is allowed, and a verdict.
+        Whether all checks passed. Prints the error and the bound of every tensor, and a verdict.
 
     Raises:
         ValueError: for an unknown name.

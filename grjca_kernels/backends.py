@@ -1,4 +1,4 @@
-"""Who can compute: a table, fastest first. A row says why it cannot run; ops.py calls the one that is chosen."""
+"""The table of backends, fastest first. Each row says why it cannot run; ops.py calls the chosen one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ENVIRONMENT = "GRJCA_BACKEND"
 class Backend:
     """A row of the table.
 
-    ``why_not()`` is the reason it cannot run on this machine, or None; ``refuses(device type, dtype)`` the reason it
-    does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill what they are given, for at
-    least one sample; the reference has none, because it is PyTorch code that autograd differentiates. What is
-    ``unproven`` is chosen by "auto" only for devices and dtypes that :mod:`grjca_kernels.verdicts` passes;
-    ``checking`` says how long that takes for a dtype. ``held(dtype)`` says how many bytes an element takes
-    of what it keeps for a backward beside X^t (keeping.py); it is None where nothing is kept.
+    ``why_not()`` returns why the backend cannot run on this machine, or None; ``refuses(device type, dtype)`` returns
+    why it does not compute such tensors. ``forward(call)`` and ``backward(call, gradients)`` fill the tensors they are
+    given, for at least one sample; the reference has neither, because autograd differentiates its PyTorch code. "auto"
+    chooses an ``unproven`` backend only for devices and dtypes that :mod:`grjca_kernels.verdicts` passes; ``checking``
+    says how long that check takes for one dtype. ``held(dtype)`` returns how many bytes one element of the saved
+    activations takes (keeping.py); it is None where nothing but X^t is saved.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Backend:
     held: Callable[[torch.dtype], int] | None = None
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot compute tensors of this device type and dtype, or None.
+        """Return why the backend cannot compute tensors of this device type and dtype, or None.
 
-        The tensors are looked at first: to ask CUDA anything initialises it, which fails in the forked workers of a
-        DataLoader.
+        The tensors are checked first, because asking CUDA anything initialises it, which fails in the forked workers of
+        a DataLoader.
         """
         return self.refuses(device, dtype) or self.why_not()
 
@@ -75,10 +75,11 @@ CHOICES = ("auto", *TABLE)
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Name -> why it cannot run on this machine, None if it can; in the order in which "auto" tries them.
+    """Return for each backend why it cannot run on this machine (None if it can), in the order in which "auto" tries
+    them.
 
-    With a ``device``, why "auto" passes it over for float32 tensors there; it takes the first that it does not. A GPU
-    may run the self-check for it.
+    With a ``device``, return why "auto" passes each over for float32 tensors there; "auto" takes the first with None.
+    On a GPU this may run the self-check.
     """
     if device is None:
         return {name: row.why_not() for name, row in TABLE.items()}
@@ -87,7 +88,7 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 
 def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str | None:
-    """Why "auto" does not take it, or None."""
+    """Return why "auto" does not take the backend, or None."""
     reason = row.refusal(device, dtype)
     if reason is None and row.unproven and not verdicts.passed(row, device, index, dtype, reduced):
         if device == "cpu":
@@ -97,9 +98,9 @@ def _passed_over(row: Backend, device: str, index: int | None, dtype: torch.dtyp
 
 
 def choose(name: str | None, tensor: Tensor, reduced: bool = False) -> str:
-    """The backend to run for tensors like ``tensor``; "auto" defers to ``GRJCA_BACKEND``, then to the first that can.
+    """Return the name of the backend for tensors like ``tensor``.
 
-    ``reduced`` is Problem's.
+    "auto" defers to ``GRJCA_BACKEND``, and then to the first backend that can run. ``reduced`` is that of Problem.
 
     Raises:
         ValueError: for an unknown name.
@@ -132,7 +133,7 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
 def _first_that_can(device: str, index: int | None, dtype: torch.dtype, reduced: bool = False) -> str:
     for row in TABLE.values():
         if row.unproven and device == "cpu":
-            continue  # an interpreter, which is used where it is named
+            continue  # an interpreter, used only when named
         if _passed_over(row, device, index, dtype, reduced) is None:
             break
     return row.name

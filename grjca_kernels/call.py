@@ -118,9 +118,7 @@ def describe(
     parameters, nesting = walk or (problems.flatten(layers, gates), None)
     features, parameters, reduced = _autocast(features, parameters)
     alike = nesting and likeness([*features, *parameters])
-    problem = once(
-        alike and (alike, nesting, reduced, options, tuple(map(type, options))), check
-    )  # the types, because 1 == True == 1.0
+    problem = once(alike and (alike, nesting, reduced, options, tuple(map(type, options))), check)  # 1 == True == 1.0
     if lengths is not None:
         problems.check_lengths(lengths, problem.batch, features[0])
         if type(lengths) is Tensor and undisturbed((lengths,)):

@@ -1,6 +1,6 @@
-"""What a call that has been checked does: allocate what a backend fills, and hand it to the backend's row.
+"""The execution of a checked call: allocate what a backend fills, and pass it to the backend's functions.
 
-The operators of ops.py and the way around them both come here.
+Both the operators of ops.py and the direct path around them come here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from grjca_kernels.problem import Problem
 
 
 class Wanted(NamedTuple):
-    """All of a call that is no tensor; ``directly``: nothing stands between the call and the memory of its tensors."""
+    """Everything about a call except its tensors.
+
+    ``directly`` says that nothing stands between the call and the memory of its tensors.
+    """
 
     problem: Problem
     concat: bool
     return_gates: bool
     backend: str
-    likeness: Any = None  # of features and parameters, as they were checked
+    likeness: Any = None  # that of the features and parameters when they were checked
     directly: bool = False
 
 
 def kept_pieces(problem: Problem, keep: str, backend: str, dtype: torch.dtype, directly: bool) -> int:
-    """What ``keep`` means to a backend."""
+    """Return the bits that ``keep`` means to a backend."""
     held = TABLE[backend].held
     if held is not None and directly:
         return keeping.choose_once(problem, keep, dtype, held(dtype))
@@ -46,7 +49,7 @@ def kept_pieces(problem: Problem, keep: str, backend: str, dtype: torch.dtype, d
 
 
 def result_shapes(problem: Problem, concat: bool, return_gates: bool) -> list[tuple[int, ...]]:
-    """Of the outputs, of the iterates, and of the gate values."""
+    """Return the shapes of the outputs, the iterates and the gate values."""
     frames, width = (problem.batch, problem.length), problem.width
     ways = sum(problem.gate_ways) if return_gates else 0
     shapes = [(*frames, d_m) for d_m in ((width,) if concat else problem.widths)]
@@ -66,7 +69,8 @@ def new_results(wanted: Wanted, like: Tensor) -> list[Tensor]:
 
 
 def new_gradients(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Any]:
-    """One contiguous tensor for every feature and parameter whose gradient is needed, None for the others."""
+    """Return a new contiguous tensor for every feature and parameter whose gradient is needed, and None for the
+    others."""
     new = torch.empty_like if all(map(Tensor.is_contiguous, tensors)) else _new_contiguous
     return [new(tensor) if wanted else None for tensor, wanted in zip(tensors, needed, strict=True)]
 
@@ -75,7 +79,10 @@ _new_contiguous = partial(torch.empty_like, memory_format=torch.contiguous_forma
 
 
 def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list[Any], Any, list[Any]]:
-    """Outputs per modality (views of the concatenation), the iterates, and the gates; an absent gradient stays None."""
+    """Return the outputs per modality (views of the concatenation), the iterates, and the gates.
+
+    An absent gradient stays None.
+    """
     none, count = [None] * len(problem.widths), 1 if concat else len(problem.widths)
     outputs = list(results[:count])
     if concat:
@@ -85,7 +92,7 @@ def _parts(problem: Problem, results: Sequence[Any], concat: bool) -> tuple[list
 
 
 def _compute(name: str, wanted: Wanted, row: Any, *given: Any) -> None:
-    """By a function of a row; under a name in profiles, which operators have anyway."""
+    """Run a backend's function; in profiles the direct path gets ``name``, which operators show anyway."""
     profiled = wanted.directly and torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     with torch.profiler.record_function(name) if profiled else nullcontext():
         row(*given)
@@ -98,7 +105,7 @@ def forward_now(
     lengths: Tensor | None,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    """The results of a call that has been checked."""
+    """Return the results of a checked call."""
     problem = wanted.problem
     results = new_results(wanted, features[0])
     outputs, iterates, gates = _parts(problem, results, wanted.concat)
@@ -122,7 +129,7 @@ def backward_now(
     needed: Sequence[bool],
     kept: Tensor | None,
 ) -> list[Any]:
-    """A gradient for every feature and parameter, or None."""
+    """Return the gradient of every feature and parameter, or None where it is not needed."""
     problem, count = wanted.problem, len(features)
     none: list[None] = [None] * count
     of_outputs, of_iterates, of_gates = _parts(problem, grads, wanted.concat)
@@ -130,7 +137,7 @@ def backward_now(
     computed = new_gradients((*features, *parameters), needed)
     gradients = Gradients(of_outputs, of_iterates, of_gates or none, computed[:count], computed[count:])
     if problem.batch:
-        # Hooks on saved tensors, and Inductor, may have laid them out anew.
+        # Hooks on saved tensors, and Inductor, may have changed their layout.
         if kept is not None and (not kept.is_contiguous() or kept.data_ptr() % keeping.LINE):
             kept = kept.clone(memory_format=torch.contiguous_format)
         call = Call(problem, features, parameters, lengths, seed, iterates=iterates.contiguous(), kept=kept)
@@ -143,9 +150,9 @@ def backward_now(
 
 
 def check_incoming(wanted: Wanted, grads: Sequence[Tensor | None], iterates: Tensor, like: Tensor) -> None:
-    """Refuse gradients, and iterates, that are not those of the results."""
+    """Refuse gradients and iterates that do not match the results."""
     shapes = result_shapes(wanted.problem, wanted.concat, wanted.return_gates)
-    count = len(shapes) + bool(wanted.problem.keep)  # what is kept comes last, and has no gradient
+    count = len(shapes) + bool(wanted.problem.keep)  # the saved activations come last and have no gradient
     if len(grads) != count:
         raise ValueError(f"grads: expected {count} of them or None, one for each result, got {len(grads)}.")
     named = [(f"grads[{i}]", grad, shape) for i, (grad, shape) in enumerate(zip(grads, shapes, strict=False))]

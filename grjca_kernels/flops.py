@@ -1,6 +1,6 @@
-"""What a call costs in floating-point operations, as torch.utils.flop_counter counts: a product [m, k] [k, n] is 2mkn.
+"""The floating-point operations of a call, as torch.utils.flop_counter counts: a product [m, k] [k, n] takes 2mkn.
 
-K J comes first, and then V C, as in every backend. Frames that ``lengths`` marks as absent count.
+K J comes first and then V C, as in every backend. Frames that ``lengths`` marks as absent count too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from grjca_kernels.problem import Problem
 
 
 class Product(NamedTuple):
-    """One for every sample: ``size`` is m k n; ``reads`` is t if an operand is X^t; ``weight`` counts the weights."""
+    """One product per sample.
+
+    ``size`` is m k n; ``reads`` is t if an operand is X^t; ``weight`` is the index of the weight.
+    """
 
     size: int
     reads: int | None = None
@@ -22,14 +25,15 @@ class Product(NamedTuple):
 
 
 def forward(problem: Problem) -> int:
-    """Of all iterations and gates."""
+    """Return the operations of all iterations and gates."""
     return 2 * problem.batch * sum(product.size for product in _products(problem))
 
 
 def backward(problem: Problem, needed: Sequence[bool]) -> int:
-    """Recomputing what the forward did not keep, and two products for each of its own, less those nobody asks for.
+    """Return the operations of the backward: recomputation, and two products for each of the forward's.
 
-    ``needed`` says of every feature and parameter, in the order of :func:`problem.flatten`, whether its gradient is.
+    Products whose gradients are not needed do not count. ``needed`` says for every feature and parameter, in the order
+    of :func:`problem.flatten`, whether its gradient is needed.
     """
     of_features, of_parameters = needed[: len(problem.widths)], needed[len(problem.widths) :]
     of_weights = of_parameters[:: 2 if problem.released else 1]

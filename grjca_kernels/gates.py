@@ -1,7 +1,6 @@
-"""Gates by PyTorch's own layers, over the iterates that the kernels compute: those of TAGF.
+"""The gates of TAGF, which PyTorch's own layers compute over the iterates from the kernels.
 
-A gate is given X^0..X^T of one modality, and gives each of them a share of the output Y = sum_t G_t X^t, which has no
-relu.
+A gate receives X^0..X^T of one modality and gives each a share of the output Y = sum_t G_t X^t, which has no relu.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 
 class TemporalGate(nn.Module):
-    """A bidirectional LSTM reads the T + 1 iterates of every frame one after another; the score of an iterate is the
-    mean of its projected, L2-normalised features, and G = softmax(score / tau).
+    """The LSTM gate of TAGF: G = softmax(score / tau), from a bidirectional LSTM over the T + 1 iterates of each frame.
+
+    The score of an iterate is the mean of its projected, L2-normalised features.
 
     Args:
         width: d_m.
-        dropout: of what the LSTM found together with what it read.
+        dropout: p on the LSTM's output joined with its input.
     """
 
     def __init__(self, width: int, dropout: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -32,15 +32,15 @@ class TemporalGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """xavier_uniform weights, a zero bias, and the LSTM's own."""
+        """Initialise weights with xavier_uniform, the bias with zero, and the LSTM as PyTorch does."""
         for weight in (self.init_hidden, self.linear.weight):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.linear.bias)
         self.rnn.reset_parameters()
 
     def forward(self, states: Tensor, temperature: float) -> Tensor:
-        """G [B, L, T + 1] from ``states`` [T + 1, B, L, d_m]."""
-        steps = states.flatten(1, 2)  # [T + 1, B L, d_m]: every frame is a sequence of its own
+        """Return G [B, L, T + 1] from ``states`` [T + 1, B, L, d_m]."""
+        steps = states.flatten(1, 2)  # [T + 1, B L, d_m]: every frame is a sequence
         if not steps.numel():  # an LSTM refuses an empty batch
             return steps.new_zeros(*states.shape[1:3], len(states)) + 0 * self.init_hidden.sum()
         h, c = self.init_hidden[:, None].expand(-1, steps.shape[1], -1).chunk(2)
@@ -51,7 +51,8 @@ class TemporalGate(nn.Module):
 
 
 class ScoreGate(nn.Module):
-    """The score of an iterate is Linear(d_m, d_m / 2), ReLU, Linear(d_m / 2, 1) of it, and G = softmax(score)."""
+    """TAGF's simple gate: Linear(d_m, d_m / 2), ReLU, Linear(d_m / 2, 1) scores each iterate, and G =
+    softmax(score)."""
 
     def __init__(self, width: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -60,19 +61,19 @@ class ScoreGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """xavier_uniform weights and zero biases."""
+        """Initialise weights with xavier_uniform and biases with zero."""
         for linear in (self.hidden, self.score):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, states: Tensor, temperature: float) -> Tensor:
-        """G [B, L, T + 1] from ``states`` [T + 1, B, L, d_m]; there is no temperature here."""
+        """Return G [B, L, T + 1] from ``states`` [T + 1, B, L, d_m]; ``temperature`` is not used."""
         scores = self.score(torch.relu(self.hidden(states)))[..., 0]
         return torch.softmax(scores, dim=0).movedim(0, -1)
 
 
 def mix(gate: nn.Module, states: Sequence[Tensor], temperature: float, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Y [B, L, d_m] and G [B, L, T + 1]; both are 0 for absent frames, where ``states`` are 0."""
+    """Return Y [B, L, d_m] and G [B, L, T + 1]; both are 0 for absent frames, where ``states`` are 0."""
     stacked = torch.stack(list(states))
     values = gate(stacked, temperature).to(stacked.dtype)
     if present is not None:

@@ -20,7 +20,7 @@ from grjca_kernels.projections import Gathered, as_linear
 MODALITIES = ("visual", "audio", "third", "fourth")
 OUTPUTS = ("pair", "concat", "iterates")
 BY_PYTORCH = ("temporal", "score")
-"""Gatings whose gates are PyTorch's own layers: gates.py."""
+"""Gatings whose gates are PyTorch's own layers; see gates.py."""
 
 
 class GatedRJCAFused(nn.Module):
@@ -35,21 +35,22 @@ class GatedRJCAFused(nn.Module):
         form: "released" (the authors' code) or "paper" (no W_q, biases, output relu, tanh around V C, or dropout).
         joint: "projected", J = X W_q^T + b_q, or "raw", J = X (RJCMA); the paper form has no W_q.
         dropout: p on C and U while training; the paper form has none.
-        gate_dropout: that within the gates of "temporal", while training.
+        gate_dropout: p within the gates of "temporal", while training.
         temperature: tau of the gates.
         normalize: divide every frame by its L2 norm first.
         share_weights: one set of iteration parameters for all T.
         output: "pair" for (Y_v, Y_a, ...), "concat" for [B, L, d], or, with gating="none", "iterates" for
             ([X_v^1, ..., X_v^T], [X_a^1, ..., X_a^T], ...).
-        keep: what a forward keeps for its backward: "least" (the iterates alone), "most", or "auto", a choice by shape.
+        keep: what a forward saves for its backward: "least" (the iterates alone), "most", or "auto", a choice by shape.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
-        device, dtype: of the parameters.
+        device, dtype: the device and dtype of the parameters.
 
-    Parameters start as the authors' do: xavier_uniform weights, zero biases. ``load_state_dict`` takes the authors'
-    names too. The projections are torch.nn.Linear that hold weights: their forward and hooks on it are never called.
+    Parameters are initialised as the authors' are: xavier_uniform weights, zero biases. ``load_state_dict`` also takes
+    the authors' names. The projections are torch.nn.Linear that only hold weights: neither their forward nor its hooks
+    are ever called.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what was passed.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class GatedRJCAFused(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """xavier_uniform weights and zero biases, as in the authors' code."""
+        """Initialise weights with xavier_uniform and biases with zero, as in the authors' code."""
         for module in self.modules():
             if isinstance(module, (TemporalGate, ScoreGate)):
                 module.reset_parameters()
@@ -140,11 +141,11 @@ class GatedRJCAFused(nn.Module):
         return_gates: bool = False,
         return_iterates: bool = False,
     ) -> Any:
-        """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]; ``lengths`` [B] marks frames beyond as absent.
+        """Fuse ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]; frames beyond ``lengths`` [B] are absent.
 
-        A module of other modalities takes as many tensors, and ``lengths`` by its name.
+        A module of three or four modalities takes as many tensors, and ``lengths`` by keyword.
 
-        Returns (Y_v, Y_a, ...), their concatenation, or the iterates, followed by one dict if extras were asked for:
+        Returns (Y_v, Y_a, ...), their concatenation, or the iterates, followed by one dict if extras were requested:
         ``gates``, per modality [B, L, ways] (a tuple of them for "hierarchical", None for "none"); ``iterates``, per
         modality [T, B, L, d_m].
         """
@@ -212,7 +213,7 @@ class GatedRJCAFused(nn.Module):
         return_gates: bool,
         return_iterates: bool,
     ) -> Any:
-        """The result where PyTorch's layers are the gates."""
+        """Return the result where PyTorch's layers are the gates."""
         present = reference.presence(self.length, lengths)
         outputs, values = [], []
         for name, x, after in zip(self.gates, features, iterates, strict=True):
@@ -228,7 +229,7 @@ class GatedRJCAFused(nn.Module):
         return reference.with_extras([torch.cat(outputs, dim=-1)] if concat else outputs, extras, concat)
 
     def parameters_by_role(self) -> tuple[tuple[Layer, ...], Gates]:
-        """The parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
+        """Return the parameters as :func:`grjca_kernels.gated_rjca` takes them: ``layers, gates``."""
         if torch.compiler.is_compiling():
             return self._by_role()
         if self._gathered is None or not self._gathered.hold(self):
@@ -237,7 +238,7 @@ class GatedRJCAFused(nn.Module):
         return self._gathered.layers, self._gathered.gates
 
     _gathered: Gathered | None = None
-    keep = "auto"  # of modules that were pickled before there was a choice
+    keep = "auto"  # for modules that were pickled before the option existed
 
     def _by_role(self) -> tuple[tuple[Layer, ...], Gates]:
         layers = tuple(cast(_Iteration, layer).as_layer() for layer in self.layers)
@@ -248,7 +249,7 @@ class GatedRJCAFused(nn.Module):
         return layers, gates
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what has been gathered, which a copy gathers for itself."""
+        """Return the state without the gathered parameters, which a copy gathers for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_gathered"}
 
     @classmethod
@@ -262,24 +263,24 @@ class GatedRJCAFused(nn.Module):
         keep_parameters: bool = False,
         **overrides: Any,
     ) -> GatedRJCAFused:
-        """The module with the weights of the authors' block.
+        """Build the module from the authors' block, with its weights.
 
         Args:
-            source: their module (GRJCA, HGRJCA, DCA's block, RJCMA, TAGF, DCNLayer), or a state_dict of it or of a
+            source: their module (GRJCA, HGRJCA, DCA's block, RJCMA, TAGF, DCNLayer), or its state_dict, or that of a
                 whole model.
-            prefix: where the block stands in the state_dict, e.g. "GRJCA."; found if None.
-            ignore: beginnings of the names of parameters that have no effect on the output.
-            check: run a copy of a module, and this one, in float64 on a small random batch with random weights; take
-                the options with which both compute the same, and refuse a module for which there are none.
-            keep_parameters: take over the very Parameters of ``source``, a module, instead of copies of them, so that
-                an optimiser that holds them trains on, with its state.
+            prefix: where the block is in the state_dict, e.g. "GRJCA."; found if None.
+            ignore: the beginnings of the names of parameters that have no effect on the output.
+            check: run a copy of a source module, and this one, in float64 on a small random batch with random weights;
+                take the options with which both compute the same, and refuse a module if there are none.
+            keep_parameters: use the Parameters of ``source``, a module, instead of copies of them, so that an optimiser
+                that holds them continues to train them, with its state.
             **overrides: any other argument of the constructor: output, normalize, joint, dropout, backend, device, ...
 
-        L, the widths, T and the gating are read from the shapes. A module also gives its mode, dropout, dtype, device
-        and which Parameters are frozen, and shows by running what it normalises, whether it projects J and what it
-        returns. Of a state_dict these are taken to be as in the authors' code: dropout 0.6, inputs normalised for
+        L, the widths, T and the gating are read from the shapes. A module also determines the mode, dropout, dtype,
+        device and which Parameters are frozen; running it shows what it normalises, whether it projects J and what it
+        returns. For a state_dict these are assumed to be as in the authors' code: dropout 0.6, inputs normalised for
         "flat", "hierarchical", "temporal" and "score", J raw for more than two modalities, output "concat" and, for a
-        bare DCNLayer, "pair". Parameters known to have no effect on the output are named in one warning.
+        bare DCNLayer, "pair". One warning names the parameters known to have no effect on the output.
 
         Raises:
             ValueError: naming the key that is missing, unknown or has the wrong shape; for a module that computes
@@ -293,7 +294,7 @@ class GatedRJCAFused(nn.Module):
 
         def build(options: Mapping[str, Any], weights: Mapping[str, Tensor], assign: bool = False) -> GatedRJCAFused:
             device = torch.device(options["device"])
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn first is overwritten
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the initial draws are overwritten
                 module = cls(**options)
             released.load(module, weights, found.theirs, assign)
             return module
@@ -323,14 +324,14 @@ class GatedRJCAFused(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __prepare_scriptable__(self) -> None:
-        """Called by torch.jit.script."""
+        """Refuse torch.jit.script, which calls this."""
         raise RuntimeError(NO_SCRIPT)
 
     def to_released(self) -> dict[str, Tensor]:
-        """The weights under the authors' names, with the ``coattn.`` of their blocks unless there are no gates.
+        """Return the weights under the authors' names, with the ``coattn.`` of their blocks unless there are no gates.
 
-        The inverse of :meth:`from_released`. Like ``state_dict`` it shares memory with the parameters, except where a
-        projection is parametrized, pruned or adapted: there it holds the weights that count.
+        This inverts :meth:`from_released`. Like ``state_dict``, the result shares memory with the parameters, except
+        where a projection is parametrized, pruned or adapted: there it holds the effective weights.
 
         Raises:
             ValueError: for the paper form, which the authors' modules cannot hold.
@@ -338,14 +339,14 @@ class GatedRJCAFused(nn.Module):
         return released.write(self)
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(module)`` shows them."""
+        """Return the settings that ``print(module)`` shows."""
         names = ("length", *problems.SETTINGS, "share_weights", "output", "keep", "backend")
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{', '.join(map(str, self.dims)) if len(self.dims) == 2 else [*self.dims]}, {settings}"
 
 
 class _OfSeveral(GatedRJCAFused):
-    """The same, called with three or four modalities."""
+    """A GatedRJCAFused of three or four modalities, which takes its features as ``*features``."""
 
     def forward(  # type: ignore[override]
         self,
@@ -361,7 +362,7 @@ class _OfSeveral(GatedRJCAFused):
 
 
 def _sizes(dim_visual: int | Sequence[int], dim_audio: int | None, length: int | None) -> tuple[tuple[int, ...], int]:
-    """The widths and L."""
+    """Return the widths and L."""
     if isinstance(dim_visual, Sequence) and not isinstance(dim_visual, str):
         if dim_audio is not None:
             raise TypeError(f"dim_audio: expected None beside the widths {dim_visual}, got {dim_audio!r}.")
@@ -377,7 +378,7 @@ def _sizes(dim_visual: int | Sequence[int], dim_audio: int | None, length: int |
 
 
 class _Iteration(nn.Module):
-    """Holds the parameters of one iteration; computes nothing."""
+    """The parameters of one iteration; this module computes nothing."""
 
     def __init__(self, dims: Mapping[str, int], length: int, linear: Any, projected: bool) -> None:
         super().__init__()

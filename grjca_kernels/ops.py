@@ -1,8 +1,8 @@
 """The operators ``grjca::forward`` and ``grjca::backward``: schema, checks, differentiation, FLOPs.
 
-Both are functional and know no backend: the name of one is an argument, and its row in backends.py does the work. A new
-backend therefore registers nothing. In plain eager mode nobody asks for an operator, and :func:`run` goes around it, to
-the very functions of execution.py that the operator calls.
+Both are functional and independent of the backend: its name is an argument, and its row in backends.py does the work,
+so a new backend registers nothing. In plain eager mode no operator is needed, and :func:`run` calls the functions of
+execution.py directly, as the operator does.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -36,7 +36,7 @@ from grjca_kernels.native import likeness
 from grjca_kernels.problem import Problem, check_choice, check_lengths, check_seed
 
 _SETTINGS = [field for field in fields(Problem)[3:] if field.default is MISSING]
-_LATER = fields(Problem)[3 + len(_SETTINGS) :]  # added since programs were exported
+_LATER = fields(Problem)[3 + len(_SETTINGS) :]  # added after programs had been exported
 _OPTIONS = ", ".join(
     [f"{field.type} {field.name}" for field in _SETTINGS]
     + ["bool concat, bool return_gates, str backend"]
@@ -53,13 +53,13 @@ _library.define(
 
 
 def _options(wanted: Wanted) -> tuple[Any, ...]:
-    """As the operators take them."""
+    """Return the options in the order in which the operators take them."""
     settings, later = wanted.problem.settings[: len(_SETTINGS)], wanted.problem.settings[len(_SETTINGS) :]
     return (*settings, wanted.concat, wanted.return_gates, wanted.backend, *later)
 
 
 def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
-    """Outputs (one if ``concat``), and, where the call wants them, iterates and gate values, each per modality."""
+    """Return the outputs (one if ``concat``), and, if the call wants them, iterates and gate values per modality."""
     problem, count = call.problem, 1 if call.concat else len(call.features)
     directly = call.likeness is not None and undisturbed(call.features, call.parameters)
     tensors = (*call.features, *call.parameters)
@@ -92,11 +92,12 @@ def run(call: Call, backend: str) -> tuple[list[Tensor], list[Any], list[Any]]:
 
 
 _exporting = getattr(torch.compiler, "is_exporting", bool)
-"""Whether a program is made that shall run without gradients; bool() is False, for older versions of PyTorch."""
+"""Whether a program without gradients is being exported; older versions of PyTorch lack the function, and bool() is
+False."""
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that have no memory of their own: sharded, quantised."""
+    """Refuse tensors without memory of their own, such as sharded or quantised ones."""
     for tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
             raise TypeError(
@@ -114,7 +115,10 @@ def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _split(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The settings of Problem, and concat, return_gates and backend. PyTorch leaves out what is as by default."""
+    """Split the options into the settings of Problem, and concat, return_gates and backend.
+
+    PyTorch omits options that have their default value.
+    """
     first, rest, later = options[: len(_SETTINGS)], options[len(_SETTINGS) :][:3], options[len(_SETTINGS) + 3 :]
     return (*first, *later, *(field.default for field in _LATER[len(later) :])), rest
 
@@ -126,7 +130,7 @@ def _checked(
     seed: Tensor | None,
     options: tuple[Any, ...],
 ) -> Wanted:
-    """Checks a raw call as strictly as the public function does: kernels are handed addresses."""
+    """Check a raw call as strictly as the public function does, because kernels receive addresses."""
     settings, (concat, return_gates, backend) = _split(options)
     check_choice("backend", backend, [name for name, row in TABLE.items() if row.forward is not None])
     problem = flat_problem(features, parameters, settings)
@@ -140,7 +144,10 @@ def _checked(
 
 
 def _real(wanted: Wanted, like: Tensor, lengths: Tensor | None, seed: Tensor | None) -> Any:
-    """Check that the backend can run, and the values of lengths. Returns lengths and seed, 0 if dropout needs one."""
+    """Check that the backend can run, and the values of the lengths.
+
+    Return lengths and seed; a missing seed becomes 0 if dropout needs one.
+    """
     reason = TABLE[wanted.backend].refuses(like.device.type, like.dtype)
     if reason is not None:
         raise RuntimeError(f"backend {wanted.backend!r} cannot run: {reason}")
@@ -160,13 +167,13 @@ def _forward(features, parameters, lengths, seed, *options):
 
 
 def _all_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With those that PyTorch left out."""
+    """Return the options with the defaults that PyTorch omitted."""
     missing = len(_SETTINGS) + 3 + len(_LATER) - len(options)
     return (*options, *(field.default for field in _LATER[len(_LATER) - missing :]))
 
 
 def _without_kept(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The options of a backward, and what was kept, which comes after them."""
+    """Return the options of a backward, and the saved activations, which follow them."""
     count = len(_SETTINGS) + 3 + len(_LATER)
     return options[:count], options[count] if len(options) > count else None
 
@@ -189,7 +196,7 @@ def _backward_fake(grads, features, parameters, lengths, seed, iterates, needed,
 def _backward(grads, features, parameters, lengths, seed, iterates, needed, *options):
     options, kept = _without_kept(options)
     wanted = _checked_backward(grads, features, parameters, lengths, seed, iterates, needed, options)
-    # PyTorch makes lazy negations and zeros real wherever they are given to an operator, but not in lists with None.
+    # PyTorch materialises lazy negations and zeros for operators, but not in lists with None.
     grads = [grad.clone() if grad is not None and (grad.is_neg() or grad._is_zerotensor()) else grad for grad in grads]
     lengths, seed = _real(wanted, features[0], lengths, seed)
     gradients = backward_now(wanted, grads, features, parameters, lengths, seed, iterates, needed, kept)
@@ -207,7 +214,7 @@ _WAY_OUT = "backend='reference' has it, for PyTorch differentiates that any numb
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """What is refused of both functions, in a sentence."""
+    """Base class that refuses vmap and forward-mode derivatives with a clear message."""
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -222,7 +229,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class GatedRJCA(_OnceDifferentiable):
-    """The forward, with the backward as its gradient. Saves the arguments, the iterates and what is to be kept."""
+    """The forward, with the backward as its gradient. It saves the arguments, the iterates and the kept activations."""
 
     @staticmethod
     def forward(wanted, lengths, seed, *tensors):
@@ -250,7 +257,7 @@ class GatedRJCA(_OnceDifferentiable):
             return (None,) * (3 + len(needed))
         lengths, seed, iterates, kept, *tensors = ctx.saved_tensors
         features, parameters = tensors[:count], tensors[count:]
-        # A parameter may have got other data since, and hooks on saved tensors may have given other ones back.
+        # A parameter's data may have been replaced since, and hooks on saved tensors may have returned others.
         as_checked = wanted.likeness is not None and likeness(tensors) == wanted.likeness
         plain = undisturbed((*given, iterates, *features), parameters)
         fit = likeness([*given, iterates, features[0]]) if plain else None
@@ -269,11 +276,11 @@ class GatedRJCA(_OnceDifferentiable):
         )
 
 
-_apply = super(torch.autograd.Function, GatedRJCA).apply  # without the ways of torch.func, which undisturbed() excludes
+_apply = super(torch.autograd.Function, GatedRJCA).apply  # skips torch.func, which undisturbed() excludes
 
 
 class GatedRJCAGradient(_OnceDifferentiable):
-    """``grjca::backward``, with a gradient that says that there is none."""
+    """``grjca::backward``, whose own gradient is an error: there is no second derivative."""
 
     @staticmethod
     def forward(counts, lengths, seed, iterates, needed, options, kept, *tensors):
@@ -317,7 +324,7 @@ _library.impl("backward", _backward_autograd, "Autograd")
 
 
 def _described(features: Sequence[Any], options: tuple[Any, ...]) -> Problem:
-    """The problem of features, or of their shapes, as it is if the call is legal."""
+    """Return the problem of features, or of their shapes, assuming that the call is legal."""
     sizes = [getattr(x, "shape", x) for x in features]
     return Problem(sizes[0][0], sizes[0][1], tuple(size[2] for size in sizes), *_split(options)[0])
 
@@ -330,6 +337,6 @@ def _backward_flops(grads, features, parameters, lengths, seed, iterates, needed
     return flops.backward(_described(features, _without_kept(options)[0]), needed)
 
 
-# Not register_flop_formula: PyTorch 2.4's enters operators that are not its own under a name it does not look for.
+# Not register_flop_formula: in PyTorch 2.4 it registers custom operators under a name that is never looked up.
 flop_registry[torch.ops.grjca.forward] = shape_wrapper(_forward_flops)
 flop_registry[torch.ops.grjca.backward] = shape_wrapper(_backward_flops)

@@ -1,6 +1,7 @@
-"""The weights by which a projection computes, whatever its owner did to it: parametrized, pruned, adapted by LoRA.
+"""The weights with which a projection computes, even if it is parametrized, pruned or adapted by LoRA.
 
-The kernels read weights and never call the projections, so what acts in a call has to be found here, or refused.
+The kernels read weights and never call the projections, so anything that would act in such a call must be found here,
+or refused.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 from grjca_kernels.call import Layers
 from grjca_kernels.problem import Gates, Layer, Linear, flatten
 
-_RECOMPUTE = (BasePruningMethod, SpectralNorm, WeightNorm)  # they do so as hooks before the projection's forward
+_RECOMPUTE = (BasePruningMethod, SpectralNorm, WeightNorm)  # these recompute weights in hooks before the forward
 
 
 def as_linear(projection: nn.Module) -> Linear:
-    """Weight and bias with which ``projection`` is y = x W^T + b, differentiable in what they are made of.
+    """Return the weight and bias with which ``projection`` is y = x W^T + b, differentiable in their sources.
 
-    ``projection`` is a torch.nn.Linear, parametrized or pruned as may be, or one that peft's LoRA has wrapped.
+    ``projection`` is a torch.nn.Linear, possibly parametrized or pruned, or one wrapped by peft's LoRA.
 
     Raises:
         TypeError: if its forward is not known to be that of a Linear.
-        ValueError: for LoRA that no weights express: dropout while training, DoRA, a bias of its own.
+        ValueError: for LoRA that weights cannot express: dropout while training, DoRA, a bias of its own.
     """
     if isinstance(projection, nn.Linear) and type(projection).forward is nn.Linear.forward:
         for hook in projection._forward_pre_hooks.values():
@@ -45,7 +46,7 @@ def as_linear(projection: nn.Module) -> Linear:
 
 
 def _adapted(layer: Any) -> Linear:
-    """Of a LoraLayer of peft."""
+    """Return the weight and bias of a peft LoraLayer."""
     weight, bias = as_linear(layer.base_layer)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its own forward does
@@ -77,25 +78,24 @@ def _check_adapter(layer: Any, name: str) -> None:
 
 
 class Gathered(NamedTuple):
-    """Parameters by role, and all by which one sees that they still are what the module computes with.
+    """A module's parameters by role, with everything needed to see that the module still computes with them.
 
-    Whatever puts another tensor in the place of a parameter (assignment, another submodule, parametrize, prune, LoRA,
-    functional_call, FSDP) does so in a dictionary on the way to it, or replaces the dictionary (unpickling, ZeRO), so
-    the way is gone through again. That a parameter has another shape, dtype, device or memory is not seen here, but
-    where its tensor is looked at.
+    Anything that replaces a parameter (assignment, another submodule, parametrize, prune, LoRA, functional_call, FSDP)
+    changes a dictionary on the path to it, or replaces the dictionary (unpickling, ZeRO), so :meth:`hold` walks that
+    path again. A changed shape, dtype, device or memory of a parameter is not seen here, but where its tensor is read.
     """
 
     layers: tuple[Layer, ...]
     gates: Gates
-    modules: dict[str, Any] | None  # of the block itself, which a replica has not; None: to be gathered at every call
+    modules: dict[str, Any] | None  # the block's own (a replica has others); None: gather at every call
     containers: tuple[nn.Module, ...] = ()
     projections: tuple[nn.Module, ...] = ()
     held: tuple[Any, ...] = ()  # by the block, the containers and the projections
-    sizes: tuple[int, ...] = ()  # of the attributes of each projection, of which one more would hide a parameter
+    sizes: tuple[int, ...] = ()  # number of attributes per projection: one more would hide a parameter
 
     @classmethod
     def of(cls, block: nn.Module, used: Iterable[nn.Module], layers: tuple[Layer, ...], gates: Gates) -> Gathered:
-        """What ``block``, a GatedRJCAFused, holds in the children ``used``, if all of it are torch.nn.Linear's."""
+        """Gather what ``block``, a GatedRJCAFused, holds in the children ``used``, if all are torch.nn.Linear."""
         layers, parameters = Layers(layers), flatten(layers, gates)
         modules = [module for child in used for module in child.modules()]
         projections = tuple(module for module in modules if type(module) is nn.Linear)
@@ -112,7 +112,7 @@ class Gathered(NamedTuple):
         return cls(layers, gates, block._modules, containers, projections, held, (*map(len, map(vars, projections)),))
 
     def hold(self, block: nn.Module) -> bool:
-        """Whether they are what ``block`` computes with."""
+        """Return whether ``block`` still computes with these parameters."""
         modules = self.modules
         return (
             modules is not None
@@ -124,7 +124,7 @@ class Gathered(NamedTuple):
 
 
 def _contents(of_block: dict[str, Any], containers: Iterable[nn.Module], projections: Iterable[nn.Module]) -> Any:
-    """Modules and parameters in the order of the dictionaries that hold them, and a mark of the end."""
+    """Return the modules and parameters in the order of the dictionaries that hold them, and an end mark."""
     dictionaries = chain((of_block,), map(_modules, containers), map(_parameters, projections))
     return chain(chain.from_iterable(map(dict.values, dictionaries)), (_END,))
 

@@ -1,9 +1,8 @@
-"""What a block of the authors computes, where names and shapes do not tell: found by running a copy of it.
+"""Recognition of the authors' blocks by running a copy, where names and shapes are not enough.
 
-The copy is in float64 on the CPU, and has other weights than the block: random ones, large enough that tanh and softmax
-are neither linear nor constant, so that what is told apart does not depend on how far the block is trained. What it
-returns and sends back, to its inputs and to all of its weights, is compared with what GatedRJCAFused makes of the same
-weights. The block itself is never run.
+The copy is in float64 on the CPU, with random weights large enough that tanh and softmax are neither linear nor
+constant, so the result does not depend on how far the block is trained. Its outputs, and its gradients for the inputs
+and all weights, are compared with those of GatedRJCAFused with the same weights. The block itself is never run.
 """
 
 from __future__ import annotations
@@ -30,17 +29,20 @@ if TYPE_CHECKING:
 
 BATCH = 2
 SPREAD = 1.5
-"""Root mean square of the arguments of tanh and softmax."""
+"""The root mean square of the arguments of tanh and softmax."""
 BOUND = 1e-6
-"""Of differences, as a part of the largest value: rounding makes 1e-12 of it, another formula 1e-2."""
+"""The largest allowed difference relative to the largest value: rounding causes 1e-12, another formula 1e-2."""
 CHOICES: dict[str, tuple[Any, ...]] = {"joint": ("projected", "raw"), "normalize": (False, True)}
-"""Options that leave names and shapes as they are."""
+"""Options that do not change names or shapes."""
 NO_CHECK = "pass check=False to leave this comparison out"
 
 
 class Found(NamedTuple):
-    """What a block returns: which ``output`` of GatedRJCAFused that is, all of it, and the gradients by its inputs and
-    by its parameters, if it has any."""
+    """The results of a block.
+
+    They are which ``output`` of GatedRJCAFused it returns, all its values, and the gradients for its inputs and
+    parameters.
+    """
 
     output: str
     values: list[Tensor]
@@ -56,14 +58,13 @@ def recognise(
     names: Mapping[str, str],
     build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], GatedRJCAFused],
 ) -> dict[str, Any]:
-    """The options beside ``config`` with which GatedRJCAFused computes what ``block`` does; those in ``fixed`` are not
-    chosen any more.
+    """Return the options, besides ``config``, with which GatedRJCAFused computes what ``block`` does.
 
-    ``names`` says for our names of parameters what they are called within the block; ``build`` makes the module of
-    options and weights.
+    Options in ``fixed`` are not searched. ``names`` maps our parameter names to those in the block; ``build`` makes the
+    module from options and weights.
 
     Raises:
-        ValueError: if the block cannot be copied or run, if no choice reproduces it, or if it drops otherwise.
+        ValueError: if the block cannot be copied or run, if no choice reproduces it, or if its dropout differs.
     """
     choices = {name: (fixed[name],) if name in fixed else values for name, values in CHOICES.items()}
     with _generators_kept():
@@ -96,7 +97,8 @@ def _error_of(
     names: Mapping[str, str],
     build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], GatedRJCAFused],
 ) -> float:
-    """How far the block is from GatedRJCAFused with these options, both with weights that spread under them."""
+    """Return the difference between the block and GatedRJCAFused with these options, both with suitably scaled
+    weights."""
     like = {"backend": "reference", "dtype": torch.float64, "device": "cpu"}
     held = _held(probe)
     ours = build({**options, **like}, {of: held[name] for of, name in names.items()}).eval()
@@ -104,12 +106,12 @@ def _error_of(
     with torch.no_grad():
         for of, parameter in ours.named_parameters():
             held[names[of]].copy_(parameter)
-        for of, parameter in ours.named_parameters():  # of those that are tied in the block, the last counts
+        for of, parameter in ours.named_parameters():  # if the block ties weights, the last one counts
             parameter.copy_(held[names[of]])
     ids = [id(held[name]) for name in names.values()]
     alone = {of: name for of, name in names.items() if ids.count(id(held[name])) == 1}
     error = _error(_run(probe, x), _run(ours, x), alone)
-    if error <= BOUND:  # and for large frames, and some that are 0
+    if error <= BOUND:  # repeat for large frames, some of them 0
         far = [10 * of.index_fill(1, torch.tensor([0], device="cpu"), 0) for of in x]
         error = max(error, _error(_run(probe, far), _run(ours, far), None))
     return error
@@ -119,7 +121,7 @@ def _error_of(
 
 
 def _copy_of(block: nn.Module, names: Iterable[str]) -> nn.Module:
-    """To evaluate, with random weights of the usual size; tied ones stay tied."""
+    """Return a copy in evaluation mode, with random weights of the usual size; tied weights stay tied."""
     try:
         probe = copy.deepcopy(block).to("cpu", torch.float64).eval()
     except Exception as error:
@@ -149,7 +151,7 @@ def _features(config: Mapping[str, Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def _spread(module: GatedRJCAFused, x: Sequence[Tensor]) -> None:
-    """Scale weights until tanh and softmax are given values of about 1."""
+    """Scale the weights until tanh and softmax receive values of about 1."""
     layers, gates = module.parameters_by_role()
     settings = {name: getattr(module, name) for name in SETTINGS}
     settings.update(gating=module.gating if gates else "none", dropout=0.0)
@@ -212,7 +214,7 @@ def _run(block: nn.Module, x: Sequence[Tensor]) -> Found:
 
 
 def _taken_apart(returned: Any, x: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
-    """Which ``output`` it is, and its tensors."""
+    """Return which ``output`` the returned value is, and its tensors."""
     shapes, count = [of.shape for of in x], len(x)
     if isinstance(returned, Tensor) and returned.shape == (*shapes[0][:2], sum(shape[2] for shape in shapes)):
         return "concat", [returned]
@@ -239,13 +241,14 @@ def _kind(returned: Any) -> str:
 
 
 def _cotangent(value: Tensor) -> Tensor:
-    """What the values of one loss are multiplied by."""
+    """Return the random weights of the values in a loss."""
     generator = torch.Generator().manual_seed(value.numel())
     return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _error(theirs: Found, ours: Found, names: Mapping[str, str] | None) -> float:
-    """The largest difference, as a part of the largest value of its kind; of gradients only with ``names``."""
+    """Return the largest difference relative to the largest value of its kind; compare gradients only with
+    ``names``."""
     if len(theirs.values) != len(ours.values) or theirs.of_inputs is None or ours.of_inputs is None:
         return math.inf
     errors = [_difference(*pair) for pair in zip(theirs.values, ours.values, strict=True)]
@@ -267,12 +270,15 @@ def _difference(a: Tensor, b: Tensor, least: float = 1e-30) -> float:
 # ---- dropout
 
 _SAYING = ("dropout", "dropout_p", "dropout_rate", "drop", "p")
-"""Attributes that may be a p."""
+"""Attribute names that may hold a p."""
 
 
 def _dropout(probe: nn.Module, x: Sequence[Tensor], attentions: int) -> dict[str, float]:
-    """p of C and U, and that of the gates: of the modules that drop when the block runs, or of attributes without which
-    nothing is dropped. Whatever else happens in training alone is refused, for it would be lost."""
+    """Return p of C and U, and p of the gates.
+
+    They come from the modules that drop when the block runs, or from attributes without which nothing is dropped. Any
+    other difference between training and evaluation is refused, because it would be lost.
+    """
     modules = {name: of for name, of in probe.named_modules() if isinstance(of, _DropoutNd) and of.p > 0}
     calls = dict.fromkeys(modules, 0)
 
@@ -333,7 +339,8 @@ def _one(what: str, said: Mapping[str, float]) -> float:
 
 
 def declared(block: nn.Module, fixed: Container[str]) -> dict[str, float]:
-    """What the Dropout modules of a block say, without a run; 0 where there are none. Nothing of what is ``fixed``."""
+    """Return what the Dropout modules of a block say without running it, 0 where there are none; skip ``fixed``
+    options."""
     said = {name: of.p for name, of in block.named_modules() if isinstance(of, nn.Dropout)}
     parts = {"dropout": ("C and U", "dcn_layers"), "gate_dropout": ("the gates", "temporal_encoder")}
     return {

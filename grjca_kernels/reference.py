@@ -82,9 +82,7 @@ def initial(normalize: bool, x: Tensor, present: Tensor | None) -> Tensor:
         x = torch.where(present, x, 0)
     if not normalize:
         return x
-    wide = (
-        x if x.dtype == torch.float64 else x.float()
-    )  # 1e-12 and the squared norm of a large frame are out of float16's range
+    wide = x if x.dtype == torch.float64 else x.float()  # 1e-12 and squared large norms do not fit float16
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 

@@ -1,6 +1,6 @@
-"""The authors' checkpoints, in and out: their parameter names (operator.md, last section) and those of GatedRJCAFused.
+"""Reading and writing the authors' checkpoints: their parameter names (operator.md, last section) and ours.
 
-Their 1 and "video" is our visual, their 2 and "audio" our audio, their 3 and "text" our third modality.
+Their 1 and "video" are our visual, their 2 and "audio" our audio, their 3 and "text" our third modality.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ _FIRST = re.compile(rf"((?:.+?\.)??)((?:coattn\.)?){re.escape(_FIRST_KEY)}")
 _GATE = re.compile(r"(video|audio|text)_\w*(gating_fc_layer|gate_mlp|temporal_encoder)")
 _DEAD = re.compile(r"vregressor\.|aregressor\.|Joint\.")
 _METADATA = "grjca_gating"  # key in the state_dict's metadata: at T = 1 the shapes do not tell "flat" from "dynamic"
-_SETTINGS = "grjca_settings"  # another: what no shape tells
+_SETTINGS = "grjca_settings"  # another key: settings that no shape shows
 _TOLD = ("joint", "temperature", "normalize")
 _LSTM = [
     f"rnn.{kind}_{part}_l0{way}" for way in ("", "_reverse") for kind in ("weight", "bias") for part in ("ih", "hh")
 ]
-_ALIKE = {  # blocks that look alike and compute something else, by a part of a key
+_ALIKE = {  # blocks with similar keys that compute something else, by a part of a key
     "affine_a": "JCA, which has no V and transposes C",
 }
 
 
 class Source(NamedTuple):
-    """A block of the authors, as far as its names and shapes tell."""
+    """A block of the authors, as far as its names and shapes show."""
 
-    config: dict[str, Any]  # arguments of GatedRJCAFused that are fixed by them
+    config: dict[str, Any]  # arguments of GatedRJCAFused that they determine
     weights: dict[str, Tensor]  # under our names
     theirs: dict[str, str]  # our name -> theirs, with the prefix
     prefix: str
-    block: nn.Module | None  # where the source is a module
-    certain: bool  # whether ``normalize`` is known, and not guessed
+    block: nn.Module | None  # the module, if the source is one
+    certain: bool  # whether ``normalize`` is known rather than guessed
 
 
 def names(modalities: Iterable[str], iterations: int, gating: str, inner: str) -> Iterator[tuple[str, str]]:
-    """(our name, the authors') of every parameter; ``inner`` is "coattn." or "" and stands before their iterations."""
+    """Yield (our name, the authors' name) of every parameter; ``inner``, "coattn." or "", precedes their iterations."""
     modalities = tuple(modalities)
 
     def linear(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
@@ -76,7 +76,7 @@ def names(modalities: Iterable[str], iterations: int, gating: str, inner: str) -
 
 
 def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: Iterable[str]) -> Source:
-    """What names and shapes tell of a block; all it holds is known to act, known to be dead, or refused."""
+    """Read a block by its names and shapes; every entry must be known to act, known to be unused, or is refused."""
     if isinstance(source, nn.Module):
         state = cast("Mapping[str, Tensor]", source.state_dict())
     elif isinstance(source, Mapping):
@@ -147,7 +147,7 @@ def read(source: nn.Module | Mapping[str, Tensor], prefix: str | None, ignore: I
 
 
 def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The Parameters of ``source`` themselves, under our names."""
+    """Return the Parameters of ``source`` themselves, under our names."""
     if not isinstance(source, nn.Module):
         raise TypeError(f"keep_parameters: expected a module as source, got {type(source).__name__}.")
     for name in ("device", "dtype"):
@@ -161,7 +161,7 @@ def parameters(source: object, theirs: Mapping[str, str], overrides: Mapping[str
 
 
 def take_over(module: GatedRJCAFused, source: nn.Module, theirs: Mapping[str, str]) -> None:
-    """Freeze what is frozen in ``source``, and tie what is tied there."""
+    """Freeze and tie the parameters that are frozen and tied in ``source``."""
     held = dict(source.named_parameters(remove_duplicate=False))
     first: dict[int, nn.Parameter] = {}
     for ours, parameter in [*module.named_parameters(remove_duplicate=False)]:
@@ -181,7 +181,7 @@ def _assign(module: nn.Module, name: str, parameter: Tensor) -> None:
 def load(
     module: GatedRJCAFused, weights: Mapping[str, Tensor], theirs: Mapping[str, str], assign: bool = False
 ) -> None:
-    """Copy ``weights`` into ``module``, or put them there; a wrong shape is refused under the authors' name."""
+    """Copy or assign ``weights`` into ``module``; refuse a wrong shape, under the authors' name."""
     expected = module.state_dict()
     if module.joint == "raw":
         weights = {ours: weight for ours, weight in weights.items() if ".query." not in ours}
@@ -200,12 +200,13 @@ def load(
     if not assign:
         module.load_state_dict(weights)
         return
-    for ours, parameter in weights.items():  # load_state_dict(assign=True) would make frozen ones trainable
+    for ours, parameter in weights.items():  # load_state_dict(assign=True) would unfreeze
         _assign(module, ours, parameter)
 
 
 def rename(module: GatedRJCAFused, state: dict[str, Any], prefix: str) -> None:
-    """Bring the authors' names under ``prefix`` in a state_dict to ours, and drop what has no effect on the output."""
+    """Rename the authors' keys under ``prefix`` in a state_dict to ours, and drop those that do not affect the
+    output."""
     found = [inner for inner in ("coattn.", "") if f"{prefix}{inner}{_FIRST_KEY}" in state]
     if not found or module.form != "released" or module.share_weights:
         return
@@ -220,8 +221,11 @@ def rename(module: GatedRJCAFused, state: dict[str, Any], prefix: str) -> None:
 
 
 def write(module: GatedRJCAFused) -> dict[str, Tensor]:
-    """The inverse of :func:`read`. Shared weights are written once for every iteration; a W_q that the authors' modules
-    have and do not use is the identity, with which a module that did use it would compute the same."""
+    """Invert :func:`read`.
+
+    Shared weights are written once per iteration. A W_q that the authors' modules hold but do not use is written as the
+    identity, with which a module that did use it would compute the same.
+    """
     if module.form != "released":
         raise ValueError(
             "to_released: expected form='released', got form='paper', which has no biases; "
@@ -252,7 +256,7 @@ def _value(module: GatedRJCAFused, name: str) -> Tensor:
 
 
 def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
-    """The prefix of the block, and "coattn." or "" for what follows it."""
+    """Return the prefix of the block, and "coattn." or "" for what follows it."""
     found = {match.group(1): match.group(2) for key in state if (match := _FIRST.fullmatch(str(key)))}
     wanted = f"[coattn.]{_FIRST_KEY}"
     if prefix is None:
@@ -284,7 +288,10 @@ def _find(state: Mapping[str, Any], prefix: str | None) -> tuple[str, str]:
 def _gating(
     block: Mapping[str, Any], prefix: str, iterations: int, recorded: str | None, named_grjca: bool
 ) -> tuple[str, bool]:
-    """And whether that is certain: at T = 1 GRJCA and DCA have the same shapes, and differ in what they normalise."""
+    """Return the gating and whether it is certain.
+
+    At T = 1, GRJCA and DCA have the same shapes but normalise different inputs.
+    """
     starts = {"temporal": "video_temporal_encoder.", "score": "video_gate_mlp."}
     for gating, start in starts.items():
         if any(key.startswith(start) for key in block):
@@ -296,7 +303,7 @@ def _gating(
         return "hierarchical", True
     key = next((key for key in gates if key.endswith("weight")), None)
     if key is None:
-        return "flat", True  # and its keys are missing, as read() will say
+        return "flat", True  # its keys are missing, as read() will report
     ways = block[key].shape[0]
     if ways == 2 and iterations == 1:
         return recorded or ("flat" if named_grjca else "dynamic"), named_grjca or recorded is not None
@@ -310,14 +317,14 @@ def _gating(
 
 
 def _dead(modalities: int) -> re.Pattern[str]:
-    """What the authors' blocks hold, and their forward never uses."""
+    """Return a pattern for the parameters that the authors' blocks hold but never use."""
     return re.compile(_DEAD.pattern + ("|text_gating_fc_layer" if modalities == 2 else ""))
 
 
 def _refuse_unknown(
     block: Mapping[str, Any], known: Iterable[str], modalities: int, prefix: str, ignore: Iterable[str]
 ) -> None:
-    """Refuse what may act and is not known; name what is dead in one warning."""
+    """Refuse unknown parameters that may act; name the unused ones in one warning."""
     dead, starts = _dead(modalities), (ignore,) if isinstance(ignore, str) else tuple(ignore)
     unused = [key for key in block if key not in {*known}]
     unknown = [key for key in unused if not dead.match(key) and not (prefix + key).startswith(starts)]

@@ -80,9 +80,7 @@ def recall(key: str) -> verification.Verdict | None:
     if key not in _verdicts and json.loads(key)["device"] in RECORDS:
         _verdicts[key] = verification.Verdict(None)
     elif key not in _verdicts:
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError, TypeError, KeyError
-        ):  # RuntimeError: there is no home folder
+        with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):  # RuntimeError: no home
             content = json.loads(file_of(key).read_text())
             if content["key"] == json.loads(key) and isinstance(content["reason"], (str, type(None))):
                 _verdicts[key] = verification.Verdict(content["reason"])

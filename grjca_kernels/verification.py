@@ -223,12 +223,7 @@ TF32_ULP = 2.0**-10
 class CutOperands(TorchDispatchMode):
     """A mode that cuts the operands of every float32 product to the bits of TF32."""
 
-    PRODUCTS: ClassVar = {
-        "aten::mm": 0,
-        "aten::bmm": 0,
-        "aten::addmm": 1,
-        "aten::baddbmm": 1,
-    }  # index of the first operand
+    PRODUCTS: ClassVar = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # -> the first operand
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = self.PRODUCTS.get(function._schema.name)
