@@ -1,6 +1,6 @@
 """The Triton kernels: one launch forward, one backward.
 
-This page imports no Triton, and so neither does grjca_kernels: ``launch`` is imported when it is first needed. With
+This file does not import Triton, so neither does grjca_kernels: ``launch`` is imported on first use. With
 ``TRITON_INTERPRET=1`` in the environment the same kernels run in Triton's interpreter on CPU tensors, for tests.
 """
 
@@ -19,7 +19,7 @@ OLDEST, CAPABILITY = (3, 6), (8, 0)
 
 @functools.cache
 def _version() -> str | None:
-    """Of the Triton that is installed."""
+    """Return the version of the installed Triton, or None."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -27,12 +27,12 @@ def _version() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in the interpreter, on CPU tensors and with a grid of one program."""
+    """Return whether kernels run in the interpreter, on CPU tensors and with a grid of one program."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def why_not() -> str | None:
-    """Why this backend cannot run here, or None."""
+    """Return why this backend cannot run here, or None."""
     version = _version()
     if version is None:
         return "Triton is not installed; `pip install triton`, which PyTorch's GPU builds for Linux bring along."
@@ -49,7 +49,7 @@ def why_not() -> str | None:
 
 
 def refusal(device: str, dtype: torch.dtype) -> str | None:
-    """Why it does not compute tensors of this device type and dtype, or None."""
+    """Return why the backend does not compute tensors of this device type and dtype, or None."""
     if interpreted() and device != "cpu":
         return f"TRITON_INTERPRET=1 runs it on cpu tensors, and these are on {device}; unset it."
     if not interpreted() and device != "cuda":
@@ -62,14 +62,14 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
 
 
 def forward(call: Call) -> None:
-    """:func:`launch.forward`."""
+    """Call :func:`launch.forward`."""
     from grjca_kernels.triton_kernels import launch
 
     launch.forward(call)
 
 
 def backward(call: Call, gradients: Gradients) -> None:
-    """:func:`launch.backward`."""
+    """Call :func:`launch.backward`."""
     from grjca_kernels.triton_kernels import launch
 
     launch.backward(call, gradients)

@@ -1,4 +1,4 @@
-"""What the kernels are given. Triton passes a NamedTuple by its fields, so these names are the kernels' names too."""
+"""The arguments of the kernels. Triton passes a NamedTuple by its fields, so the kernels use these names too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class View(NamedTuple):
-    """A tensor [B, L, n] of any strides; ``given`` is 0 where the caller passed none, and it then counts as zeros."""
+    """A tensor [B, L, n] of any strides; ``given`` is 0 if the caller passed none, and it then counts as zeros."""
 
     data: Any
     sample: int
@@ -16,10 +16,10 @@ class View(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """L is ``length_parts`` times ``config.length_step``: Triton sees then by how much rows of W_k are aligned.
+    """The sizes. L is ``length_parts`` times ``config.length_step``, which shows Triton how rows of W_k are aligned.
 
-    Triton compiles anew for a number that is 1 or divides by 16. So numbers that follow from B stand here doubled, plus
-    1: always odd, and 1 only for 0.
+    Triton compiles a new kernel for a number that is 1 or a multiple of 16. Numbers that depend on B are therefore
+    stored as 2 n + 1, which is always odd, and 1 only for n = 0.
     """
 
     length_parts: int
@@ -29,13 +29,13 @@ class Shape(NamedTuple):
     unit: int  # elements of one activation [chunk, L, d] in the workspace
     gate_values: int  # elements of ``fp32_workspace`` before the gradients
     gradients: int  # elements of all parameters but W_k and b_k
-    parts_unspecialized: int  # of the rows, whose sums are formed apart; one more than there are, so 1 means none
+    parts_unspecialized: int  # parts of the rows, summed separately; n is one more than the count, so n = 1 means none
     key_gradients: int  # elements of all W_k and b_k
-    key_parts_odd: int  # the same of the samples, whose sums for W_k are formed apart
+    key_parts_odd: int  # as above for parts of the samples, summed separately for W_k
 
 
 class Scalars(NamedTuple):
-    """Numbers that no compilation depends on."""
+    """Numbers on which no compilation depends."""
 
     key_scale: float  # 1 / sqrt(d)
     temperature: float
@@ -44,7 +44,7 @@ class Scalars(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Of both directions. ``parameters`` stand in the order of problem.flatten."""
+    """The arguments of both directions. ``parameters`` are in the order of problem.flatten."""
 
     shape: Shape
     scalars: Scalars
@@ -60,7 +60,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward fills; ``gates`` is empty unless they are asked for."""
+    """What the forward fills; ``gates`` is empty unless requested."""
 
     outputs: tuple[View, ...]
     gates: tuple[View, ...]

@@ -1,4 +1,4 @@
-"""The backward in one launch: the reduction of the weights' gradients is its last phase."""
+"""The backward in one launch; its last phase reduces the weights' gradients."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from grjca_kernels.triton_kernels.weights_backward import (
 
 @triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
 def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constexpr):
-    """Steps first_step <= step < last_step, with a barrier between two of them.
+    """Run steps first_step <= step < last_step, with a barrier between every two.
 
-    For every chunk of samples: X^0; the gates; for every iteration, from the last, what it computed and then its
-    gradients; d x. After all chunks, once, the reduction, if there is one.
+    For every chunk of samples: X^0; the gates; for every iteration from the last, its activations and then its
+    gradients; d x. After all chunks, the reduction runs once, if there is one.
     """
     PHASES: tl.constexpr = C.backward_phases
     STEPS: tl.constexpr = C.iterations * PHASES + 3
@@ -66,7 +66,7 @@ def backward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.conste
 
 @triton.jit
 def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
-    """Of iteration t, C streamed."""
+    """Run a phase of iteration t with C streamed."""
     SHIFT: tl.constexpr = 0 if C.released else 1  # the paper form has no phase for the output's relu and dropout
     if phase == 0:
         project_and_states(a, to, t, first, count, C)
@@ -80,7 +80,7 @@ def phase_streamed(a, to, t, phase, first, count, C: tl.constexpr):
 
 @triton.jit
 def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
-    """Of iteration t, C stored."""
+    """Run a phase of iteration t with C stored."""
     SHIFT: tl.constexpr = 0 if C.released else 1
     if phase == 0:
         project_and_states(a, to, t, first, count, C)
@@ -98,7 +98,7 @@ def phase_stored(a, to, t, phase, first, count, C: tl.constexpr):
 
 @triton.jit
 def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, first, count, C: tl.constexpr):
-    """What does not care where C is: the output projection first, the inputs last."""
+    """Run the phases that do not depend on where C is: the output projection first, the inputs last."""
     if phase == LAST:
         project_backward(a, to, t, first, count, C)
     elif phase == FIRST + C.released:
@@ -109,7 +109,7 @@ def phase_of_both(a, to, t, phase, FIRST: tl.constexpr, LAST: tl.constexpr, firs
 
 @triton.jit
 def attend_backward(a, to, t, first, count, C: tl.constexpr):
-    """What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer."""
+    """Compute d (V_m C_m), and d W_h while H is still there; d W_h goes first, as its sums are longer."""
     of_weights, tasks = output_weights_tasks(a, C) if C.weights else 0, attended_tasks(a, count, C)
     for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
         i = task_of(turn)
@@ -121,7 +121,7 @@ def attend_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def project_backward(a, to, t, first, count, C: tl.constexpr):
-    """What the projections send back to their weights, whose sums are longer, and to X^t."""
+    """Compute the gradients of the projections' weights, whose sums are longer, and of X^t."""
     of_linear, of_key = (linear_weights_tasks(a, C), key_weights_tasks(a, C)) if C.weights else (0, 0)
     of_weights, tasks = of_linear + of_key, input_tasks(a, count, C)
     for turn in tl.range(0, turns(of_weights + tasks), disable_licm=True):
@@ -137,7 +137,7 @@ def project_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def project_and_states(a, to, t, first, count, C: tl.constexpr):
-    """What an iteration projects, d X^t by the gates, and beside them once the gates' weights."""
+    """Compute an iteration's projections and the gates' part of d X^t, and once the gates' weights."""
     if C.weights and C.gates > 0:
         if t == C.iterations - 1:
             tasks = gate_weights_tasks(a, C)

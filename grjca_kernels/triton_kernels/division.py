@@ -1,7 +1,6 @@
-"""How a launch of the Triton kernels divides its work: samples that are walked through at once, and parts of the sums
-that are gradients of weights.
+"""How a launch of the Triton kernels divides its work: samples processed at once, and parts of the weights' gradients.
 
-These are rules of thumb by counts of tasks. No GPU has measured any of them.
+These are rules of thumb based on counts of tasks. They have not been measured on any GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +15,19 @@ if TYPE_CHECKING:
 # ---- samples
 
 WAVES = 4
-"""Tasks that the products of rows make for each program of the grid with enough samples at once; half or twice as many
-samples will do, see chunk_of."""
+"""How many tasks per program the products of rows should make, so that enough samples are processed at once.
+
+Half or twice as many samples will do; see chunk_of.
+"""
 
 WAIT = 512
-"""Terms of a product's sum that a program could add up while the grid comes together between two phases."""
+"""The terms of a sum that a program could add while the grid waits between two phases."""
 
 
 def chunk_of(problem: Problem, tile: Tiles, programs: int, streamed: bool) -> int:
-    """How many samples to walk at once: of the sizes near ``enough`` (WAVES) that whose rounds of tasks end soonest.
+    """Return how many samples to process at once: a size near ``enough`` (WAVES) with the fewest rounds of tasks.
 
-    All chunks are about alike. More than twice ``enough`` would only take memory, and that out of L2.
+    All chunks are about equal. More than twice ``enough`` would only take memory outside L2.
     """
     columns = sum(-(-width // tile.n) for width in (problem.width, *problem.widths, *problem.widths))
     enough = WAVES * programs * tile.m / (problem.length * columns)
@@ -37,7 +38,7 @@ def chunk_of(problem: Problem, tile: Tiles, programs: int, streamed: bool) -> in
 
 
 def rounds(problem: Problem, tile: Tiles, programs: int, streamed: bool, chunk: int) -> int:
-    """Terms that the busiest program adds up in an iteration of all chunks, waiting between phases included."""
+    """Return how many terms the busiest program adds in an iteration of all chunks, including waits between phases."""
     chunks, rest = divmod(problem.batch, chunk)
     total = 0
     for samples, times in ((chunk, chunks), (rest, 1)):
@@ -49,7 +50,7 @@ def rounds(problem: Problem, tile: Tiles, programs: int, streamed: bool, chunk: 
 
 
 def phases_of(problem: Problem, tile: Tiles, streamed: bool, samples: int) -> list[list[tuple[int, int]]]:
-    """Of every phase of an iteration its kinds of tasks: how many there are, and how many terms each sums."""
+    """Return the kinds of tasks of every phase of an iteration, each as its number of tasks and the terms each sums."""
     length, width, widest = problem.length, problem.width, max(problem.widths)
     rows, of_sample = -(-samples * length // tile.m), samples * -(-length // tile.m)
     columns, all_columns = sum(-(-d_m // tile.n) for d_m in problem.widths), -(-width // tile.n)
@@ -67,11 +68,11 @@ def phases_of(problem: Problem, tile: Tiles, streamed: bool, samples: int) -> li
 # ---- gradients of weights
 
 MOST_PARTS, FEWEST_ROWS = 8, 256
-"""Parts of the rows in the gradients of the weights: no more, and none with fewer rows."""
+"""The most parts of the rows in the gradients of the weights, and the fewest rows in a part."""
 
 
 def parts_of(problem: Problem, block: int, programs: int, chunk: int) -> int:
-    """So many that the weights of one iteration keep the grid busy; none if all samples and iterations make one sum."""
+    """Return how many parts keep the grid busy with one iteration's weights, or 0 if all rows make one sum."""
     of_keys = len(problem.widths) * (-(-problem.length // block)) ** 2
     parts = round(programs / (weight_tiles(problem, block) + of_keys))
     parts = max(1, min(MOST_PARTS, parts, chunk * problem.length // FEWEST_ROWS))
@@ -79,18 +80,19 @@ def parts_of(problem: Problem, block: int, programs: int, chunk: int) -> int:
 
 
 def is_one_sum(problem: Problem, chunk: int) -> bool:
-    """Whether one iteration of one chunk makes the whole gradient of a weight."""
+    """Return whether one iteration of one chunk makes the whole gradient of a weight."""
     return chunk >= problem.batch and not (problem.shared and problem.iterations > 1)
 
 
 MOST_KEY_PARTS = 64
-"""Parts of the samples in the gradient of W_k: the reduction adds them one after another."""
+"""The most parts of the samples in the gradient of W_k; the reduction adds them one after another."""
 
 
 def key_parts_of(problem: Problem, chunk: int, parts: int) -> int:
-    """So many that a sum of W_k has about as many terms, d_m from each sample, as those of the other weights have rows.
+    """Return how many parts give a sum of W_k about as many terms (d_m per sample) as the other weights' sums have
+    rows.
 
-    With few frames W_k has one tile alone, and as one sum it would keep the whole grid waiting.
+    With few frames W_k has only one tile, and as one sum it would keep the whole grid waiting.
     """
     samples = round(chunk * problem.length / max(parts, 1) / max(problem.widths))
     samples = max(1, samples, -(-chunk // MOST_KEY_PARTS))
@@ -99,13 +101,14 @@ def key_parts_of(problem: Problem, chunk: int, parts: int) -> int:
 
 
 def weight_block(problem: Problem, tile: Tiles, programs: int) -> int:
-    """64 at most where more would leave programs idle, or where rows of W_k are not aligned: see tiles."""
+    """Return the block size: 64 at most if more would leave programs idle, or if rows of W_k are not aligned (see
+    tiles)."""
     few = weight_tiles(problem, tile.w) < programs or problem.length % 8 > 0
     return min(64, tile.w) if few else tile.w
 
 
 def weight_tiles(problem: Problem, block: int) -> int:
-    """Tiles of the gradients of all weights of an iteration but W_k, of which there are more with more frames."""
+    """Return the number of gradient tiles of all weights of an iteration except W_k, whose number grows with L."""
     width = -(-problem.width // block)
     widths = [-(-d_m // block) for d_m in problem.widths]
     return width * width + sum(d_m * d_m + d_m * width for d_m in widths)

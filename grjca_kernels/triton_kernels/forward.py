@@ -12,9 +12,9 @@ from grjca_kernels.triton_kernels.primitives import chunk_of, grid_barrier, run
 
 @triton.jit(do_not_specialize=["batch", "first_step", "last_step"])
 def forward_kernel(a, to, batch, first_step, last_step, p_counter, C: tl.constexpr):
-    """Steps first_step <= step < last_step; all of them are the whole forward, one of them is one phase alone.
+    """Run steps first_step <= step < last_step; all steps make the whole forward, and one step is one phase alone.
 
-    For every chunk of samples: X^0; for every iteration its phases; the gates. A barrier stands between two steps.
+    For every chunk of samples: X^0; the phases of every iteration; the gates. A barrier separates every two steps.
     """
     PHASES: tl.constexpr = 3 if C.stream else 4
     STEPS: tl.constexpr = C.iterations * PHASES + 2

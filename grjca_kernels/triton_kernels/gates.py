@@ -1,7 +1,7 @@
 """The gates, and the outputs they mix. A task is a block of frames of one modality; s and t count states X^0..X^T.
 
-The ways of all gates of a modality stand one after another, stages first: gate g begins at way g (g + 3) / 2 (only
-"hierarchical" has more than one). G is kept in float32, [modality, row, way], in the workspace.
+The ways of all gates of a modality are stored in sequence, stages first: gate g begins at way g (g + 3) / 2 (only
+"hierarchical" has more than one). G is kept in the workspace in float32, [modality, row, way].
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from grjca_kernels.triton_kernels.primitives import (
 )
 
 UNROLLED: tl.constexpr = tl.constexpr(5)
-"""Ways of "flat" up to which all are loaded at once; there are not registers for more."""
+"""The most ways of "flat" that are loaded at once; there are not enough registers for more."""
 
 
 @triton.jit
 def first_way(g):
-    """Of gate g; the stage of X^t is gate t - 1."""
+    """Return the first way of gate g; the stage of X^t is gate t - 1."""
     return g * (g + 3) // 2
 
 
 @triton.jit
 def ways_of(g, C: tl.constexpr):
-    """How many ways gate g has."""
+    """Return how many ways gate g has."""
     if C.gating == "hierarchical":
         return tl.where(g < C.iterations, g + 2, C.iterations)
     else:
@@ -46,7 +46,7 @@ def ways_of(g, C: tl.constexpr):
 
 @triton.jit
 def state_of_gate(g, C: tl.constexpr):
-    """t of the X^t that gate g is computed from."""
+    """Return the t of the X^t that gate g is computed from."""
     if C.gating == "hierarchical":
         return tl.minimum(g + 1, C.iterations)
     else:
@@ -55,20 +55,20 @@ def state_of_gate(g, C: tl.constexpr):
 
 @triton.jit
 def frame_block(a, i, C: tl.constexpr):
-    """Task i: its sample within the chunk, first frame, modality."""
+    """Return for task i its sample within the chunk, first frame and modality."""
     blocks, modalities = tl.cdiv(length_of(a, C), C.block_frames), len(a.shape.widths)
     return i // modalities // blocks, i // modalities % blocks * C.block_frames, i % modalities
 
 
 @triton.jit
 def frame_blocks(a, count, C: tl.constexpr):
-    """How many tasks."""
+    """Return the number of tasks."""
     return count * len(a.shape.widths) * tl.cdiv(length_of(a, C), C.block_frames)
 
 
 @triton.jit
 def states(a, t, first, row, m, c, rows, C: tl.constexpr):
-    """A tile of X_m^t in float32: block_frames rows from ``row`` of the chunk on, block_columns columns from c on."""
+    """Load a tile of X_m^t in float32: block_frames rows from ``row`` of the chunk, block_columns columns from c."""
     offset, d_m = offset_of(a.shape.widths, m), entry(a.shape.widths, m)
     p = state(a, t, first, C) + row * a.shape.width + offset + c
     return load_tile(p, a.shape.width, 1, rows, d_m - c, C.block_frames, C.block_columns).to(tl.float32)
@@ -76,21 +76,21 @@ def states(a, t, first, row, m, c, rows, C: tl.constexpr):
 
 @triton.jit
 def values_of(a, row, m, way, C: tl.constexpr):
-    """Pointer to G of a row and way."""
+    """Return the pointer to G of a row and way."""
     rows = chunk_of(a) * length_of(a, C)
     return a.fp32_workspace + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
 
 
 @triton.jit
 def value(a, row, m, way, rows, C: tl.constexpr):
-    """G of one way, [block_frames, 1]."""
+    """Load G of one way, [block_frames, 1]."""
     o_r = tl.arange(0, C.block_frames)
     return tl.load(values_of(a, row, m, way, C) + o_r * C.ways, mask=o_r < rows, other=0)[:, None]
 
 
 @triton.jit
 def gate_values(a, first, row, m, rows, C: tl.constexpr):
-    """G = softmax((x W_g^T + b_g) / tau) of every gate, into the workspace."""
+    """Store G = softmax((x W_g^T + b_g) / tau) of every gate in the workspace."""
     width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
     o_w = tl.arange(0, C.block_ways)
     for g in tl.range(C.gates, disable_licm=True):
@@ -110,7 +110,7 @@ def gate_values(a, first, row, m, rows, C: tl.constexpr):
 
 @triton.jit
 def stage(a, first, row, m, t, c, rows, C: tl.constexpr):
-    """Of "hierarchical": sum_s S^t_s X^s for s = 0..t, whose relu is Z^t."""
+    """Compute sum_s S^t_s X^s for s = 0..t, whose relu is Z^t ("hierarchical" only)."""
     acc = zeros(C.block_frames, C.block_columns)
     for s in tl.range(0, t + 1, disable_licm=True):
         acc += value(a, row, m, first_way(t - 1) + s, rows, C) * states(a, s, first, row, m, c, rows, C)
@@ -119,7 +119,7 @@ def stage(a, first, row, m, t, c, rows, C: tl.constexpr):
 
 @triton.jit
 def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
-    """What way i of the last gate chooses."""
+    """Return the choice of way i of the last gate."""
     if C.gating == "hierarchical":
         return relu(stage(a, first, row, m, i + 1, c, rows, C))
     elif C.gating == "dynamic":
@@ -130,10 +130,10 @@ def choice(a, first, row, m, i, c, rows, C: tl.constexpr):
 
 @triton.jit
 def mixture(a, first, row, m, c, rows, C: tl.constexpr):
-    """sum_i G_i choice_i, whose relu is Y."""
+    """Compute sum_i G_i choice_i, whose relu is Y."""
     acc = zeros(C.block_frames, C.block_columns)
     if C.gating == "hierarchical" or C.ways > UNROLLED:
-        last = C.gates - 1 + tl.minimum(rows, 0)  # 0, which the compiler must not know: it would unroll the loop
+        last = C.gates - 1 + tl.minimum(rows, 0)  # adds 0, unknown to the compiler, so it does not unroll the loop
         for i in tl.range(0, ways_of(last, C), disable_licm=True):
             acc += value(a, row, m, first_way(last) + i, rows, C) * choice(a, first, row, m, i, c, rows, C)
     else:
@@ -145,7 +145,7 @@ def mixture(a, first, row, m, c, rows, C: tl.constexpr):
 
 @triton.jit
 def gate(a, to, t, first, count, C: tl.constexpr):
-    """Y_m, and the gate values if asked for."""
+    """Store Y_m, and the gate values if requested."""
     length = length_of(a, C)
     o_r, o_c, o_w = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns), tl.arange(0, C.block_ways)
     for i in tl.range(tl.program_id(0), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
@@ -174,7 +174,7 @@ def gate(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def rows_of(views, sample, r, m, C: tl.constexpr):
-    """Pointers to rows r, r + 1, ... of a sample in one of the caller's tensors, and its step along columns."""
+    """Return pointers to rows r, r + 1, ... of a sample in one of the caller's tensors, and its column stride."""
     data, s_sample, s_frame, s_column, _ = view_of(views, m)
     o_r = tl.arange(0, C.block_frames)
     return data + tl.cast(sample, tl.int64) * s_sample + (r + o_r).to(tl.int64) * s_frame, s_column

@@ -1,6 +1,6 @@
-"""The gates in reverse: what Y_m, the gate values and the iterates send back to X^0..X^T.
+"""The backward of the gates: the gradients from Y_m, the gate values and the iterates to X^0..X^T.
 
-Gradients of the logits, before the division by tau, stay in the workspace, [modality, row, way], for the gates'
+Gradients of the logits, before the division by tau, are kept in the workspace, [modality, row, way], for the gates'
 weights.
 """
 
@@ -45,7 +45,7 @@ from grjca_kernels.triton_kernels.primitives import (
 
 @triton.jit
 def d_logits_of(a, row, m, way, C: tl.constexpr):
-    """Pointer to the gradient of the logit of a row and way."""
+    """Return the pointer to the gradient of the logit of a row and way."""
     rows, width = chunk_of(a) * length_of(a, C), a.shape.width
     place = slot(a, C.slots) + C.correlations * tl.cast(chunk_of(a), tl.int64) * width * width
     return place + (tl.cast(m, tl.int64) * rows + row) * C.ways + way
@@ -53,7 +53,7 @@ def d_logits_of(a, row, m, way, C: tl.constexpr):
 
 @triton.jit
 def incoming(views, step, sample, r, m, c, present, d_m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of a gradient that the caller passed, in float32; zeros where it is absent or was not passed."""
+    """Load a tile of a gradient from the caller in float32; zeros for absent frames, or if none was passed."""
     data, s_sample, s_frame, s_column, given = view_of(views, m)
     o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     p = data + tl.cast(sample, tl.int64) * s_sample + step
@@ -64,7 +64,7 @@ def incoming(views, step, sample, r, m, c, present, d_m, ROWS: tl.constexpr, COL
 
 @triton.jit
 def gates_backward(a, to, t, first, count, C: tl.constexpr):
-    """The gate values anew, and the gradients of their logits."""
+    """Recompute the gate values, and compute the gradients of their logits."""
     length, o_r = length_of(a, C), tl.arange(0, C.block_frames)
     for i in tl.range(last_program(), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
@@ -77,7 +77,7 @@ def gates_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def states_backward(a, to, t, first, count, C: tl.constexpr):
-    """d X^t, but for what the iterations add. Every program has the frames that gates_backward gave it."""
+    """Compute d X^t without the iterations' part. Every program has the same frames as in gates_backward."""
     for i in tl.range(last_program(), frame_blocks(a, count, C), tl.num_programs(0), disable_licm=True):
         sample, r, m = frame_block(a, i, C)
         state_backward(a, to, first, sample, r, m, t, C)
@@ -85,7 +85,7 @@ def states_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def d_mixture(a, to, first, sample, r, row, m, c, rows, present, C: tl.constexpr):
-    """d Y_m through its relu."""
+    """Return d Y_m through its relu."""
     d_m = entry(a.shape.widths, m)
     d = incoming(to.outputs, 0, first + sample, r, m, c, present, d_m, C.block_frames, C.block_columns)
     if C.gates > 0:
@@ -95,7 +95,8 @@ def d_mixture(a, to, first, sample, r, row, m, c, rows, present, C: tl.constexpr
 
 @triton.jit
 def d_stage(a, first, row, m, t, c, rows, d, C: tl.constexpr):
-    """Of "hierarchical": Z^t before its relu, and the gradient by that; d is the one by the sum that Y is relu of."""
+    """Return Z^t before its relu and the gradient there ("hierarchical" only); d is the gradient of the sum before Y's
+    relu."""
     z = stage(a, first, row, m, t, c, rows, C)
     last = tl.zeros((), tl.int32) + C.iterations
     return where_positive(z, value(a, row, m, first_way(last) + t - 1, rows, C) * d)
@@ -103,14 +104,14 @@ def d_stage(a, first, row, m, t, c, rows, d, C: tl.constexpr):
 
 @triton.jit
 def add_way(d_values, way, d, choices):
-    """d_values with the row sums of d * choices added to one way."""
+    """Add the row sums of d * choices to one way of d_values."""
     o_w = tl.arange(0, d_values.shape[1])
     return d_values + tl.where((o_w == way)[None, :], tl.sum(d * choices, axis=1)[:, None], 0.0)
 
 
 @triton.jit
 def logits(a, to, first, sample, r, row, m, g, rows, present, C: tl.constexpr):
-    """Through the softmax of gate g."""
+    """Compute the gradients of the logits through the softmax of gate g."""
     d_m, ways = entry(a.shape.widths, m), ways_of(g, C)
     d_values = incoming(
         to.gates, 0, first + sample, r, m, first_way(g), present, first_way(g) + ways, C.block_frames, C.block_ways
@@ -140,7 +141,7 @@ def logits(a, to, first, sample, r, row, m, g, rows, present, C: tl.constexpr):
 
 @triton.jit
 def state_backward(a, to, first, sample, r, m, t, C: tl.constexpr):
-    """A block of frames of d X_m^t."""
+    """Compute a block of frames of d X_m^t."""
     length = length_of(a, C)
     row, rows = tl.cast(sample, tl.int64) * length + r, length - r
     present = (r + tl.arange(0, C.block_frames) < frames(a, first + sample, C))[:, None]
@@ -150,7 +151,7 @@ def state_backward(a, to, first, sample, r, m, t, C: tl.constexpr):
 
 @triton.jit
 def state_gradient(a, to, first, sample, r, row, m, t, c, rows, present, C: tl.constexpr):
-    """A tile of d X_m^t."""
+    """Compute a tile of d X_m^t."""
     width, offset, d_m = a.shape.width, offset_of(a.shape.widths, m), entry(a.shape.widths, m)
     d_y = d_mixture(a, to, first, sample, r, row, m, c, rows, present, C)
     d = zeros(C.block_frames, C.block_columns)

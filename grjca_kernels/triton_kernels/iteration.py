@@ -1,11 +1,11 @@
-"""The phases of one iteration, forward; the backward runs them too, to recompute.
+"""The phases of one iteration, forward; the backward also runs them, to recompute.
 
-Every phase is a loop over tasks, one tile each, that the programs of the grid share out. ``first`` and ``count`` are
-the samples of the chunk; its activations stand in the workspace as [rows, d], the modalities side by side, K_m
+Every phase is a loop over tasks, one tile each, which the programs of the grid share. ``first`` and ``count`` are the
+samples of the chunk. Its activations are stored in the workspace as [rows, d], the modalities side by side, K_m
 transposed and divided by sqrt(d). t counts from 0.
 
-Two dataflows (config.Constants.stream): for few frames C_m is streamed, tile by tile, and never stored; for many it is
-stored in the workspace, [chunk, d, d] with dropout applied, because every block of frames needs it again.
+There are two dataflows (config.Constants.stream). For few frames C_m is streamed, tile by tile, and never stored. For
+many frames it is stored in the workspace, [chunk, d, d] with dropout applied, because every block of frames needs it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ OUTPUT: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def linear_parameter(a, layer, m, KIND: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr):
-    """Pointer to W_k, W_v or W_h of modality m, or to its bias."""
+    """Return the pointer to W_k, W_v or W_h of modality m, or to its bias."""
     STEP: tl.constexpr = 2 if C.released else 1
     FIRST: tl.constexpr = (2 if C.projected else 0) + KIND * C.modalities * STEP + BIAS
     return parameter(a.parameters, layer, m, FIRST, STEP, C)
@@ -65,7 +65,7 @@ def linear_parameter(a, layer, m, KIND: tl.constexpr, BIAS: tl.constexpr, C: tl.
 
 @triton.jit
 def initial(a, to, t, first, count, C: tl.constexpr):
-    """X^0: absent frames cleared, every frame divided by max(|x|, 1e-12) if asked for."""
+    """Compute X^0: clear absent frames, and divide every frame by max(|x|, 1e-12) if requested."""
     length, width = length_of(a, C), a.shape.width
     blocks, modalities = tl.cdiv(length, C.block_frames), len(a.shape.widths)
     o_c = tl.arange(0, C.block_columns)
@@ -83,7 +83,7 @@ def initial(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def feature_rows(a, sample, r, m, C: tl.constexpr):
-    """Pointers to rows r, r + 1, ... of a feature, their step along columns, and which of them are present."""
+    """Return pointers to rows r, r + 1, ... of a feature, the column stride, and which rows are present."""
     o_r = tl.arange(0, C.block_frames)
     data, s_sample, s_frame, s_column, _ = view_of(a.features, m)
     p_x = data + tl.cast(sample, tl.int64) * s_sample + (r + o_r).to(tl.int64) * s_frame
@@ -92,7 +92,7 @@ def feature_rows(a, sample, r, m, C: tl.constexpr):
 
 @triton.jit
 def norm_of_rows(p_x, s_column, m_x, d_m, C: tl.constexpr):
-    """max(|x|, 1e-12) of rows; 1 unless normalising."""
+    """Return max(|x|, 1e-12) of rows, or 1 unless normalising."""
     o_c = tl.arange(0, C.block_columns)
     norm = zero_vector(C.block_frames) + 1
     if C.normalize:
@@ -111,9 +111,9 @@ def norm_of_rows(p_x, s_column, m_x, d_m, C: tl.constexpr):
 
 @triton.jit
 def project(a, to, t, first, count, C: tl.constexpr):
-    """J = X W_q^T + b_q, K_m by key_task, V_m = X_m W_v^T + b_v, and the dropout masks: all that needs only X^t.
+    """Compute everything that needs only X^t: J = X W_q^T + b_q, K_m (key_task), V_m = X_m W_v^T + b_v, dropout masks.
 
-    In this order, as the sums of J are the longest and drawing takes least.
+    They run in this order because the sums of J are the longest and drawing is the cheapest.
     """
     of_joint, of_linear = joint_tasks(a, count, C), linear_tasks(a, count, C)
     of_key, of_bits = key_tasks(a, count, C), drawing_tasks(a, count, C)
@@ -129,21 +129,21 @@ def project(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def joint_tasks(a, count, C: tl.constexpr):
-    """The first tasks of linear_task, which make J."""
+    """Return how many tasks of linear_task make J; they come first."""
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
     return n_rows * tl.cdiv(a.shape.width, C.block_n) if C.projected else n_rows * 0
 
 
 @triton.jit
 def linear_tasks(a, count, C: tl.constexpr):
-    """How many linear_task has."""
+    """Return the number of tasks of linear_task."""
     n_rows = tl.cdiv(count * length_of(a, C), C.block_m)
     return joint_tasks(a, count, C) + n_rows * modality_blocks(a.shape.widths, C.block_n)
 
 
 @triton.jit
 def linear_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a tile of J or of V."""
+    """Compute tile i of J or V."""
     of_joint = joint_tasks(a, count, C)
     width, layer, all_rows = a.shape.width, layer_of(t, C), count * length_of(a, C)
     m, offset, c, i_row = modality_task(a.shape.widths, i - of_joint, tl.cdiv(all_rows, C.block_m), C.block_n)
@@ -173,13 +173,13 @@ def linear_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def key_tasks(a, count, C: tl.constexpr):
-    """How many key_task has."""
+    """Return the number of tasks of key_task."""
     return count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_key)
 
 
 @triton.jit
 def key_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a tile of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
+    """Compute tile i of K_m^T = (W_k X_m + b_k) / sqrt(d), [L, d_m]; absent rows are 0."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
     n_l = tl.cdiv(length, C.block_l)
     m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_key)
@@ -200,7 +200,7 @@ def key_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def joint(a, t, first, C: tl.constexpr):
-    """Pointer to J of the chunk; where it is raw, it is X^t."""
+    """Return the pointer to J of the chunk, which is X^t where J is raw."""
     return slot(a, C.slot_joint) if C.projected else state(a, t, first, C)
 
 
@@ -209,7 +209,8 @@ def joint(a, t, first, C: tl.constexpr):
 
 @triton.jit
 def attend(a, to, t, first, count, C: tl.constexpr):
-    """H_m = relu(tanh(V_m C_m)) without storing C_m; transposed, [columns j, frames], as attention of head width L."""
+    """Compute H_m = relu(tanh(V_m C_m)) without storing C_m: transposed, [columns j, frames], like attention of width
+    L."""
     length, width = length_of(a, C), a.shape.width
     blocks, modalities = tl.cdiv(width, C.block_m), len(a.shape.widths)
     for i in tl.range(tl.program_id(0), count * modalities * blocks, tl.num_programs(0), disable_licm=True):
@@ -235,7 +236,7 @@ def attend(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def hidden(attended, C: tl.constexpr):
-    """H from V C."""
+    """Return H from V C."""
     return relu(tanh(attended, C)) if C.released else relu(attended)
 
 
@@ -244,7 +245,7 @@ def hidden(attended, C: tl.constexpr):
 
 @triton.jit
 def correlate(a, to, t, first, count, C: tl.constexpr):
-    """C_m = drop(tanh(K_m J / sqrt(d))) into the workspace."""
+    """Store C_m = drop(tanh(K_m J / sqrt(d))) in the workspace."""
     length, width = length_of(a, C), a.shape.width
     n_j = tl.cdiv(width, C.block_n)
     tasks = count * n_j * modality_blocks(a.shape.widths, C.block_m)
@@ -266,7 +267,7 @@ def correlate(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def correlation_factors(a, sample, m, c, j, rows, C: tl.constexpr):
-    """0 or 1 / (1 - p) for a tile of C_m from row c and column j on."""
+    """Load 0 or 1 / (1 - p) for a tile of C_m from row c and column j."""
     o_c, o_j = tl.arange(0, C.block_m)[:, None], tl.arange(0, C.block_n)[None, :]
     p = correlation_bits(a, sample, m, c + o_c, C) + j + o_j
     return load_factors(p, a, c + o_c, (o_c < rows) & (o_j < a.shape.width - j))
@@ -274,13 +275,13 @@ def correlation_factors(a, sample, m, c, j, rows, C: tl.constexpr):
 
 @triton.jit
 def correlation(a, sample, row, C: tl.constexpr):
-    """Pointer to a row of the stored C of a sample, [d, d], all modalities' rows one after another."""
+    """Return the pointer to a row of a sample's stored C, [d, d], with the rows of all modalities in sequence."""
     return slot(a, C.slots) + (tl.cast(sample, tl.int64) * a.shape.width + row) * a.shape.width
 
 
 @triton.jit
 def attend_stored(a, to, t, first, count, C: tl.constexpr):
-    """H_m = relu(tanh(V_m C_m)) from the stored C_m."""
+    """Compute H_m = relu(tanh(V_m C_m)) from the stored C_m."""
     length, width = length_of(a, C), a.shape.width
     n_l, n_j, modalities = tl.cdiv(length, C.block_l), tl.cdiv(width, C.block_n), len(a.shape.widths)
     of_modality = count * n_l * n_j
@@ -303,7 +304,7 @@ def attend_stored(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def project_output(a, t, r, m, c, rows, columns, C: tl.constexpr):
-    """A tile of H_m W_h^T + b_h, before relu and dropout."""
+    """Compute a tile of H_m W_h^T + b_h, before relu and dropout."""
     width, hidden_width = a.shape.width, len(a.shape.widths) * a.shape.width
     p_h = slot(a, C.slot_hidden) + tl.cast(r, tl.int64) * hidden_width + m * width
     p_w = linear_parameter(a, layer_of(t, C), m, OUTPUT, 0, C) + tl.cast(c, tl.int64) * width
@@ -316,7 +317,7 @@ def project_output(a, t, r, m, c, rows, columns, C: tl.constexpr):
 
 @triton.jit
 def output_factors(a, first, count, r, m, offset, c, C: tl.constexpr):
-    """What multiplies a tile of U_m from row r and column c on: its dropout, and 0 or 1 by presence ([rows, 1])."""
+    """Return the factors of a tile of U_m from row r and column c: dropout, and 0 or 1 by presence ([rows, 1])."""
     length = length_of(a, C)
     o_r, o_c = r + tl.arange(0, C.block_m), c + tl.arange(0, C.block_n)
     sample, o_l = o_r // length, o_r % length
@@ -333,7 +334,7 @@ def output_factors(a, first, count, r, m, offset, c, C: tl.constexpr):
 
 @triton.jit
 def output(a, to, t, first, count, C: tl.constexpr):
-    """X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent rows stay 0."""
+    """Compute X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent rows stay 0."""
     width, all_rows = a.shape.width, count * length_of(a, C)
     n_rows = tl.cdiv(all_rows, C.block_m)
     tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)

@@ -1,7 +1,7 @@
-"""The phases of one iteration in reverse; a name d_x is the gradient of the loss by x.
+"""The backward phases of one iteration; d_x is the gradient of the loss with respect to x.
 
-The gradients of X^t and X^(t+1) stand in the workspace (``d_state``), beside the activations that iteration.py
-recomputes. d K_m stands there as K_m does, transposed and with the division by sqrt(d) still to be undone in it.
+The gradients of X^t and X^(t+1) are in the workspace (``d_state``), beside the activations that iteration.py
+recomputes. d K_m is stored as K_m is, transposed, with the division by sqrt(d) still to be undone.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from grjca_kernels.triton_kernels.primitives import (
 
 @triton.jit
 def d_state(a, t, C: tl.constexpr):
-    """Pointer to d X^t of the chunk, [rows, d]."""
+    """Return the pointer to d X^t of the chunk, [rows, d]."""
     return slot(a, C.slot_d_state + t % 2)
 
 
 @triton.jit
 def d_update(a, t, C: tl.constexpr):
-    """Pointer to the gradient by H_m W_h^T + b_h; in the paper form that is d X^(t+1) itself."""
+    """Return the pointer to the gradient of H_m W_h^T + b_h, which is d X^(t+1) itself in the paper form."""
     return slot(a, C.slot_d_update) if C.released else d_state(a, t + 1, C)
 
 
@@ -64,7 +64,7 @@ def d_update(a, t, C: tl.constexpr):
 
 @triton.jit
 def output_backward(a, to, t, first, count, C: tl.constexpr):
-    """d (H_m W_h^T + b_h) from d X^(t+1), through dropout and relu. Released form only."""
+    """Compute d (H_m W_h^T + b_h) from d X^(t+1), through dropout and relu. Released form only."""
     width, all_rows = a.shape.width, count * length_of(a, C)
     n_rows = tl.cdiv(all_rows, C.block_m)
     tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)
@@ -82,13 +82,13 @@ def output_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def attended_tasks(a, count, C: tl.constexpr):
-    """How many attended_task has."""
+    """Return the number of tasks of attended_task."""
     return tl.cdiv(count * length_of(a, C), C.block_m) * len(a.shape.widths) * tl.cdiv(a.shape.width, C.block_n)
 
 
 @triton.jit
 def attended_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which H_m tells."""
+    """Compute tile i of d (V_m C_m) = (d_update W_h) times the slope of relu(tanh(.)), which follows from H_m."""
     width, modalities, all_rows = a.shape.width, len(a.shape.widths), count * length_of(a, C)
     n_j = tl.cdiv(width, C.block_n)
     of_modality = tl.cdiv(all_rows, C.block_m) * n_j
@@ -107,12 +107,12 @@ def attended_task(a, to, t, first, count, i, C: tl.constexpr):
     store_tile(slot(a, C.slot_d_attended) + place, modalities * width, acc, rows, columns)
 
 
-# ---- C, streamed: computed again, once by rows and once by columns
+# ---- C, streamed: recomputed twice, by rows and by columns
 
 
 @triton.jit
 def correlate_backward(a, to, t, first, count, C: tl.constexpr):
-    """d V_m, d K_m and what W_k makes of it, each for a block of rows of C_m; d J, for a block of columns of all C."""
+    """Compute d V_m, d K_m and W_k^T d K_m per block of rows of C_m, and d J per block of columns of all C."""
     of_rows, of_joint = count * modality_blocks(a.shape.widths, C.block_m), count * tl.cdiv(a.shape.width, C.block_m)
     for i in tl.range(tl.program_id(0), of_rows + of_joint, tl.num_programs(0), disable_licm=True):
         if i < of_rows:
@@ -123,14 +123,15 @@ def correlate_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def slopes(b_c, b_dc, factors, C: tl.constexpr):
-    """d (K J) from C before dropout and the gradient by C after it."""
+    """Return d (K J) from C before dropout and the gradient of C after it."""
     d = b_dc * (1 - b_c * b_c)
     return d * factors if C.dropout else d
 
 
 @triton.jit
 def rows_backward(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: rows c of C_m, all columns: d V_m and d K_m, both [c, l] here; d X_m += W_k^T d K_m."""
+    """Compute d V_m and d K_m, both [c, l], for rows c of C_m and all columns (task i), and add W_k^T d K_m to d
+    X_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     m, offset, c, sample = modality_task(a.shape.widths, i, count, C.block_m)
     rows, place = entry(a.shape.widths, m) - c, tl.cast(sample, tl.int64) * length * width
@@ -169,7 +170,7 @@ def rows_backward(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: columns j of C_m, all rows and modalities: d J, [j, l] here."""
+    """Compute d J, [j, l], for columns j of C_m, all rows and modalities (task i)."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     sample, j = i // tl.cdiv(width, C.block_m), i % tl.cdiv(width, C.block_m) * C.block_m
     place = tl.cast(sample, tl.int64) * length * width
@@ -199,13 +200,13 @@ def joint_backward(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def d_score(a, sample, row, C: tl.constexpr):
-    """Pointer to a row of d (K J) of a sample, [d, d], which stands behind the correlations of the chunk."""
+    """Return the pointer to a row of a sample's d (K J), [d, d], which is stored after the chunk's correlations."""
     return correlation(a, chunk_of(a) + sample, row, C)
 
 
 @triton.jit
 def correlate_backward_stored(a, to, t, first, count, C: tl.constexpr):
-    """d V_m = d_attended C_m^T, and d (K J)."""
+    """Compute d V_m = d_attended C_m^T, and d (K J)."""
     of_value = count * tl.cdiv(length_of(a, C), C.block_l) * modality_blocks(a.shape.widths, C.block_n)
     of_score = count * tl.cdiv(a.shape.width, C.block_n) * modality_blocks(a.shape.widths, C.block_m)
     for i in tl.range(tl.program_id(0), of_value + of_score, tl.num_programs(0), disable_licm=True):
@@ -217,7 +218,7 @@ def correlate_backward_stored(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def value_backward(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a tile of d V_m."""
+    """Compute tile i of d V_m."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     n_l = tl.cdiv(length, C.block_l)
     m, offset, c, place = modality_task(a.shape.widths, i, count * n_l, C.block_n)
@@ -232,7 +233,7 @@ def value_backward(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def score_backward(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a tile of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
+    """Compute tile i of d (K J) = drop(V_m^T d_attended) (1 - C^2)."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     n_j = tl.cdiv(width, C.block_n)
     m, offset, c, of_modality = modality_task(a.shape.widths, i, count * n_j, C.block_m)
@@ -247,14 +248,14 @@ def score_backward(a, to, t, first, count, i, C: tl.constexpr):
     factors = 1.0
     if C.dropout:
         factors = correlation_factors(a, sample, m, c, j, rows, C)
-        b_c *= 1 / a.scalars.kept  # it was stored with dropout; where that made it 0, so it does the gradient
+        b_c *= 1 / a.scalars.kept  # C was stored with dropout; where dropout made it 0, it makes the gradient 0 too
     p_ds = d_score(a, sample, offset + c, C) + j
     store_tile(p_ds, width, slopes(b_c, acc, factors, C), rows, width - j)
 
 
 @triton.jit
 def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
-    """d J = K^T d(K J) and d K = d(K J) J^T, of all modalities at once."""
+    """Compute d J = K^T d(K J) and d K = d(K J) J^T for all modalities at once."""
     length, width = length_of(a, C), a.shape.width
     n_l, n_c = tl.cdiv(length, C.block_l), tl.cdiv(a.shape.width, C.block_n)
     tasks = count * n_l * n_c
@@ -281,20 +282,20 @@ def key_joint_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def input_row_tiles(a, count, C: tl.constexpr):
-    """Blocks of rows of input_task: they end with a sample only where W_k needs it."""
+    """Return the number of row blocks of input_task, which end with a sample only where W_k needs it."""
     length = length_of(a, C)
     return tl.cdiv(count * length, C.block_m) if C.stream else count * tl.cdiv(length, C.block_m)
 
 
 @triton.jit
 def input_tasks(a, count, C: tl.constexpr):
-    """How many input_task has."""
+    """Return the number of tasks of input_task."""
     return input_row_tiles(a, count, C) * modality_blocks(a.shape.widths, C.block_n)
 
 
 @triton.jit
 def input_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: d X^t += d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m; with a streamed C the last is there."""
+    """Add d X^(t+1) + d J W_q + d V_m W_v + W_k^T d K_m to tile i of d X^t; a streamed C has already added the last."""
     length, n_rows = length_of(a, C), input_row_tiles(a, count, C)
     m, offset, c, block = modality_task(a.shape.widths, i, n_rows, C.block_n)
     if C.stream:
@@ -307,7 +308,7 @@ def input_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
-    """A tile of d X_m^t: row r of the chunk is frame l of the sample, if C is stored."""
+    """Compute a tile of d X_m^t; if C is stored, row r of the chunk is frame l of the sample."""
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
     d_m, place = entry(a.shape.widths, m), tl.cast(r, tl.int64) * width
     columns = d_m - c
@@ -339,7 +340,7 @@ def input_tile(a, t, first, sample, l, r, rows, m, offset, c, C: tl.constexpr):
 
 @triton.jit
 def initial_backward(a, to, t, first, count, C: tl.constexpr):
-    """d x from d X^0."""
+    """Compute d x from d X^0."""
     tasks = count * len(a.shape.widths) * tl.cdiv(length_of(a, C), C.block_frames)
     for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
         initial_block(a, to, first, i, C)
@@ -347,7 +348,7 @@ def initial_backward(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def initial_block(a, to, first, i, C: tl.constexpr):
-    """A block of frames; normalising takes out the part along x, except where 1e-12 was the larger."""
+    """Compute a block of frames; normalising removes the part along x, except where 1e-12 was the larger."""
     length, width, modalities = length_of(a, C), a.shape.width, len(a.shape.widths)
     blocks = tl.cdiv(length, C.block_frames)
     o_r, o_c = tl.arange(0, C.block_frames), tl.arange(0, C.block_columns)

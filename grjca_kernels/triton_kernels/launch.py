@@ -1,4 +1,4 @@
-"""From tensors to launches."""
+"""The launches: from tensors to running kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from grjca_kernels.triton_kernels.forward import forward_kernel
 
 
 def forward(call: Call) -> None:
-    """Fill what the call wants."""
+    """Fill the results that the call wants."""
     prepared = prepare(call, backward=False, return_gates=bool(call.gates))
     to = Outputs(tuple(map(view, call.outputs)), tuple(map(view, call.gates)))
     run(forward_kernel, prepared, gather(call, prepared), to, call.problem.batch)
@@ -53,13 +53,13 @@ def backward(call: Call, gradients: CallGradients) -> None:
 
 
 def incoming(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> tuple[View, ...]:
-    """Views of gradients; one that is absent is a feature of which nothing is read."""
+    """Return views of gradients; an absent one becomes a view of its feature, of which nothing is read."""
     both = zip(gradients, features, strict=True)
     return tuple([_new_view((x, *x.stride(), 0)) if gradient is None else view(gradient) for gradient, x in both])
 
 
 def or_new(wanted: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What is wanted; and where nothing is, memory at which nobody looks."""
+    """Return the wanted tensors, with unused memory in place of None."""
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if gradient is None else gradient
         for gradient, x in zip(wanted, tensors, strict=True)
@@ -70,14 +70,15 @@ def view(x: Tensor) -> View:
     return _new_view((x, *x.stride(), 1))
 
 
-_new_view = partial(tuple.__new__, View)  # in a third of the time that View takes with its defaults
+_new_view = partial(tuple.__new__, View)  # takes a third of the time of View with its defaults
 
 
-# ---- what stays the same from call to call
+# ---- state shared by similar calls
 
 
 class Prepared(NamedTuple):
-    """A launch; what kernels are told of it; and compiled kernels that wait for addresses, by all else they rely on."""
+    """A launch, its arguments that stay constant, and compiled kernels that only lack addresses, by everything else
+    they depend on."""
 
     launch: launch_config.Launch
     shape: Shape
@@ -86,7 +87,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(call: Call, **options: bool) -> Prepared:
-    """What stays the same for calls like this one; ``options`` are those of launch_config.launch."""
+    """Return the state shared by calls like this one; ``options`` are those of launch_config.launch."""
     device, lengths = device_of(call.iterates), call.lengths is not None
     tf32 = call.problem.reduced or allows_tf32()
     return _prepare(call.problem, call.iterates.dtype, device, tf32=tf32, lengths=lengths, **options)
@@ -117,7 +118,7 @@ def _prepare(problem: Problem, dtype: torch.dtype, device: launch_config.Device,
 
 
 def gather(call: Call, prepared: Prepared) -> Arguments:
-    """Arguments of both directions, with new workspaces."""
+    """Return the arguments of both directions, with new workspaces."""
     launch, iterates = prepared.launch, call.iterates
     return Arguments(
         shape=prepared.shape,
@@ -138,7 +139,7 @@ def gather(call: Call, prepared: Prepared) -> Arguments:
 
 
 def run(kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batch: int) -> None:
-    """All steps in one cooperative launch, on the current stream of the tensors' device."""
+    """Run all steps in one cooperative launch, on the current stream of the tensors' device."""
     device = arguments.iterates.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         try:
@@ -154,19 +155,19 @@ def run(kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batc
 
 
 ALIGNED = 16
-"""Bytes of which an address is a multiple, or Triton compiles another kernel for it."""
+"""The alignment of addresses in bytes; for others Triton would compile a separate kernel."""
 
 
 def run_steps(
     kernel: Any, prepared: Prepared, arguments: Arguments, others: Any, batch: int, first: int, last: int
 ) -> None:
-    """Steps first <= step < last, on the current device.
+    """Run steps first <= step < last, on the current device.
 
-    The first time, Triton looks at every argument, and finds or compiles a kernel. From then on, for the same strides,
-    that kernel is given addresses, and nobody looks.
+    The first time, Triton inspects every argument, and finds or compiles a kernel. From then on, for the same strides,
+    that kernel receives addresses directly.
     """
     launch, device = prepared.launch, arguments.iterates.device
-    counter = torch.zeros(1, dtype=torch.int32, device=device)  # of the grid barrier
+    counter = torch.zeros(1, dtype=torch.int32, device=device)  # for the grid barrier
     given, to, found, numbers = _addressed(arguments, others)
     if any(map(mod, found, repeat(ALIGNED))):
         arguments = aligned(arguments)
@@ -183,7 +184,7 @@ def run_steps(
 
 
 def aligned(a: Arguments) -> Arguments:
-    """With copies of inputs that begin elsewhere than at a multiple of 16 bytes, as a part of another tensor may."""
+    """Return the arguments with copies of inputs whose address is not a multiple of 16 bytes, as in views."""
 
     def copied(x: Tensor) -> Tensor:
         return x if x.data_ptr() % ALIGNED == 0 else x.clone()
@@ -197,7 +198,8 @@ def aligned(a: Arguments) -> Arguments:
 
 
 def _addressed(a: Arguments, to: Outputs | Gradients) -> tuple[Any, Any, list[int], list[Any]]:
-    """Both with addresses for tensors; these addresses; and the numbers that two calls alike may have otherwise."""
+    """Return both with addresses in place of tensors, the addresses, and the numbers that may differ between such
+    calls."""
     parts, rest, single = (
         (a.features, *to[:4]),
         to[4:],
@@ -226,7 +228,7 @@ def _check_memory(tensors: Sequence[Tensor]) -> None:
 
 
 def options(launch: launch_config.Launch) -> dict[str, Any]:
-    """What Triton is told beside the arguments. Fusing multiplications and additions is its default up to 3.9 only."""
+    """Return Triton's compile options. It fuses multiplications and additions by default only up to 3.9."""
     chosen: dict[str, Any] = {
         "num_warps": launch.tiles.warps,
         "num_stages": launch.tiles.stages,
@@ -241,7 +243,7 @@ def options(launch: launch_config.Launch) -> dict[str, Any]:
 
 
 REMATERIALISING_PTXAS = (13, 0)
-"""From here on the assembler by default spends registers on what it could compute again, and then spills some. With
+"""The first assembler that by default keeps values in registers that it could recompute, and then spills some. With
 that of CUDA 12.8 it is the other way round."""
 
 
@@ -258,7 +260,7 @@ def _device(index: int) -> launch_config.Device:
 
 
 def as_compiled(device: launch_config.Device) -> launch_config.Device:
-    """An Nvidia device with what Triton has for it: its assembler, from 3.9 on that of CUDA 13 for Hopper and later."""
+    """Return an Nvidia device with its assembler in Triton: from 3.9 on, that of CUDA 13 for Hopper and later."""
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     release = re.search(r"release (\d+)\.(\d+)", get_ptxas_version(device.capability))
@@ -268,7 +270,7 @@ def as_compiled(device: launch_config.Device) -> launch_config.Device:
 
 
 FENCED = (3, 7)
-"""The Triton from which on a fence stands between cp.async and the tensor cores of Hopper and later."""
+"""The first Triton with a fence between cp.async and the tensor cores of Hopper and later."""
 
 
 def device_of(x: Tensor) -> launch_config.Device:

@@ -1,8 +1,8 @@
 """The launch configuration: a pure function of the problem, the dtype and the device. Nothing is tuned at run time.
 
-What a kernel is compiled for (:class:`Constants`) never depends on B, and of L only on whether it is small and on the
-power of two that divides it; so a model's batches run the same two binaries. No GPU has measured any of the choices
-below: they follow from counts, and from what the compiler reports of registers and shared memory.
+The compile-time values (:class:`Constants`) never depend on B, and on L only through whether it is small and the power
+of two that divides it, so all batches of a model run the same two binaries. None of the choices below has been measured
+on a GPU: they follow from counts, and from the registers and shared memory that the compiler reports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration may know of the hardware."""
+    """The properties of the hardware on which a configuration may depend."""
 
     kind: str  # "cuda", "hip", or "interpreter"
     capability: int  # 80, 90, 100, ...; 0 where there is none
@@ -35,10 +35,10 @@ INTERPRETER = Device("interpreter", 0, 1, 1 << 30)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of tiles: powers of two, 16 at least, as ``tl.dot`` wants them.
+    """Sizes of tiles: powers of two, at least 16, as ``tl.dot`` requires.
 
-    m x n is the tile of a product, k its step along the sum; a tile of a streamed C has m columns (of J) and c rows;
-    that of a gradient of weights is w x w.
+    m x n is the tile of a product, and k its step along the sum. A tile of a streamed C has m columns (of J) and c
+    rows. A tile of a gradient of weights is w x w.
     """
 
     m: int
@@ -48,12 +48,12 @@ class Tiles:
     w: int
     warps: int
     stages: int
-    programs: int = 1  # on one multiprocessor
+    programs: int = 1  # programs per multiprocessor
 
 
 @dataclass(frozen=True)
 class Constants:
-    """All that is compiled in. Attribute by attribute what the kernels call ``C``."""
+    """The compile-time constants: the attributes of the kernels' ``C``."""
 
     iterations: int
     layers: int
@@ -67,7 +67,7 @@ class Constants:
     dropout: bool
     lengths: bool
     return_gates: bool
-    precision: str  # of the products: "tf32" means tensor cores, whatever the dtype
+    precision: str  # precision of products: "tf32" means tensor cores, for any dtype
     approximate_tanh: bool
     called: bool
     hip: bool
@@ -107,49 +107,53 @@ class Constants:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: what is compiled, the grid, and how large the workspaces are."""
+    """One launch: its compile-time constants, the grid, and the sizes of the workspaces."""
 
     device: Device
     constants: Constants
     tiles: Tiles
     programs: int
     chunk: int  # samples that pass through the workspace together
-    steps: int  # phases, between which the grid waits
+    steps: int  # phases, with a grid barrier between every two
     activation_workspace: int  # elements in the dtype of the features
     bits: int  # bytes of the dropout masks
     gate_values: int  # elements of float32
     gradients: int  # elements of all parameters but W_k and b_k
-    parts: int  # of the rows, over which gradients of weights are summed apart; 0: each is one sum
+    parts: int  # parts of the rows, with separate sums of gradients of weights; 0: each is one sum
     key_gradients: int  # elements of all W_k and b_k
-    key_parts: int  # of the samples, over which those are summed apart
+    key_parts: int  # parts of the samples, with separate sums of those
 
     @property
     def fp32_workspace(self) -> int:
-        """Elements of float32 in all."""
+        """The number of float32 elements in all."""
         return self.gate_values + self.parts * self.gradients + self.key_parts * self.key_gradients
 
     @property
     def reduced(self) -> bool:
-        """Whether the last step adds sums of parts."""
+        """Whether the last step adds the sums of parts."""
         return self.parts + self.key_parts > 0
 
 
 STREAM_FRAMES = 32
-"""The longest sequence whose C is streamed. C is d / L times as large as an activation, while streaming computes it
-again for every block of frames: once up to this length, where a block holds them all."""
+"""The longest sequence whose C is streamed.
+
+C is d / L times as large as an activation, but streaming recomputes it for every block of frames: once up to this
+length, where one block holds all frames.
+"""
 
 
 def streams(problem: Problem) -> bool:
-    """Whether C is streamed, and not stored."""
+    """Return whether C is streamed rather than stored."""
     return problem.length <= STREAM_FRAMES
 
 
 MIXED = 1024
-"""Elements of K that a warp makes in one task where C is streamed: sums are short there, and small tasks would wait."""
+"""The elements of K that a warp computes in one task where C is streamed: sums are short, and small tasks would
+wait."""
 
 
 class Choice(NamedTuple):
-    """Tiles of the three kernels."""
+    """The tiles of the three kernels."""
 
     forward: Tiles
     stored: Tiles  # the backward that stores C
@@ -158,14 +162,14 @@ class Choice(NamedTuple):
 
 INTERPRETED = Tiles(16, 16, 16, 16, 16, 4, 1)
 ODD, ODD_SINGLE = Tiles(32, 32, 32, 16, 32, 4, 2, programs=2), Tiles(16, 32, 16, 16, 16, 4, 1, programs=2)
-"""Where a width is no multiple of 16: in 16-bit types, and in float32."""
+"""The tiles where a width is not a multiple of 16: for 16-bit types, and for float32."""
 
 
 def _choice(*tiles: tuple[int, ...]) -> Choice:
     return Choice(*(Tiles(*one) for one in tiles))
 
 
-TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd length": no row of W_k is aligned
+TILES = {  # (family, products); m n k c w warps stages per kernel; "odd length": no row of W_k is aligned
     ("sm_80", "half"): _choice((128, 128, 32, 64, 64, 8, 4), (128, 64, 64, 64, 64, 8, 3), (128, 64, 64, 32, 64, 8, 3)),
     ("sm_80", "tf32"): _choice((128, 64, 32, 32, 64, 8, 3), (128, 64, 32, 32, 64, 8, 3), (64, 64, 32, 16, 64, 8, 3)),
     ("sm_80", "single"): _choice((128, 128, 16, 32, 64, 8, 1), (128, 64, 16, 32, 64, 8, 1), (64, 64, 16, 16, 64, 8, 1)),
@@ -188,26 +192,26 @@ TILES = {  # (family, products); of each kernel m n k c w warps stages; "odd len
     ("hip", "tf32"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
     ("hip", "single"): _choice(*3 * [(32, 32, 32, 32, 32, 4, 1)]),
 }
-"""Those with which no kernel spills a register, or on Hopper more than 40 bytes; test_triton_compiled.py sees to that.
-(Of four modalities and layers of their own, the backward may still put some bytes aside, once for a task: 8 with T = 8,
-400 with T = 16.)
+"""Tiles with which no kernel spills a register, or on Hopper more than 40 bytes; test_triton_compiled.py checks that.
+(With four modalities and unshared layers, the backward may still spill some bytes once per task: 8 with T = 8, 400 with
+T = 16.)
 
-Large, because operands come from L2: a tile of 64 x 64 does 32 FLOP for each byte of bfloat16, one of 128 x 128 does
-64. For the 790 TFLOP/s of an H200 that is 25 or 12 TB/s, of an L2 from which neither can be had. "small" are the chips
-with 100 KiB of shared memory.
+The tiles are large because operands come from L2: a 64 x 64 tile does 32 FLOP per byte of bfloat16, a 128 x 128 tile
+64. For the 790 TFLOP/s of an H200 that takes 25 or 12 TB/s, and its L2 delivers neither. "small" means the chips with
+100 KiB of shared memory.
 """
 
 
 def aligned(problem: Problem) -> bool:
-    """Whether rows of activations begin at multiples of 16 bytes."""
+    """Return whether rows of activations begin at multiples of 16 bytes."""
     return all(d_m % 16 == 0 for d_m in problem.widths)
 
 
 def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, backward: bool) -> Tiles:
-    """Tile sizes.
+    """Return the tile sizes.
 
-    Where rows do not begin at multiples of 16 bytes, every element is loaded by an address of its own, which takes
-    registers. With an odd L those are the rows of W_k alone.
+    Where rows do not begin at multiples of 16 bytes, every element is loaded from its own address, which takes
+    registers. With an odd L this concerns only the rows of W_k.
     """
     if device.kind == "interpreter":
         return INTERPRETED
@@ -224,17 +228,18 @@ def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, back
 
 
 INLINING_PTXAS = (13, 3)
-"""The assembler from which on phases are inlined on Hopper: an older one may reuse registers that wgmma still reads."""
+"""The first assembler with which phases are inlined on Hopper; an older one may reuse registers that wgmma still
+reads."""
 
 TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64
 """Major capabilities on which Triton puts products into tensor memory, and of how many rows at least."""
 
 
 def calls(device: Device, tile: Tiles, precision: str) -> bool:
-    """Whether phases are functions that are called, and not inlined: each then has all registers for itself.
+    """Return whether phases are called rather than inlined; each called function has all registers to itself.
 
-    Triton has no tensor memory in such a function, and for AMD arguments beyond some number would go to memory. On
-    Hopper ptxas makes it wait for every wgmma (its remark C7510).
+    In such a function Triton cannot use tensor memory; for AMD, arguments beyond some number would go to memory. On
+    Hopper, ptxas makes it wait for every wgmma (its remark C7510).
     """
     tensor_memory = device.capability // 10 in TENSOR_MEMORY and max(tile.m, tile.w) >= TENSOR_MEMORY_ROWS
     wgmma = precision == "tf32" and tile.m >= 64
@@ -254,7 +259,7 @@ def constants(
     weights: bool = False,
     d_iterates: bool = False,
 ) -> tuple[Constants, Tiles]:
-    """What is compiled for a problem."""
+    """Return the compile-time constants and the tiles for a problem."""
     stream = streams(problem)
     frames = max(16, 1 << (problem.length - 1).bit_length()) if stream else 0
     tile = tiles(problem, dtype, tf32, device, backward)
@@ -322,8 +327,10 @@ def constants(
 def launch(
     problem: Problem, dtype: torch.dtype, device: Device, *, backward: bool, weights: bool = False, **flags: bool
 ) -> Launch:
-    """The launch of one direction; ``weights``: whether any gradient of a parameter is wanted; ``flags`` are those of
-    :func:`constants`."""
+    """Return the launch of one direction.
+
+    ``weights`` says whether the gradient of any parameter is wanted; ``flags`` are those of :func:`constants`.
+    """
     compiled, tile = constants(problem, dtype, device, backward=backward, weights=weights, **flags)
     programs = device.multiprocessors * tile.programs
     chunk = division.chunk_of(problem, tile, programs, compiled.stream)
@@ -352,7 +359,8 @@ def launch(
 
 
 def mask_bytes(problem: Problem, compiled: Constants, chunk: int) -> int:
-    """Bytes of the dropout masks of one iteration: a bit for every element of U, and of C where that is stored."""
+    """Return the bytes of one iteration's dropout masks: a bit for every element of U, and of C where that is
+    stored."""
     rows = -(-problem.length // 8)
     if not compiled.stream:
         rows += sum(-(-d_m // 8) for d_m in problem.widths)
@@ -360,13 +368,15 @@ def mask_bytes(problem: Problem, compiled: Constants, chunk: int) -> int:
 
 
 def gate_values(problem: Problem, chunk: int) -> int:
-    """Elements of the gate values of a chunk, rounded so that what follows is aligned."""
+    """Return the number of gate values of a chunk, rounded up so that the data after them is aligned."""
     return -(-chunk * problem.length * len(problem.widths) * sum(problem.gate_ways) // 64) * 64
 
 
 def parameter_elements(problem: Problem) -> int:
-    """Elements of the gradients of all parameters but W_k and b_k: each linear map begins at a multiple of 16, a gate
-    is given a block."""
+    """Return the gradient elements of all parameters except W_k and b_k.
+
+    Each linear map begins at a multiple of 16, and a gate takes a whole block.
+    """
     sizes = [
         (ways_block(problem) if name.startswith("gates") else rows) * (columns + problem.released)
         for name, rows, columns in expected_linears(problem)
@@ -376,16 +386,16 @@ def parameter_elements(problem: Problem) -> int:
 
 
 def key_elements(problem: Problem) -> int:
-    """The same of W_k and b_k."""
+    """Return the gradient elements of all W_k and b_k, laid out as in :func:`parameter_elements`."""
     maps = (1 if problem.shared else problem.iterations) * len(problem.widths)
     return maps * -(-problem.length * (problem.length + problem.released) // 16) * 16
 
 
 def ways_block(problem: Problem) -> int:
-    """A power of two that holds the ways of any gate, T + 1 at most, and the fewest columns of a product."""
+    """Return a power of two that holds the ways of any gate, at most T + 1, and the fewest columns of a product."""
     return 16 if problem.iterations < 16 else 32
 
 
 def unit(problem: Problem, chunk: int) -> int:
-    """Elements of one activation of a chunk, rounded so that the next one is aligned."""
+    """Return the elements of one activation of a chunk, rounded up so that the next one is aligned."""
     return -(-chunk * problem.length * problem.width // 64) * 64

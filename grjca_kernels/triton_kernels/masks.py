@@ -1,8 +1,9 @@
 """The dropout masks of operator.md.
 
-That of U, and of a C that is stored, is drawn once per iteration into the workspace: a byte for eight rows of a column,
-bit by bit whether they are kept, and so one Philox call for each byte. First come those of U, [sample, L / 8, d] with
-the modalities side by side, then those of C, [sample, modality, d_m / 8, d]. A C that is streamed is drawn on the way.
+The masks of U, and of a stored C, are drawn once per iteration into the workspace. A byte holds one bit for each of
+eight rows of a column, set where the element is kept, and takes one Philox call. The masks of U come first, [sample, L
+/ 8, d] with the modalities side by side, then those of C, [sample, modality, d_m / 8, d]. The mask of a streamed C is
+drawn where it is used.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from grjca_kernels.triton_kernels.primitives import chunk_of, entry, length_of, 
 
 GROUPS: tl.constexpr = tl.constexpr(8)
 COLUMNS: tl.constexpr = tl.constexpr(128)
-"""Bytes that a task draws."""
+"""The bytes along a row that a task draws."""
 
 
 @triton.jit
 def threshold(a):
-    """A 16-bit draw below it is dropped."""
+    """Return the 16-bit value below which a draw drops its element."""
     return tl.cast(a.scalars.threshold_unspecialized // 2, tl.uint32)
 
 
 @triton.jit
 def philox(c0, c1, c2, c3, p_seed):
-    """Philox4x32, seven rounds, on uint32 tensors; the key is the low and the high word of the seed."""
+    """Compute Philox4x32 with seven rounds on uint32 tensors; the key is the low and the high word of the seed."""
     seed = tl.load(p_seed)
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in tl.static_range(7):
@@ -39,9 +40,10 @@ def philox(c0, c1, c2, c3, p_seed):
 
 @triton.jit
 def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Transposed, [WIDTH, ROWS]: 0 or 1 / (1 - p) for C_m[row:, column:] of a sample; ``row`` divides by 8.
+    """Return 0 or 1 / (1 - p) for C_m[row:, column:] of a sample, transposed, [WIDTH, ROWS]; ``row`` is a multiple of
+    8.
 
-    One Philox call decides eight rows of a column, and so eight neighbours here.
+    One Philox call decides eight rows of a column, which are neighbours here.
     """
     zero = tl.zeros((WIDTH, ROWS // 8), tl.uint32)
     c0 = zero + (column + tl.arange(0, WIDTH)).to(tl.uint32)[:, None]
@@ -57,15 +59,15 @@ def factors_of_correlation(a, sample, t, m, row, column, ROWS: tl.constexpr, WID
 
 @triton.jit
 def kept_bits(word, least):
-    """Of the two draws in a word: bit 0 and bit 1, set where they keep."""
+    """Return bits 0 and 1 for the two draws in a word, set where they keep their elements."""
     return ((word & 0xFFFF) >= least).to(tl.uint32) | ((word >> 16) >= least).to(tl.uint32) << 1
 
 
 @triton.jit
 def store_bits(p, a, columns, groups, samples, t, m, SITE: tl.constexpr, mask):
-    """A byte for eight rows of a column, bit by bit whether they are kept; ``groups`` counts the rows by eight.
+    """Store a byte for every eight rows of a column, with set bits for kept rows; ``groups`` are the rows divided by 8.
 
-    Index tensors that broadcast to the shape of ``p``.
+    All are index tensors that broadcast to the shape of ``p``.
     """
     zero = (samples + groups + columns) * 0
     c0, c1, c2 = (zero + columns).to(tl.uint32), (zero + groups).to(tl.uint32), (zero + samples).to(tl.uint32)
@@ -77,24 +79,24 @@ def store_bits(p, a, columns, groups, samples, t, m, SITE: tl.constexpr, mask):
 
 @triton.jit
 def load_factors(p, a, rows, mask):
-    """0 or 1 / (1 - p) by the bytes of store_bits; ``rows`` says which bit."""
+    """Return 0 or 1 / (1 - p) from the bytes of store_bits; ``rows`` selects the bit."""
     bits = tl.load(p, mask=mask, other=0).to(tl.int32)
     return tl.where((bits >> rows % 8) & 1 != 0, a.scalars.kept, 0.0)
 
 
-# ---- where they stand
+# ---- places of the masks
 
 
 @triton.jit
 def output_bits(a, sample, row, C: tl.constexpr):
-    """Pointer to the bits of U of a sample, at a row of [L, d]."""
+    """Return the pointer to the bits of U of a sample, at a row of [L, d]."""
     groups = tl.cdiv(length_of(a, C), 8)
     return a.bits + (tl.cast(sample, tl.int64) * groups + row // 8) * a.shape.width
 
 
 @triton.jit
 def correlation_bits(a, sample, m, row, C: tl.constexpr):
-    """The same of C_m, at a row of [d_m, d]."""
+    """Return the pointer to the bits of C_m of a sample, at a row of [d_m, d]."""
     before, groups = m * 0, m * 0
     for n in tl.static_range(len(a.shape.widths)):
         groups += tl.cdiv(a.shape.widths[n], 8)
@@ -108,13 +110,13 @@ def correlation_bits(a, sample, m, row, C: tl.constexpr):
 
 @triton.jit
 def output_blocks(a, count, C: tl.constexpr):
-    """Into how many blocks the groups of all samples' frames are cut."""
+    """Return the number of blocks into which the row groups of all samples are divided."""
     return tl.cdiv(count * tl.cdiv(length_of(a, C), 8), GROUPS)
 
 
 @triton.jit
 def drawing_tasks(a, count, C: tl.constexpr):
-    """Tasks of draw; none without dropout."""
+    """Return the number of tasks of draw, 0 without dropout."""
     tasks = count * 0
     if C.dropout:
         tasks += output_blocks(a, count, C) * modality_blocks(a.shape.widths, COLUMNS)
@@ -125,7 +127,7 @@ def drawing_tasks(a, count, C: tl.constexpr):
 
 @triton.jit
 def draw(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i of iteration t."""
+    """Draw the bytes of task i of iteration t."""
     of_outputs = output_blocks(a, count, C) * modality_blocks(a.shape.widths, COLUMNS)
     if i < of_outputs:
         draw_output(a, t, first, count, i, C)
@@ -135,7 +137,7 @@ def draw(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def draw_output(a, t, first, count, i, C: tl.constexpr):
-    """For U: groups of all samples one after another."""
+    """Draw for U, with the groups of all samples in sequence."""
     m, offset, c, block = modality_task(a.shape.widths, i, output_blocks(a, count, C), COLUMNS)
     of_sample = tl.cdiv(length_of(a, C), 8)
     group = (block * GROUPS + tl.arange(0, GROUPS))[:, None]
@@ -147,7 +149,7 @@ def draw_output(a, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def draw_correlation(a, t, first, count, i, C: tl.constexpr):
-    """For C: rows of a modality and columns of all."""
+    """Draw for C: the rows of one modality and the columns of all."""
     width = a.shape.width
     blocks = tl.cdiv(width, COLUMNS)
     m, _, row, place = modality_task(a.shape.widths, i, count * blocks, 8 * GROUPS)

@@ -1,7 +1,7 @@
-"""What all phases are made of: tiles of products, tanh, lookups, who does what, and the grid barrier.
+"""Building blocks of all phases: tiles of products, tanh, lookups, the division of tasks, and the grid barrier.
 
-Prefixes: i_ task indices, o_ offsets within a tile, m_ masks, p_ pointers, b_ loaded tiles. ``a`` is Arguments, ``C``
-the launch configuration (config.Constants). Only what Triton 3.6 has is used.
+Prefixes: i_ task indices, o_ offsets within a tile, m_ masks, p_ pointers, b_ loaded tiles. ``a`` is Arguments, and
+``C`` the launch configuration (config.Constants). The code uses only features of Triton 3.6.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import triton.language as tl
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of float32. (To Triton 3.6 an attribute of ``C`` is a number only where it is passed on.)"""
+    """Return a float32 tile of zeros. (In Triton 3.6 an attribute of ``C`` is a number only when passed to a
+    function.)"""
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit
 def zero_vector(SIZE: tl.constexpr):
-    """The same in one dimension."""
+    """Return a float32 vector of zeros."""
     return tl.zeros((SIZE,), tl.float32)
 
 
 @triton.jit
 def dot(b_a, b_b, acc, C: tl.constexpr):
-    """acc + A B, or A B. Before 3.7 Triton sets no fence between cp.async and wgmma (its issue 9610): here it is."""
+    """Return acc + A B, or A B. Triton before 3.7 has no fence between cp.async and wgmma (its issue 9610), so it is
+    here."""
     if C.fence:
         tl.inline_asm_elementwise(
             "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False,
@@ -37,7 +39,8 @@ def dot(b_a, b_b, acc, C: tl.constexpr):
 
 @triton.jit
 def product(acc, p_a, s_am, s_ak, p_b, s_bk, s_bn, rows, columns, terms, TERMS: tl.constexpr, C: tl.constexpr):
-    """acc + A B for a tile of A [rows, terms] and B [terms, columns], at most as large as ``acc``; TERMS at a time."""
+    """Return acc + A B for a tile of A [rows, terms] and B [terms, columns], at most as large as ``acc``, in steps of
+    TERMS."""
     o_m, o_n, o_k = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1]), tl.arange(0, TERMS)
     m_a, m_b = (o_m < rows)[:, None], (o_n < columns)[None, :]
     p_a += o_m[:, None] * s_am + o_k[None, :] * s_ak
@@ -54,7 +57,7 @@ def product(acc, p_a, s_am, s_ak, p_b, s_bk, s_bn, rows, columns, terms, TERMS: 
 
 @triton.jit
 def sum_rows(p, s_row, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over the rows of a matrix [rows, columns] with unit stride along columns: [COLUMNS]."""
+    """Return the sums over the rows of a matrix [rows, columns] with unit column stride: [COLUMNS]."""
     o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     acc = zeros(ROWS, COLUMNS)
     p += o_r[:, None] * s_row + o_c[None, :]
@@ -66,7 +69,7 @@ def sum_rows(p, s_row, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def store_tile(p, s_row, tile, rows, columns):
-    """Rounds a tile to the pointer's type and stores what of it exists; unit stride along columns."""
+    """Round a tile to the pointer's type and store its valid part; the column stride is 1."""
     o_r, o_c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
     mask = (o_r < rows)[:, None] & (o_c < columns)[None, :]
     tl.store(p + o_r[:, None] * s_row + o_c[None, :], tile.to(p.dtype.element_ty), mask=mask)
@@ -74,7 +77,7 @@ def store_tile(p, s_row, tile, rows, columns):
 
 @triton.jit
 def load_tile(p, s_row, s_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS], zeros beyond [rows, columns]."""
+    """Load [ROWS, COLUMNS], with zeros beyond [rows, columns]."""
     o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     mask = (o_r < rows)[:, None] & (o_c < columns)[None, :]
     return tl.load(p + o_r[:, None] * s_row + o_c[None, :] * s_column, mask=mask, other=0)
@@ -82,7 +85,7 @@ def load_tile(p, s_row, s_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def add_row(tile, p, columns):
-    """tile + a row vector of ``columns`` elements, the bias of a linear map."""
+    """Return tile + a row vector of ``columns`` elements, the bias of a linear map."""
     o_c = tl.arange(0, tile.shape[1])
     return tile + tl.load(p + o_c, mask=o_c < columns, other=0).to(tl.float32)[None, :]
 
@@ -92,9 +95,9 @@ def add_row(tile, p, columns):
 
 @triton.jit
 def tanh(x, C: tl.constexpr):
-    """tanh of float32, NaN for NaN. For 16-bit types the processor's own, good to 2^-11; else to about 2 ulp.
+    """Return tanh of float32, NaN for NaN: for 16-bit types the processor's, accurate to 2^-11, else to about 2 ulp.
 
-    Near zero x + x z P(z), z = x^2, with the coefficients of csrc/cpu/fit_tanh.py; elsewhere by exp.
+    Near zero it is x + x z P(z), z = x^2, with the coefficients of csrc/cpu/fit_tanh.py; elsewhere it uses exp.
     """
     if C.approximate_tanh:
         y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -112,13 +115,13 @@ def tanh(x, C: tl.constexpr):
 
 @triton.jit
 def relu(x):
-    """max(x, 0), NaN for NaN."""
+    """Return max(x, 0), NaN for NaN."""
     return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
 def where_positive(x, d):
-    """Through relu, given its argument or its value; a NaN in x passes, as in autograd."""
+    """Return d through a relu whose argument or value is x; a NaN in x passes d on, as in autograd."""
     return tl.where(x <= 0, 0.0, d)
 
 
@@ -127,19 +130,20 @@ def where_positive(x, d):
 
 @triton.jit
 def chunk_of(a):
-    """Samples that pass through the workspace together."""
+    """Return how many samples pass through the workspace together."""
     return a.shape.chunk_unspecialized // 2
 
 
 @triton.jit
 def length_of(a, C: tl.constexpr):
-    """L."""
+    """Return L."""
     return a.shape.length_parts * C.length_step
 
 
 @triton.jit
 def frames(a, sample, C: tl.constexpr):
-    """Present frames of a sample, or of a tensor of samples. Lengths outside 0..L count as the nearer of both."""
+    """Return the present frames of a sample, or of a tensor of samples. Lengths outside 0..L count as the nearer of
+    both."""
     length = length_of(a, C)
     if C.lengths:
         given = tl.load(a.lengths + sample)
@@ -150,7 +154,7 @@ def frames(a, sample, C: tl.constexpr):
 
 @triton.jit
 def entry(numbers, m):
-    """numbers[m] for m known at run time."""
+    """Return numbers[m] for m known only at run time."""
     value = numbers[0]
     for n in tl.static_range(1, len(numbers)):
         value = tl.where(m == n, numbers[n], value)
@@ -159,7 +163,7 @@ def entry(numbers, m):
 
 @triton.jit
 def offset_of(widths, m):
-    """Where modality m begins among all columns."""
+    """Return the first column of modality m among all columns."""
     offset = m * 0
     for n in tl.static_range(len(widths) - 1):
         offset += tl.where(m > n, widths[n], 0)
@@ -168,7 +172,7 @@ def offset_of(widths, m):
 
 @triton.jit
 def view_of(views, m):
-    """views[m] for m known at run time: pointer, the three strides, and whether it was given."""
+    """Return views[m] for m known only at run time: pointer, the three strides, and whether it was given."""
     data, sample, frame = views[0].data, views[0].sample, views[0].frame
     column, given = views[0].column, views[0].given
     for n in tl.static_range(1, len(views)):
@@ -180,7 +184,7 @@ def view_of(views, m):
 
 @triton.jit
 def parameter(parameters, layer, m, FIRST: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr):
-    """The pointer that stands at FIRST + STEP m within the parameters of a layer; layer and m known at run time."""
+    """Return the pointer at FIRST + STEP m in the parameters of a layer; layer and m are known only at run time."""
     LAYERS: tl.constexpr = C.layers
     MODALITIES: tl.constexpr = C.modalities if STEP > 0 else 1
     p = parameters[FIRST]
@@ -192,7 +196,7 @@ def parameter(parameters, layer, m, FIRST: tl.constexpr, STEP: tl.constexpr, C: 
 
 @triton.jit
 def gate_parameter(parameters, m, g, BIAS: tl.constexpr, C: tl.constexpr):
-    """W_g or b_g of gate g of modality m."""
+    """Return W_g or b_g of gate g of modality m."""
     STEP: tl.constexpr = 2 if C.released else 1
     MODALITIES: tl.constexpr = C.modalities
     GATES: tl.constexpr = C.gates
@@ -206,28 +210,31 @@ def gate_parameter(parameters, m, g, BIAS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def layer_of(t, C: tl.constexpr):
-    """Which layer iteration t uses."""
+    """Return which layer iteration t uses."""
     return t if C.layers > 1 else t * 0
 
 
 @triton.jit
 def slot(a, i):
-    """The i-th activation [chunk, L, d] of the workspace."""
+    """Return the pointer to the i-th activation [chunk, L, d] of the workspace."""
     return a.activation_workspace + tl.cast(a.shape.unit, tl.int64) * i
 
 
 @triton.jit
 def state(a, t, first, C: tl.constexpr):
-    """X^t of a chunk, [rows, d]: X^0 in the workspace, the others among the iterates. ``first`` is its first sample."""
+    """Return the pointer to X^t of a chunk, [rows, d], whose first sample is ``first``.
+
+    X^0 is in the workspace, and the others are among the iterates.
+    """
     place = (tl.cast(t - 1, tl.int64) * (a.batch_unspecialized // 2) + first) * length_of(a, C) * a.shape.width
     place = tl.where(t == 0, tl.cast(a.shape.unit, tl.int64) * C.slot_initial, place)
-    # Two choices, because for AMD Triton 3.6 fails on one of both.
+    # Two selections, because for AMD Triton 3.6 fails on a single one.
     return tl.where(t == 0, a.activation_workspace, a.iterates) + place
 
 
 @triton.jit
 def modality_blocks(widths, BLOCK: tl.constexpr):
-    """Into how many blocks of columns the modalities are cut, each on its own."""
+    """Return the number of column blocks of all modalities, each of which is divided separately."""
     total = tl.cdiv(widths[0], BLOCK)
     for n in tl.static_range(1, len(widths)):
         total += tl.cdiv(widths[n], BLOCK)
@@ -236,9 +243,9 @@ def modality_blocks(widths, BLOCK: tl.constexpr):
 
 @triton.jit
 def modality_task(widths, i, groups, BLOCK: tl.constexpr):
-    """Task i of groups x blocks of columns, a modality after the other and the blocks of a group side by side.
+    """Locate task i of groups x column blocks: modality after modality, with the blocks of a group side by side.
 
-    Its modality, where that begins among all columns, where the block begins within it, and its group.
+    Return its modality, the modality's first column among all, the block's first column within it, and its group.
     """
     m, offset = i * 0, i * 0
     for n in tl.static_range(len(widths) - 1):
@@ -251,25 +258,26 @@ def modality_task(widths, i, groups, BLOCK: tl.constexpr):
     return m, offset, i % blocks * BLOCK, i // blocks
 
 
-# ---- who does what
+# ---- division of tasks
 
 
 @triton.jit
 def turns(tasks):
-    """How often the programs take turns until all tasks are given out."""
+    """Return how many turns the programs take until all tasks are done."""
     return tl.cdiv(tasks, tl.num_programs(0))
 
 
 @triton.jit
 def task_of(turn):
-    """The task of this program, to and fro: so those who had the first and longest get the last and shortest."""
+    """Return this program's task in a turn; the order alternates, so programs with the first, longest tasks get the
+    last."""
     i, n = tl.program_id(0), tl.num_programs(0)
     return turn * n + tl.where(turn % 2 == 0, i, n - 1 - i)
 
 
 @triton.jit
 def last_program():
-    """Programs counted from the last: it begins, as the first have more to do beside this."""
+    """Number the programs from the last, which begins because the first ones have more other work."""
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
@@ -278,11 +286,11 @@ def last_program():
 
 @triton.jit
 def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
-    """Runs a phase of iteration t for a chunk, by a call if ``C.called``. All phases take these arguments, used or not.
+    """Run a phase of iteration t for a chunk, by a call if ``C.called``. All phases take these arguments, used or not.
 
-    Inlined, what several phases have in common is computed ahead of all and kept, for which there are not registers
-    enough. Nothing in shared memory may live across a call, nor be on its way there: older Triton sees to neither (its
-    issues 11267 and 11326).
+    If phases were inlined, the compiler would compute their common values ahead of all and keep them, for which there
+    are not enough registers. Nothing in shared memory may live across a call, or be on its way there: older versions of
+    Triton handle neither (its issues 11267 and 11326).
     """
     tl.debug_barrier()
     if C.called:
@@ -294,13 +302,13 @@ def run(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit(noinline=True)
 def call(PHASE: tl.constexpr, a, to, t, first, count, C: tl.constexpr):
-    """One function for each phase."""
+    """Call one function per phase."""
     PHASE(a, to, t, first, count, C)
 
 
 @triton.jit
 def run_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constexpr):
-    """The same for task i of a phase that has several kinds, if there are so many tasks of this kind."""
+    """Run task i of a phase with several kinds of tasks, as :func:`run` does, if there are that many of this kind."""
     tl.debug_barrier()
     if C.called:
         call_task(TASK, a, to, t, first, count, i, tasks, C)
@@ -311,7 +319,7 @@ def run_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constex
 
 @triton.jit(noinline=True)
 def call_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.constexpr):
-    """One function for each kind. Without a condition Triton 3.9 would move its arguments to memory."""
+    """Call one function per kind. Without a condition Triton 3.9 would move its arguments to memory."""
     if i < tasks:
         TASK(a, to, t, first, count, i, C)
 
@@ -321,7 +329,8 @@ def call_task(TASK: tl.constexpr, a, to, t, first, count, i, tasks, C: tl.conste
 
 @triton.jit
 def wait_for_stores():
-    """Every wave of an AMD GPU for its own: only the one that runs the atomic would wait, and only for its own."""
+    """Wait for this wave's own stores on an AMD GPU: otherwise only the wave that runs the atomic would wait for its
+    own."""
     lanes = tl.arange(0, 64)
     tl.inline_asm_elementwise(
         "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [lanes], dtype=tl.int32, is_pure=False, pack=1
@@ -330,10 +339,10 @@ def wait_for_stores():
 
 @triton.jit
 def grid_barrier(p_counter, C: tl.constexpr):
-    """Waits until all programs of a cooperative launch are here, and makes what they wrote visible.
+    """Wait until all programs of a cooperative launch have arrived, and make their writes visible.
 
-    The first program adds 2^31 - (n - 1), each other one 1: the highest bit flips when the last has come, and the lower
-    bits are then 0 again.
+    The first program adds 2^31 - (n - 1), and every other one adds 1: the highest bit flips when the last arrives, and
+    the lower bits are then 0 again.
     """
     if C.hip:
         wait_for_stores()

@@ -1,11 +1,10 @@
 """Gradients of the parameters, without atomics.
 
-A task sums a tile of one gradient over one part of the rows, or of the samples in the gradient of W_k. Where there is
-but one part, and all samples pass at once, that is the gradient, and it is stored where the caller wants it. Otherwise
-there are two stages: sums of parts stand in ``fp32_workspace``, [part, element], by layers and the gates last
-(place_of), and those of W_k behind all others; what an earlier chunk, or an iteration that shares the layer, has left
-there is added to; and at the very end reduce adds the parts, four side by side. So every sum has one order, whatever
-the grid.
+A task sums a tile of one gradient over one part of the rows (of the samples, for W_k). If there is only one part, and
+all samples are processed at once, that sum is the gradient and is stored at the caller's address. Otherwise there are
+two stages. The sums of the parts are kept in ``fp32_workspace``, [part, element], by layers with the gates last
+(place_of), and those of W_k after all others; they are added to what an earlier chunk, or an iteration that shares the
+layer, has stored. At the end reduce adds the parts, four at a time. So every sum has one order, for any grid.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ from grjca_kernels.triton_kernels.primitives import (
 QUERY: tl.constexpr = tl.constexpr(3)
 GATES: tl.constexpr = tl.constexpr(4)
 REDUCED: tl.constexpr = tl.constexpr(512)
-"""Elements that a program reduces at once."""
+"""The elements that a program reduces at once."""
 PARTS: tl.constexpr = tl.constexpr(4)
-"""Parts that it loads at once."""
+"""The parts that it loads at once."""
 
-# ---- where a gradient stands
+# ---- places of gradients
 
 
 @triton.jit
 def linear_size(rows, columns, C: tl.constexpr):
-    """Elements of a linear map [rows, columns] with its bias, rounded so that the next one is aligned."""
+    """Return the elements of a linear map [rows, columns] with its bias, rounded up so that the next one is aligned."""
     return tl.cdiv(tl.cast(rows, tl.int64) * columns + (rows if C.released else 0), 16) * 16
 
 
 @triton.jit
 def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
-    """Where W of a layer begins among the sums of a part, or the gates of modality m."""
+    """Return where W of a layer, or of the gates of modality m, begins among the sums of a part."""
     width, length = a.shape.width, length_of(a, C)
     LAYERS: tl.constexpr = C.layers
     MODALITIES: tl.constexpr = C.modalities
@@ -83,7 +82,7 @@ def place_of(a, layer, m, KIND: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def parts_unspecialized(a, KIND: tl.constexpr):
-    """Of the samples, for W_k, or of the rows: see arguments.Shape."""
+    """Return the encoded number of parts of the samples (W_k) or of the rows (others); see arguments.Shape."""
     if KIND == KEY:
         return a.shape.key_parts_odd
     else:
@@ -92,19 +91,19 @@ def parts_unspecialized(a, KIND: tl.constexpr):
 
 @triton.jit
 def parts_of(a, KIND: tl.constexpr):
-    """Parts whose sums are formed apart."""
+    """Return the number of parts with separate sums."""
     return tl.maximum(parts_unspecialized(a, KIND) // 2 - 1, 1)
 
 
 @triton.jit
 def single_part(a, KIND: tl.constexpr):
-    """Whether the sum over one part is the whole gradient of a parameter."""
+    """Return whether the sum over one part is the whole gradient of a parameter."""
     return parts_unspecialized(a, KIND) // 2 == 1
 
 
 @triton.jit
 def part_of(a, part, KIND: tl.constexpr):
-    """Pointer to the sums of a part."""
+    """Return the pointer to the sums of a part."""
     p = a.fp32_workspace + a.shape.gate_values
     if KIND == KEY:
         p += tl.cast(a.shape.parts_unspecialized // 2 - 1, tl.int64) * a.shape.gradients
@@ -116,9 +115,9 @@ def part_of(a, part, KIND: tl.constexpr):
 
 @triton.jit
 def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh, KIND: tl.constexpr):
-    """Stores a tile that begins at element ``at`` of a gradient: there, or among the sums of its part.
+    """Store a tile that begins at element ``at`` of a gradient: in the gradient itself, or among the sums of its part.
 
-    Sums are added to what stands there, unless that is fresh.
+    A sum is added to the stored one, unless it is ``fresh``.
     """
     if single_part(a, KIND):
         store_tile(p_gradient + at, s_row, tile, rows, columns)
@@ -132,7 +131,7 @@ def keep(a, p_gradient, place, part, at, tile, s_row, rows, columns, fresh, KIND
 
 @triton.jit
 def keep_vector(a, p_gradient, place, part, at, vector, n, fresh, KIND: tl.constexpr):
-    """The same for a bias."""
+    """Store a part of a bias's gradient, as :func:`keep` does."""
     o = tl.arange(0, vector.shape[0])
     if single_part(a, KIND):
         tl.store(p_gradient + at + o, vector.to(p_gradient.dtype.element_ty), mask=o < n)
@@ -143,13 +142,13 @@ def keep_vector(a, p_gradient, place, part, at, vector, n, fresh, KIND: tl.const
 
 @triton.jit
 def is_fresh(t, first, C: tl.constexpr):
-    """Whether this iteration of this chunk is the first to reach its layer."""
+    """Return whether this iteration of this chunk is the first to reach its layer."""
     return (first == 0) & ((C.layers > 1) | (t == C.iterations - 1))
 
 
 @triton.jit
 def rows_of_part(part, parts, rows, BLOCK: tl.constexpr):
-    """First row of a part, and how many it has; or the same of samples."""
+    """Return the first row (or sample) of a part, and how many it has."""
     size = tl.cdiv(tl.cdiv(rows, parts), BLOCK) * BLOCK
     begin = tl.minimum(part * size, rows)
     return begin, tl.minimum(size, rows - begin)
@@ -160,7 +159,7 @@ def rows_of_part(part, parts, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def linear_tiles(rows, columns, C: tl.constexpr):
-    """Into how many tiles a gradient is cut."""
+    """Return the number of tiles of a gradient."""
     return tl.cdiv(rows, C.block_w) * tl.cdiv(columns, C.block_w)
 
 
@@ -168,7 +167,7 @@ def linear_tiles(rows, columns, C: tl.constexpr):
 def linear_tile(
     a, p_weight, p_bias, place, p_dy, s_dy, p_x, s_x, outputs, inputs, i, part, t, first, count, C: tl.constexpr
 ):
-    """Tile i of d W = d y^T x over the rows of a part, and with the first column of tiles a part of d b."""
+    """Compute tile i of d W = d y^T x over the rows of a part, and with the first column of tiles a part of d b."""
     r, c = i // tl.cdiv(inputs, C.block_w) * C.block_w, i % tl.cdiv(inputs, C.block_w) * C.block_w
     begin, rows = rows_of_part(part, parts_of(a, VALUE), count * length_of(a, C), C.block_k)
     p_dy += tl.cast(begin, tl.int64) * s_dy + r
@@ -186,13 +185,13 @@ def linear_tile(
 
 @triton.jit
 def output_weights_tasks(a, C: tl.constexpr):
-    """How many output_weights_task has."""
+    """Return the number of tasks of output_weights_task."""
     return parts_of(a, OUTPUT) * modality_blocks(a.shape.widths, C.block_w) * tl.cdiv(a.shape.width, C.block_w)
 
 
 @triton.jit
 def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a part of a tile of d W_h,m = d_update_m^T H_m."""
+    """Compute a part of a tile of d W_h,m = d_update_m^T H_m (task i)."""
     width, modalities, layer = a.shape.width, len(a.shape.widths), layer_of(t, C)
     n_columns = tl.cdiv(width, C.block_w)
     m, offset, r, place = modality_task(a.shape.widths, i, parts_of(a, OUTPUT) * n_columns, C.block_w)
@@ -208,7 +207,7 @@ def output_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def linear_weights_tasks(a, C: tl.constexpr):
-    """How many linear_weights_task has."""
+    """Return the number of tasks of linear_weights_task."""
     tiles = linear_tiles(a.shape.width, a.shape.width, C) if C.projected else a.shape.width * 0
     for n in tl.static_range(len(a.shape.widths)):
         tiles += linear_tiles(a.shape.widths[n], a.shape.widths[n], C)
@@ -217,7 +216,7 @@ def linear_weights_tasks(a, C: tl.constexpr):
 
 @triton.jit
 def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a part of a tile of d W_q = d J^T X, or of d W_v,m = d V_m^T X_m."""
+    """Compute a part of a tile of d W_q = d J^T X, or of d W_v,m = d V_m^T X_m (task i)."""
     width, layer, parts = a.shape.width, layer_of(t, C), parts_of(a, VALUE)
     MODALITIES: tl.constexpr = C.modalities
     of_query = linear_tiles(width, width, C) if C.projected else 0
@@ -249,18 +248,19 @@ def linear_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def key_weights_tasks(a, C: tl.constexpr):
-    """How many key_weights_task has."""
+    """Return the number of tasks of key_weights_task."""
     blocks = tl.cdiv(length_of(a, C), C.block_l if C.stream else C.block_w)
     return parts_of(a, KEY) * len(a.shape.widths) * blocks * blocks
 
 
 @triton.jit
 def key_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: a part of a tile of d W_k,m = sum of d K_m^T X_m^T over samples; with the first column of tiles d b_k.
+    """Compute a part of a tile of d W_k,m, the sum of d K_m^T X_m^T over samples, and with the first column d b_k (task
+    i).
 
-    One loop over the columns of all samples: it would drain at the end of each.
+    One loop covers the columns of all samples, because a loop per sample would drain its pipeline each time.
     """
-    BLOCK: tl.constexpr = C.block_l if C.stream else C.block_w  # a streamed C has no more frames
+    BLOCK: tl.constexpr = C.block_l if C.stream else C.block_w  # L fits in block_l if C is streamed
     STEP: tl.constexpr = C.block_k
     length, width, layer = length_of(a, C), a.shape.width, layer_of(t, C)
     part, i = i % parts_of(a, KEY), i // parts_of(a, KEY)
@@ -298,13 +298,13 @@ def key_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def gate_weights_tasks(a, C: tl.constexpr):
-    """How many gate_weights_task has."""
+    """Return the number of tasks of gate_weights_task."""
     return parts_of(a, GATES) * C.gates * modality_blocks(a.shape.widths, C.block_w)
 
 
 @triton.jit
 def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
-    """Task i: columns of d W_g = d_logits^T x for one gate and a part of the rows."""
+    """Compute columns of d W_g = d_logits^T x for one gate and a part of the rows (task i)."""
     width, parts = a.shape.width, parts_of(a, GATES)
     m, offset, c, place = modality_task(a.shape.widths, i, parts * C.gates, C.block_w)
     g, part, d_m = place // parts, place % parts, entry(a.shape.widths, m)
@@ -328,7 +328,7 @@ def gate_weights_task(a, to, t, first, count, i, C: tl.constexpr):
 
 @triton.jit
 def reduce(a, to, t, first, count, C: tl.constexpr):
-    """Adds the parts, rounds, and stores the gradients where the caller wants them."""
+    """Add the parts, round, and store the gradients where the caller wants them."""
     length, width = length_of(a, C), a.shape.width
     for n in tl.range(C.layers, disable_licm=True):
         if C.projected:
@@ -347,7 +347,7 @@ def reduce(a, to, t, first, count, C: tl.constexpr):
 
 @triton.jit
 def reduce_gate(a, to, m, g, C: tl.constexpr):
-    """Gate g of a modality."""
+    """Reduce gate g of a modality."""
     d_m = entry(a.shape.widths, m)
     p_weight = gate_parameter(to.parameters, m, g, 0, C)
     p_bias = gate_parameter(to.parameters, m, g, 1, C) if C.released else p_weight
@@ -357,7 +357,7 @@ def reduce_gate(a, to, m, g, C: tl.constexpr):
 
 @triton.jit
 def reduce_kind(a, to, n, m, KIND: tl.constexpr, outputs, inputs, C: tl.constexpr):
-    """W_k, W_v or W_h of a layer and modality."""
+    """Reduce W_k, W_v or W_h of a layer and modality."""
     p_weight = linear_parameter(to, n, m, KIND, 0, C)
     p_bias = linear_parameter(to, n, m, KIND, 1, C) if C.released else p_weight
     reduce_linear(a, p_weight, p_bias, place_of(a, n, m, KIND, C), outputs, inputs, KIND + m, KIND, C)
@@ -365,7 +365,7 @@ def reduce_kind(a, to, n, m, KIND: tl.constexpr, outputs, inputs, C: tl.constexp
 
 @triton.jit
 def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, KIND: tl.constexpr, C: tl.constexpr):
-    """W and b of one linear map, unless they are whole."""
+    """Reduce W and b of one linear map, unless they are already whole."""
     if not single_part(a, KIND):
         weights = tl.cast(outputs, tl.int64) * inputs
         reduce_elements(a, p_weight, place, weights, turn, KIND)
@@ -375,7 +375,8 @@ def reduce_linear(a, p_weight, p_bias, place, outputs, inputs, turn, KIND: tl.co
 
 @triton.jit
 def reduce_elements(a, p_to, place, n, turn, KIND: tl.constexpr):
-    """``turn`` lets another program begin with each parameter, since most are smaller than the grid."""
+    """Reduce ``n`` elements. ``turn`` starts each parameter at another program, since most are smaller than the
+    grid."""
     o, o_part = tl.arange(0, REDUCED), tl.arange(0, PARTS)[:, None]
     p_from = part_of(a, 0, KIND) + place
     size, parts = a.shape.key_gradients if KIND == KEY else a.shape.gradients, parts_of(a, KIND)
