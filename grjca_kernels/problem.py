@@ -51,7 +51,7 @@ SETTINGS = ("iterations", "gating", "form", "dropout", "temperature", "normalize
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call except its tensors. Only :func:`check` builds one, so a Problem is always legal."""
+    """Everything about a call except its tensors. :func:`check` builds it, for legal input only."""
 
     batch: int
     length: int

@@ -232,7 +232,7 @@ INLINING_PTXAS = (13, 3)
 reads."""
 
 TENSOR_MEMORY, TENSOR_MEMORY_ROWS = (10, 11), 64
-"""Major capabilities on which Triton puts products into tensor memory, and of how many rows at least."""
+"""The major capabilities on which Triton puts products into tensor memory, and the fewest rows of such a product."""
 
 
 def calls(device: Device, tile: Tiles, precision: str) -> bool:
