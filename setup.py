@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# Where a source lies says how it is compiled; the first row that fits decides.
+# A source's path decides how it is compiled; the first matching row applies.
 RULES = {
     "csrc/*.cpp": "once",
     "csrc/cpu/dispatch.cpp": "once",
@@ -34,7 +34,7 @@ INSTRUCTION_SETS = {  # on x86-64; elsewhere baseline alone. A source knows its 
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"  # the last is wrong about GCC 12's own AVX-512 header
+FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"  # that warning is a false alarm on GCC 12's own AVX-512 header
 NVCC_FLAGS = "-O3 -std=c++17 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 # Its runtime is hidden: PyTorch brings one of its own, whose functions would otherwise be taken for these.
 LINK_CUDA = "-cudart static -shared -Xlinker --exclude-libs,ALL"
@@ -46,15 +46,15 @@ BUILD = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.ca
 
 
 def works(cxx, flag, header, text=""):
-    """Whether a library comes out: what PATH holds may be a stub, or lack its headers or its linker."""
+    """Whether this compiler makes a library: the one on PATH may be a stub, or lack its headers or its linker."""
     with tempfile.TemporaryDirectory() as folder, suppress(OSError):
         command = [*shlex.split(cxx), flag, "-fPIC", "-shared", "-x", "c++", "-", "-o", f"{folder}/probe"]
         source = f"#include <{header}>\n{text}\n"
         return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
-# What the kernels need: of nvcc headers, a host compiler it accepts, and arguments of more than 4 KB (CUDA 12.1); of an
-# architecture cp.async (8.0).
+# The kernels need nvcc's headers, a host compiler that it accepts, kernel arguments of more than 4 KB (CUDA 12.1), and
+# an architecture with cp.async (8.0).
 PROBE = """#include <cuda_runtime.h>
 #include <string>
 struct Large { char bytes[8000]; };
@@ -64,7 +64,7 @@ int version() { int n = 0; return cudaDriverGetVersion(&n) + n; }
 
 
 def find_nvcc(cxx):
-    """The command of an nvcc that works, or None; an empty CUDACXX means that there shall be none."""
+    """The command of an nvcc that works, or None. An empty CUDACXX turns the CUDA kernels off."""
     nvcc = os.environ.get("CUDACXX")
     if nvcc is None:
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -107,8 +107,9 @@ def architectures():
 
 
 def generate_code():
-    """Machine code for every architecture. A third of the time is nvcc's front end, and nothing in csrc depends on the
-    architecture, so that of the oldest serves all, and its PTX runs on what is newer. Names with a letter go alone."""
+    """The flags for machine code of every architecture. The front end takes a third of nvcc's time and nothing in csrc
+    depends on the architecture, so it runs once, for the oldest, whose PTX also runs on newer GPUs. Architectures named
+    with a letter are compiled separately."""
     plain = sorted((name for name in architectures() if name.isdecimal()), key=int)
     codes = {name: [f"sm_{name}"] for name in architectures() if not name.isdecimal()}
     if plain:
@@ -117,7 +118,7 @@ def generate_code():
 
 
 def jobs():
-    """One per core, but no more than fit into the memory of the machine and of the container."""
+    """One job per core, but no more than fit into the memory of the machine and of the container."""
     room = [(os.cpu_count() or 1) * BYTES_PER_JOB]
     with suppress(OSError):
         room += [int(kib) << 10 for kib in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())]
@@ -128,7 +129,7 @@ def jobs():
 
 
 def instruction_sets(cxx):
-    """Name -> flags of those that the library shall hold."""
+    """The instruction sets that the library will contain: name -> flags."""
     alone = os.environ.get("GRJCA_INSTRUCTION_SET")
     if alone and X86:  # the library then knows no other, and chooses none at run time
         if alone not in (takes_all := [name for name in INSTRUCTION_SETS if name != "avx512bf16"]):
@@ -178,8 +179,8 @@ def ninja_file(cxx, library):
     longest_first = {"csrc/cuda/backward.cu": 0, "csrc/cuda/forward.cu": 1}
     for source, out, tool in sorted(steps, key=lambda step: longest_first.get(step[0].as_posix(), 2)):
         text += f"build {out}: compile {source}\n  tool = {tool}\n"
-    # Of an inline function that several objects contain, the linker keeps the first. They stand in the order of
-    # INSTRUCTION_SETS, so that the one kept runs wherever any of its callers does.
+    # The linker keeps the first copy of an inline function that several objects contain. Objects are in the order of
+    # INSTRUCTION_SETS, so the copy kept runs on every processor that runs one of its callers.
     return text + f"build {library}: link {' '.join(out for _, out, _ in steps)}\n"
 
 

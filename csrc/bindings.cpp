@@ -102,7 +102,7 @@ Resources resources(const Host& host) {
 
 // ---- the tensors of a Call, and of Gradients: grjca_kernels/call.py
 
-// One of them, for what is said of it.
+// The name of one tensor, for error messages.
 struct Name {
   const Problem& p;
   const char* what;
@@ -113,7 +113,7 @@ struct Name {
   }
 };
 
-// Where its elements are; refused, by the sentence of Python, if there are some and no memory.
+// Finds a tensor's elements. Python words the refusal of a tensor that has elements but no memory.
 Seen look(const Name& name, py::handle tensor) {
   const Seen seen = python::look(tensor);
   if (!seen.data && seen.elements() != 0)
@@ -129,7 +129,7 @@ py::sequence sequence(const char* what, size_t expected, py::handle tensors) {
   return found;
 }
 
-// [B, L, columns] of every modality, or None; and after `steps`, if any, T before.
+// [B, L, columns] of every modality, or None; with `steps`, [T, B, L, columns].
 template <class Columns>
 void set_views(const Problem& p, const char* what, py::handle tensors, Columns columns, View (&to)[kMaxModalities],
                int64_t (*steps)[kMaxModalities] = nullptr) {
@@ -181,7 +181,7 @@ void* address(const Problem& p, const char* what, int64_t elements, py::handle t
   return seen.data;
 }
 
-// What both directions read. A seed on the host is read here; elsewhere its address is handed on.
+// The inputs of both directions. A seed on the host is read here; the address of any other seed is passed on.
 struct Read {
   std::vector<py::object> copies;
   std::vector<void*> weights;
@@ -214,7 +214,7 @@ ForwardOutputs outputs_of(const Problem& p, py::handle call) {
   return to;
 }
 
-// What a backward reads and writes beside.
+// The further inputs and the outputs of a backward.
 struct Written {
   std::vector<void*> weights;
   BackwardTensors tensors{};
@@ -262,7 +262,7 @@ void cpu_backward(const Problem& p, py::handle call, py::handle gradients, const
 
 #ifdef GRJCA_CUDA
 
-// A launch and the problem it is of.
+// A launch and its problem.
 struct CudaLaunch {
   Problem p;
   cuda::Launch launch;

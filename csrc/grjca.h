@@ -67,7 +67,7 @@ struct Problem {
   }
 };
 
-// Where each parameter stands in the flat list of problem.flatten().
+// The index of each parameter in the flat list of problem.flatten().
 struct ParameterIndex {
   static constexpr int kMost = 2 * kMaxIterations * (3 * kMaxModalities + 1) + 2 * kMaxModalities * kMaxGates;
   const Problem& p;
@@ -122,16 +122,16 @@ struct Resources {
   int threads;
   const char* instruction_set;  // null: the best this processor has
   bool (*asked_to_stop)();      // the calling thread calls it every tenth of a second; null: the call runs to its end
-  cpu::PhaseTimes* times;       // to which the call adds its own, or null
+  cpu::PhaseTimes* times;       // the call adds its own times to these; may be null
 };
 
 namespace cpu {
 
-const char* const* instruction_sets();  // that this processor can run, best first, null-terminated
+const char* const* instruction_sets();  // those this processor can run, best first, null-terminated
 size_t kept_bytes(const Problem&, const Resources&);
 size_t forward_workspace(const Problem&, const Resources&);
 size_t backward_workspace(const Problem&, const Resources&);
-// These return false if they were asked to stop, and leave garbage in what they were to write.
+// Both return false if they were asked to stop; their outputs then hold garbage.
 bool forward(const Problem&, const Tensors&, const ForwardOutputs&, const Resources&);
 bool backward(const Problem&, const Tensors&, const BackwardTensors&, const Resources&);
 
@@ -139,9 +139,9 @@ bool backward(const Problem&, const Tensors&, const BackwardTensors&, const Reso
 
 namespace cuda {
 
-// Of one call. What is launched here runs later, in the order of the stream; nothing waits, nothing is allocated.
+// The resources of one call. Launches run later, in stream order; no call waits or allocates memory.
 struct Resources {
-  void* workspace;       // on the device, as all that follows
+  void* workspace;       // on the device
   const uint64_t* seed;  // instead of Tensors::seed
   void* stream;          // a cudaStream_t
   int device;
@@ -150,14 +150,14 @@ struct Resources {
 
 std::string why_not();  // why the CUDA runtime cannot work here; empty if it can
 
-// Blocks of a kernel that a device can hold at once, and of them on one multiprocessor.
+// How many blocks of a kernel can be resident on a device, and on one of its multiprocessors.
 struct Resident {
   int blocks, sharing;
 };
-// To be asked before the first launch on a device: it prepares the kernel.
+// Call this before the first launch on a device: it prepares the kernel.
 Resident resident(Dtype, bool tf32, bool backward, int device);
 
-// What a phase costs by the model of cuda/costs.h, which no GPU has confirmed.
+// The cost of a phase by the model of cuda/costs.h, which no GPU has confirmed.
 struct PhaseCost {
   const char* phase;
   int rows, columns;    // of its tiles; 0 where it has none
@@ -174,7 +174,7 @@ struct OtherKernels {
 };
 std::vector<PhaseCost> table(const Problem&, bool backward, bool weights, const OtherKernels&);
 
-// How problems of one kind are computed, in one direction: a pure function of what it is made from.
+// How to compute problems of one kind in one direction: a pure function of the constructor's arguments.
 class Launch {
  public:
   Launch(const Problem&, bool tf32, bool backward, bool weights, const Resident&);

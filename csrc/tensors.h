@@ -50,7 +50,7 @@ struct TensorTypes {
 };
 inline TensorTypes types;
 
-// Whether their exchange API is there, and to be used.
+// Returns whether the exchange API exists and is to be used.
 inline bool use_tensors(const py::type& tensor, const py::type& parameter, bool exchange) {
   types = {reinterpret_cast<PyTypeObject*>(tensor.ptr()), reinterpret_cast<PyTypeObject*>(parameter.ptr()), nullptr};
   if (!exchange || !py::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;

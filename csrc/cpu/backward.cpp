@@ -1,5 +1,5 @@
 // The backward pass: chunk by chunk, the gates, then the iterations in reverse, each recomputed from its saved X^t.
-// A name d_x is the gradient of the loss by x.
+// d_x is the gradient of the loss with respect to x.
 #include "iteration_backward.h"
 #include "kernels.h"
 

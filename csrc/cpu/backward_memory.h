@@ -14,7 +14,7 @@ namespace grjca::GRJCA_ISA {
 constexpr int64_t kCorrelationRows = kRowBlock, kCorrelationColumns = 256;
 inline int64_t correlation_rows(const Problem& p) { return p.batch > 2 ? kCorrelationRows : kCorrelationRows / 2; }
 
-// From so many frames on, tanh(K J) is held from attend() until d (V C) is there, instead of being computed anew: a
+// From this many frames on, tanh(K J) is held from attend() until d (V C) is there, instead of being computed anew: a
 // value takes L products. Tried at L = 300, where it pays; the limit is an estimate.
 constexpr int64_t kHeldFrom = 64;
 
@@ -50,7 +50,7 @@ struct ChunkGradients {
   }
 };
 
-// What passes from equation to equation within a unit.
+// Intermediate results that one equation passes to the next within a unit.
 template <class E, class H = Held<E>, class R = Compute<E>>
 struct Transients {
   H* d_attended;         // d (V C), [rows, hidden_ld]

@@ -1,4 +1,4 @@
-// The forward pass: of every unit of samples all iterations, then the gates.
+// The forward pass: for every unit of samples, all iterations and then the gates.
 #include "gates.h"
 #include "iteration.h"
 #include "kernels.h"

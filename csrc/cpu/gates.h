@@ -1,4 +1,4 @@
-// What is done frame by frame: input normalisation and the gates, forward and backward, for one modality of one frame.
+// The work done frame by frame: input normalisation and the gates, forward and backward, for one modality of one frame.
 #pragma once
 
 #include <math.h>

@@ -29,7 +29,7 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-// What products take their operands as: bfloat16 where the processor multiplies that, the arithmetic type elsewhere.
+// The operand type of products: bfloat16 where the processor multiplies it, the arithmetic type elsewhere.
 template <class S>
 struct OperandOf {
   using type = Compute<S>;

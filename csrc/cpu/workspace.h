@@ -30,7 +30,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Returns the piece that stands so many bytes behind this one, or null for null.
+// Returns the piece that many bytes after this one, or null for null.
 template <class T>
 T* beyond(T* piece, int64_t bytes) {
   return piece ? reinterpret_cast<T*>(reinterpret_cast<char*>(piece) + bytes) : nullptr;
@@ -85,7 +85,7 @@ constexpr int64_t kTerms = 512, kGroup = 256;
 
 inline int64_t samples_per_group(const Problem& p) { return larger(1, kGroup / p.length); }
 
-// How a batch is shared out. It is walked in chunks, and a chunk in units, each the work of one of `workers` threads
+// How a batch is divided. It is processed in chunks, and a chunk in units, each the work of one of `workers` threads
 // from the first equation to the last; where there are too few groups of samples to keep all threads busy, a unit is a
 // whole chunk and the threads share every equation instead. Nothing computed depends on the choice.
 struct Split {

@@ -1,4 +1,4 @@
-// What the kernels are given: the problem, the plan of the launch, and addresses. A block finds its team and its
+// The kernels' arguments: the problem, the plan of the launch, and addresses. A block finds its team and its
 // samples here, a phase its activations.
 #pragma once
 
@@ -14,7 +14,7 @@ constexpr int kRowGroup = 16;      // the workspace gives a sample a multiple of
 constexpr int kStreamFrames = 32;  // the longest sequence whose C is streamed, and not stored
 constexpr int kMaxParameters = ParameterIndex::kMost;
 
-// Activations of the workspace, [samples, frames, d] each; where one is dead, another may stand.
+// Activations of the workspace, [samples, frames, d] each; one may reuse the memory of another that is dead.
 struct Slots {
   int joint, key, value, initial, hidden;
   int d_attended, d_update, d_value, d_joint, d_key, d_state, d_mixture;  // of the backward; d_state takes two
@@ -90,7 +90,7 @@ struct BackwardArguments : Common {
 static_assert(sizeof(ForwardArguments) <= 32764 && sizeof(BackwardArguments) <= 32764,
               "what CUDA takes as arguments of a kernel, from 12.1 and Volta on");
 
-// What a block works on in a step: iteration t of `count` samples from `first` on, with `size` blocks of which it is
+// A block's work in a step: iteration t of `count` samples from `first` on, with `size` blocks of which it is
 // `rank`.
 struct Team {
   int step, number, rank, size, first, count, t;
@@ -129,8 +129,9 @@ GRJCA_DEVICE int frames_of(const Common& a, int sample) {
 
 // ---- barriers
 
-// Until `blocks` of them are here; what they wrote is then visible to all. Each but one adds 1, the first 2^31 - (n -
-// 1): the highest bit flips when the last has come, and the lower ones are 0 again, so the counter is never reset.
+// Waits until `blocks` blocks have arrived; what they wrote is then visible to all. The first adds 2^31 - (n - 1) and
+// each of the others 1, so the highest bit flips when the last arrives and the lower bits are 0 again: the counter is
+// never reset.
 GRJCA_DEVICE void barrier(uint32_t* counter, int rank, int blocks) {
   block_barrier();
   if (blocks > 1 && this_thread().index == 0) {

@@ -1,5 +1,5 @@
-// The backward in one launch: for every chunk of samples X^0, the gates, for every iteration from the last what it
-// computed and then its gradients, and d x; after all chunks, once, the sums of the parts.
+// The backward in one launch. For every chunk of samples it computes X^0, the gates in reverse, for every iteration
+// from the last its activations and then its gradients, and d x. After all chunks it adds the sums of the parts once.
 #pragma once
 
 #include "gates.h"

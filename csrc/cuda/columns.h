@@ -1,4 +1,4 @@
-// The columns of a frame, shared out over the lanes of a warp: 16 bytes each, and again.
+// The columns of a frame, divided among the lanes of a warp: 16 bytes each, in turn.
 #pragma once
 
 #include "numbers.h"

@@ -1,4 +1,4 @@
-// What a launch costs, by count: the one model behind the choice of tiles (plan.h) and the tables of
+// The cost of a launch, by counting: the one model behind the choice of tiles (plan.h) and the tables of
 // `python -m benchmarks.gpu --estimate`. Host only.
 //
 // A task waits (kTask or kFrame clocks until its pipeline is full and its sums are out, and kTrip for each time that it
@@ -31,7 +31,7 @@ struct Group {
   double bytes;              // of one, through L2
 };
 
-// What a phase costs: tasks and bytes of the whole grid, turns and trips of the block that has most of them.
+// The cost of a phase: tasks and bytes of the whole grid, turns and trips of the busiest block.
 struct Cost {
   double tasks, turns, bytes, trips, clocks;
 };

@@ -17,7 +17,7 @@ GRJCA_DEVICE Thread this_thread() {
   return {index};
 }
 
-// 0, as the compiler does not know.
+// Returns 0 in a way that the compiler cannot see through.
 GRJCA_DEVICE int opaque_zero() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
@@ -55,7 +55,7 @@ GRJCA_DEVICE float tanh_approximate(float x) {
 }
 
 GRJCA_DEVICE float exponential(float x) { return expf(x); }
-// Good to 2 ulp; 0 for a divisor beyond 2^126.
+// The error is at most 2 ulp; the result is 0 for a divisor beyond 2^126.
 GRJCA_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
 GRJCA_DEVICE float square_root(float x) { return sqrtf(x); }
 GRJCA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
@@ -90,7 +90,7 @@ GRJCA_DEVICE void copy_async(void* to, const void* from, int valid) {
                  : "memory");
 }
 GRJCA_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are under way.
+// Waits until at most kPending of this thread's groups are under way.
 template <int kPending>
 GRJCA_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

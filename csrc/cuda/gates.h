@@ -15,7 +15,7 @@ GRJCA_BOTH int state_of_gate(const Problem& p, int g) {  // t of the X^t that ga
   return p.gating == Gating::hierarchical ? least(g + 1, p.iterations) : p.iterations;
 }
 
-// ---- values of all ways of a frame, shared out over the lanes of its warp
+// ---- values of all ways of a frame, distributed over the lanes of its warp
 
 struct Ways {
   static constexpr int kMost = first_way(kMaxIterations) + kMaxIterations;  // of "hierarchical", all gates
@@ -85,7 +85,7 @@ struct Frame {
     grjca::cuda::each_columns<T>(me, width, f);
   }
 
-  // Of "hierarchical": sum_s S^t_s X^s for s = 0..t, whose relu is Z^t.
+  // In "hierarchical": sum_s S^t_s X^s for s = 0..t, whose relu is Z^t.
   GRJCA_DEVICE Columns<T> stage(const Ways& values, int t, int c) const {
     Columns<T> sum;
     GRJCA_LOOP
@@ -97,7 +97,7 @@ struct Frame {
     return sum;
   }
 
-  // What way i of the last gate chooses: X^t for this t, or with "hierarchical" Z^(i+1).
+  // The state that way i of the last gate chooses: X^t for this t, or with "hierarchical" Z^(i+1).
   GRJCA_DEVICE int state_of_way(int i) const { return a.p.gating == Gating::dynamic && i > 0 ? a.p.iterations : i; }
   GRJCA_DEVICE Columns<T> choice(const Ways& values, int i, int c) const {
     if (!hierarchical) return state(state_of_way(i), c);

@@ -1,4 +1,4 @@
-// The gates in reverse: what Y_m, the gate values and the iterates send back to X^0..X^T.
+// The gates in reverse: the gradients that Y_m, the gate values and the iterates send back to X^0..X^T.
 #pragma once
 
 #include "gates.h"
@@ -33,7 +33,7 @@ struct FrameBackward : Frame<T> {
                              int m_)
       : Frame<T>(args, team_, thread, s_, l_, m_), b(args), sample(team_.first + s_) {}
 
-  // Of a gradient that the caller passed; zeros if there is none.
+  // Columns of a gradient that the caller passed; zeros if there is none.
   GRJCA_DEVICE StoredColumns<T> incoming(const View& view, int64_t step, int c) const {
     View from = view;
     if (view.data) from.data = static_cast<T*>(view.data) + step;
@@ -141,7 +141,7 @@ struct FrameBackward : Frame<T> {
   }
 };
 
-// Values that the lanes of a warp share out, read from where one of them, or another warp earlier, has put them.
+// Values distributed over the lanes of a warp, read from where one of them, or another warp earlier, has put them.
 template <class S>
 GRJCA_DEVICE Ways load_ways(const Thread& me, const S* from, int n) {
   Ways all{me};

@@ -1,5 +1,5 @@
-// The phases of one iteration, forward; the backward runs them too, to recompute. A phase is a loop over tasks, a tile
-// each, that the blocks of a team share out. t counts from 0.
+// The forward phases of one iteration; the backward runs them too, to recompute. A phase is a loop over tasks, one tile
+// each, divided among the blocks of a team. t counts from 0.
 //
 // In the workspace K_m stands transposed, [L, d_m], and divided by sqrt(d). C_m is stored, [d_m, d] with dropout
 // applied, or for few frames streamed (stream.h). A stored 0 that dropout made is -0, and every other 0 is +0: so the

@@ -1,4 +1,4 @@
-// The phases of one iteration in reverse; d_x is the gradient of the loss by x.
+// The phases of one iteration in reverse; d_x is the gradient of the loss with respect to x.
 //
 // d X^t and d X^(t+1) stand in the workspace, beside the activations that iteration.h recomputes. d K_m stands there as
 // K_m does, transposed and with the division by sqrt(d) still to be undone in it.
@@ -100,7 +100,7 @@ GRJCA_DEVICE void attended_task(const Common& a, const Team& team, int i) {
       });
 }
 
-// ---- C, stored
+// ---- stored C
 
 // d V_m = d_attended C_m^T.
 template <class T, class M>

@@ -1,4 +1,4 @@
-// From a problem to launches: which kernel, how many blocks, and what it means when the CUDA runtime refuses.
+// From a problem to launches: which kernel, how many blocks, and the meaning of the CUDA runtime's errors.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 // ---- kernels
 
-// Of one direction.
+// The kernel of one direction.
 struct Kernel {
   const void* (*address)();
   int rows;  // of a tile, at most

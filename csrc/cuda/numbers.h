@@ -62,7 +62,7 @@ struct KeepBits {
 };
 constexpr KeepBits kKeepAll{{255, 255}};
 
-// Of one site of one modality, iteration and sample.
+// The mask of one site of one modality, iteration and sample.
 struct Mask {
   uint32_t key0, key1, sample, place, threshold;
 
@@ -113,7 +113,7 @@ struct Mask {
     }
   }
 
-  // The same where the mask's rows are the fragments' columns, and the other way round: it is of the transpose.
+  // As of_rows, for fragments of the transpose: the mask's rows are the fragments' columns.
   GRJCA_DEVICE void of_columns(const Thread& me, int row, int column, uint32_t (&bits)[2]) const {
     const int g = me.g(), t = me.t();
     const uint32_t mine = kept(static_cast<uint32_t>(row + g + 8 * (t % 2)), static_cast<uint32_t>(column / 8 + t / 2));

@@ -9,7 +9,7 @@
 
 namespace grjca::cuda {
 
-// What a plan depends on beside the problem.
+// The inputs of a plan besides the problem.
 struct Target {
   int bytes;               // of an element
   int rows;                // of a tile, at most: Math::kRows
@@ -229,7 +229,7 @@ inline std::vector<Row> table_of(const Problem& p, bool backward, bool weights, 
   return table(plan, p, phases, {other.programs, 1, other.multiprocessors, costs::kGridBarrier});
 }
 
-// What stands behind the activations in the workspace of a team.
+// Lays out the part of a team's workspace behind the activations.
 inline void lay_out(Plan& plan, const Problem& p, int bytes) {
   const int64_t samples = plan.chunk, rows = samples * plan.frames, ways = rows * p.modalities * p.all_ways();
   plan.slot = rounded(rows * plan.width, 64);
@@ -271,7 +271,7 @@ inline Plan plan_forward(const Problem& p, const Target& target, int chunk = 0) 
   return plan;
 }
 
-// The same of the backward; `weights`: whether any gradient of a parameter is wanted; `parts`: -1 for a choice.
+// The plan of the backward; `weights`: whether any gradient of a parameter is wanted; `parts`: -1 for a choice.
 inline Plan plan_backward(const Problem& p, const Target& target, bool weights, int chunk = 0, int parts = -1) {
   Plan plan = planning::common(p);
   plan.backward = true;
@@ -285,7 +285,7 @@ inline Plan plan_backward(const Problem& p, const Target& target, bool weights, 
   return plan;
 }
 
-// Where the sums of every gradient stand.
+// Places the sums of every gradient.
 inline void place_gradients(BackwardArguments& a) {
   int64_t at = 0;
   planning::each_parameter(a.p, [&](int i, int64_t n) {

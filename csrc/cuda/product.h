@@ -1,6 +1,6 @@
 // A tile of a matrix product: up to 128 x 128 sums in the registers of a block, operands through a ring of stages in
-// shared memory. Of small tiles, fragments that lie wholly beyond the edge are neither loaded nor multiplied, so a
-// tile may have any size.
+// shared memory. Fragments that lie wholly beyond the edge of a small tile are neither loaded nor multiplied, so a tile
+// may have any size.
 #pragma once
 
 #include "fragment.h"

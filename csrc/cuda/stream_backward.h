@@ -6,7 +6,7 @@
 
 namespace grjca::cuda {
 
-// Of two fragments: scores K J become C after dropout, and gradients by that become those by K J.
+// In two fragments, turns scores K J into C after dropout, and gradients by that C into gradients by K J.
 template <class T>
 GRJCA_DEVICE void slopes(float (&scores)[2][4], float (&gradients)[2][4], const uint32_t (&kept)[2], float factor) {
   GRJCA_UNROLL

@@ -1,4 +1,4 @@
-// Who does what: a launch is a row of steps, a step a loop over tasks, a task a tile.
+// The distribution of work: a launch is a sequence of steps, a step a loop over tasks, a task a tile.
 #pragma once
 
 #include "arguments.h"

@@ -65,7 +65,7 @@ struct RowSums {
   }
 };
 
-// Where a task leaves what it has summed.
+// Where a task stores its sums.
 template <class T>
 struct Gradient {
   const BackwardArguments& a;
@@ -75,7 +75,7 @@ struct Gradient {
   GRJCA_DEVICE float* sum(int64_t at) const {
     return reinterpret_cast<float*>(a.workspace + a.plan.gradients_at) + part * a.plan.gradients + a.places[index] + at;
   }
-  // What earlier chunks or iterations have left.
+  // The sum that earlier chunks or iterations have left.
   GRJCA_DEVICE float earlier(int64_t at) const { return a.plan.parts == 0 || fresh ? 0 : *sum(at); }
   GRJCA_DEVICE void store(int64_t at, float x) const {
     if (a.plan.parts == 0)
