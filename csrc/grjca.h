@@ -142,7 +142,7 @@ namespace cuda {
 // The resources of one call. Launches run later, in stream order; no call waits or allocates memory.
 struct Resources {
   void* workspace;       // on the device
-  const uint64_t* seed;  // instead of Tensors::seed
+  const uint64_t* seed;  // on the device; used instead of Tensors::seed
   void* stream;          // a cudaStream_t
   int device;
   bool together;  // all steps in one cooperative launch, or each in one of its own

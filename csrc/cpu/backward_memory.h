@@ -1,5 +1,5 @@
-// What the backward holds while it runs, and where: what a chunk keeps until its sums are taken, and what only passes
-// from equation to equation. A name d_x is the gradient of the loss by x.
+// The memory of the backward: the gradients that a chunk keeps until its sums are taken, and the intermediate results
+// that one equation passes to the next. d_x is the gradient of the loss with respect to x.
 #pragma once
 
 #include "gates.h"

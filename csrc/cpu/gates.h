@@ -23,7 +23,7 @@ inline void add_scaled(R* y, R factor, const R* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
-// X^0 of one frame: the features, divided by their norm if asked for. Returns what they were divided by.
+// X^0 of one frame: the features, divided by their norm if asked for. Returns the divisor.
 template <class R, class S>
 inline R initial_row(const Problem& p, R* to, const S* from, int64_t step, int64_t n) {
   load_row(to, from, step, n);

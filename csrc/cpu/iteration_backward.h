@@ -1,5 +1,5 @@
-// This file goes through one iteration in reverse, equation by equation, on the rows of some samples. A name d_x is the
-// gradient of the loss by x.
+// One iteration in reverse, equation by equation, on the rows of some samples. d_x is the gradient of the loss with
+// respect to x.
 #pragma once
 
 #include "backward_memory.h"

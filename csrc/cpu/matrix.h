@@ -279,7 +279,7 @@ inline void pack(R* panel, const R* rows, int64_t terms) {
   }
 }
 
-// The panel of what copy(rows, first term, terms) copies.
+// Makes a panel of the rows that copy(rows, first term, terms) copies.
 template <class E, class R, class Copy>
 inline void pack_by(R* panel, int64_t terms, Copy copy) {
   if constexpr (kPaired<E>) {

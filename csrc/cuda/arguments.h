@@ -129,9 +129,9 @@ GRJCA_DEVICE int frames_of(const Common& a, int sample) {
 
 // ---- barriers
 
-// Waits until `blocks` blocks have arrived; what they wrote is then visible to all. The first adds 2^31 - (n - 1) and
-// each of the others 1, so the highest bit flips when the last arrives and the lower bits are 0 again: the counter is
-// never reset.
+// Waits until `blocks` blocks have arrived; what they wrote is then visible to all. The block of rank 0 adds
+// 2^31 - (blocks - 1) and each of the others 1, so the highest bit flips when the last arrives and the lower bits are 0
+// again: the counter is never reset.
 GRJCA_DEVICE void barrier(uint32_t* counter, int rank, int blocks) {
   block_barrier();
   if (blocks > 1 && this_thread().index == 0) {

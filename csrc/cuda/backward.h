@@ -8,7 +8,8 @@
 
 namespace grjca::cuda {
 
-// What H_m W_h^T sends back, and to W_h while H is still there; this first, as its sums are longer.
+// The gradients that H_m W_h^T sends back, and that of W_h while H is still there; W_h comes first, as its sums are
+// longer.
 GRJCA_DEVICE int attend_backward_tasks(const BackwardArguments& a, const Team& team) {
   return output_weights_tasks(a) + attended_tasks(a, team);
 }

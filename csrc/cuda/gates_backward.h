@@ -6,8 +6,8 @@
 
 namespace grjca::cuda {
 
-// Of a frame, [row of the chunk, modality, way]: the gate values, in float32, and the gradients of the logits, before
-// the division by tau.
+// The gate values of a frame, in float32, and the gradients of the logits before the division by tau:
+// [row of the chunk, modality, way].
 GRJCA_DEVICE float* values_of(const Common& a, const Team& team, int64_t row, int m) {
   return reinterpret_cast<float*>(workspace_of(a, team) + a.plan.values) + (row * a.p.modalities + m) * a.p.all_ways();
 }
@@ -56,7 +56,7 @@ struct FrameBackward : Frame<T> {
     });
   }
 
-  // Of "hierarchical": the gradient by Z^t before its relu; d is the one by the sum that Y is relu of.
+  // In "hierarchical": the gradient by Z^t before its relu; d is the one by the sum that Y is relu of.
   GRJCA_DEVICE Columns<T> d_stage(const Ways& values, int t, int c, Columns<T> d) const {
     const Columns<T> z = this->stage(values, t, c);
     const float value = values.get(this->last_way() + t - 1);
@@ -64,7 +64,7 @@ struct FrameBackward : Frame<T> {
     return d;
   }
 
-  // Through the softmax of gate g, whose ways these are.
+  // Computes the gradients of the logits of gate g from its softmax; `values` holds its ways.
   GRJCA_DEVICE void logits(const Ways& values, int g, T* to) const {
     const int ways = a.p.ways(g);
     const bool of_stage = hierarchical && g < a.p.iterations, of_stages = hierarchical && !of_stage;
@@ -149,7 +149,7 @@ GRJCA_DEVICE Ways load_ways(const Thread& me, const S* from, int n) {
   return all;
 }
 
-// The gate values anew, and the gradients of their logits.
+// Recomputes the gate values and computes the gradients of their logits.
 template <class T>
 GRJCA_DEVICE void gates_backward(const BackwardArguments& a, const Team& team) {
   if (a.p.gates() == 0) return;

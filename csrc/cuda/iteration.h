@@ -319,7 +319,7 @@ GRJCA_DEVICE void attend_stored_task(const Common& a, const Team& team, int i) {
 
 // ---- U
 
-// Of eight rows of the chunk and two columns of U_m.
+// The place, bias and dropout mask of eight rows of the chunk and two columns of U_m.
 struct OutputRows {
   int sample, frame, present;  // of the first row: within the chunk, and within the sample; frames of the sample
   Pair bias;

@@ -99,9 +99,9 @@ struct Mask {
     return {{kept(static_cast<uint32_t>(column), group), kept(static_cast<uint32_t>(column + 1), group)}};
   }
 
-  // Of two fragments of 16 rows and 8 columns side by side, in the layout of fragment.h: rows begin at a multiple of
-  // 16. Bit i of [h]: element i of this lane in fragment h. Eight rows of a column are one call, so every lane makes
-  // one of the 32 and asks the others for theirs. All lanes of the warp must take part.
+  // The mask of two fragments of 16 rows and 8 columns side by side, in the layout of fragment.h; rows begin at a
+  // multiple of 16. Bit i of bits[h] is element i of this lane in fragment h. One call decides eight rows of a column,
+  // so every lane makes one of the 32 calls and asks the others for theirs. All lanes of the warp must take part.
   GRJCA_DEVICE void of_rows(const Thread& me, int row, int column, uint32_t (&bits)[2]) const {
     const int lane = me.lane(), g = me.g(), t = me.t();
     const uint32_t mine = kept(static_cast<uint32_t>(column + lane % 16), static_cast<uint32_t>(row / 8 + lane / 16));

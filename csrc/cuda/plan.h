@@ -44,7 +44,7 @@ inline Plan common(const Problem& p) {
   return plan;
 }
 
-// Of a team's workspace: what grows with the samples that it walks through at once.
+// The bytes of a team's workspace that grow with the number of samples in a chunk.
 inline int64_t bytes_of_samples(const Plan& plan, int bytes, int64_t samples) {
   const int64_t correlations = plan.streamed ? 0 : (1 + plan.backward) * static_cast<int64_t>(plan.width);
   return samples * (plan.slots.count * static_cast<int64_t>(plan.frames) + correlations) * plan.width * bytes;

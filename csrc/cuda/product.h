@@ -173,8 +173,8 @@ struct Loader {
 
 // ---- sums
 
-// Of a block: warps 2 x 2, and their fragments alternate, 16 rows and 16 columns each, so that all have work at an
-// edge.
+// The sums of a block. Its warps stand 2 x 2 and their fragments, 16 rows and 16 columns each, alternate, so that all
+// have work at an edge.
 template <int kRows>
 struct Sums {
   static constexpr int kRowWarps = 2, kColumnWarps = kThreads / kWarp / kRowWarps;

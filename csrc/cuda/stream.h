@@ -155,7 +155,7 @@ GRJCA_DEVICE void key_streamed_task(const Common& a, const Team& team, int i) {
   });
 }
 
-// All that needs only X^t: J, V and K.
+// The products that need only X^t: J, V and K.
 GRJCA_DEVICE int project_tasks(const Common& a, const Team& team) {
   return linear_tasks(a, team) + (a.plan.streamed ? key_streamed_tasks(a, team) : key_tasks(a, team));
 }

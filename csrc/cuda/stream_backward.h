@@ -1,4 +1,4 @@
-// C for few frames in reverse, computed again twice: once by its rows, once by its columns.
+// The backward of C for few frames, which recomputes C twice: once by its rows, once by its columns.
 #pragma once
 
 #include "iteration_backward.h"

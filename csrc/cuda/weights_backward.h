@@ -111,7 +111,7 @@ GRJCA_DEVICE bool is_fresh(const Common& a, const Team& team) {
 struct Part {
   int first, count;
 };
-// Of n rows or samples, a multiple of `unit` each but the last.
+// A part of n rows or samples; the size of every part but the last is a multiple of `unit`.
 GRJCA_BOTH Part part_of(int part, int parts, int n, int unit) {
   const int size = tiles(tiles(n, parts), unit) * unit, first = least(part * size, n);
   return {first, least(size, n - first)};

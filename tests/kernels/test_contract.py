@@ -322,7 +322,7 @@ def test_only_arguments_iterates_and_what_is_to_be_kept_are_saved(case, keep, co
 
 @needs_native
 def test_no_tensor_is_kept_on_the_side():
-    """Where the hooks above do not look."""
+    """Checks the places that the hooks above do not see."""
 
     def alive() -> dict[int, Tensor]:
         gc.collect()

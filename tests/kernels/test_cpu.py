@@ -49,7 +49,7 @@ from tolerances import (
 
 pytestmark = mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 CHUNKS = Case("chunks", 4000, 16, (33, 5), 1, dropout=0.2)
-"""More samples than the kernels walk at once, forward and backward, on any instruction set."""
+"""A batch with more samples than one chunk of the kernels, forward and backward, on any instruction set."""
 
 native = partial(gated_rjca, backend="cpu")
 

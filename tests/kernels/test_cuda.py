@@ -149,7 +149,7 @@ def in_order(case):
 @mark.parametrize("case, overrides", LAUNCHES, ids=str)
 @mark.sampled(10)
 def test_launches(case, overrides):
-    """However samples, tiles and blocks are shared out, in whatever order blocks run, and step by step."""
+    """However samples, tiles and blocks are distributed, in whatever order blocks run, and step by step."""
     once = in_order(case)
     with emulated_cuda.overrides(**overrides):
         again = run(function, case, make(case, torch.float32))
@@ -189,7 +189,7 @@ def test_all_is_written_and_nothing_else(case, dtype):
 @mark.parametrize("case", BOTH, ids=str)
 @mark.sampled(4)
 def test_strides(name, case):
-    """Of features, and of incoming gradients."""
+    """Features and incoming gradients may have any layout."""
     check_strides(function, case, LAYOUTS[name])
 
 
@@ -225,7 +225,7 @@ def test_a_bad_number_stays_in_its_sample(length, form, poison):
     Case("plain", 1, 5, (6, 3), 2, "dynamic"), Case("stored", 1, 33, (6, 3), 2, "flat", normalize=True)
 ], ids=str)  # fmt: skip
 def test_large_features_of_float16(case):
-    """Where PyTorch's float16 has a finite value, so have we."""
+    """Where PyTorch's float16 result is finite, so is ours."""
     check_large_float16(function, case)
 
 

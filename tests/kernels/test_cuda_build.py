@@ -45,7 +45,7 @@ def test_all_are_there(kernels, ptx):
 
 @pytest.fixture(scope="module")
 def block() -> dict[str, int]:
-    """What a block is made of, by any plan."""
+    """The resources of a block, by any plan."""
     problem = Problem(1, 1, (1, 1), 1, "none", "paper", 0.0, 1.0, False, False)
     return cuda.plan(problem, torch.float32, 1, tf32=False, backward=False, weights=False).plan()
 

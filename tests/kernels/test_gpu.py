@@ -498,7 +498,7 @@ def too_many_blocks(backend, monkeypatch):
 
 
 def test_a_launch_that_the_driver_refuses_is_an_error(block, too_many_blocks):
-    """And not a hang."""
+    """The call raises an error and does not hang."""
     with pytest.raises(RuntimeError, match=r"cooperative|wait for one another"):
         step(block(40), features(40, 64))
 

@@ -136,7 +136,7 @@ class Phase:
 
 
 def forward_phases(c: Constants) -> Iterator[Phase]:
-    """What triton/forward.py does with a chunk."""
+    """The steps of triton/forward.py for one chunk."""
     yield Phase([], ["initial"])
     for t in range(c.iterations):
         yield from computed(c, t)
@@ -145,7 +145,7 @@ def forward_phases(c: Constants) -> Iterator[Phase]:
 
 
 def computed(c: Constants, t: int) -> Iterator[Phase]:
-    """From X^t to H."""
+    """The phases from X^t to H."""
     joint = "joint" if c.projected else state(t)
     yield Phase([state(t)], ["joint", "value", "key"] if c.projected else ["value", "key"])
     if c.stream:
@@ -156,7 +156,7 @@ def computed(c: Constants, t: int) -> Iterator[Phase]:
 
 
 def backward_phases(c: Constants) -> Iterator[Phase]:
-    """What triton/backward.py does with a chunk."""
+    """The steps of triton/backward.py for one chunk."""
     states = [state(t) for t in range(c.iterations + 1)]
     yield Phase([], ["initial"])
     yield Phase(states, [d_state(c.iterations), "d_logits"])

@@ -35,7 +35,7 @@ pytestmark = mark.skipif(
 )
 NAN, INF = float("nan"), float("inf")
 ALL = Case("all", 2, 4, (2, 3), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(4, 2))
-"""All options at once."""
+"""All options together."""
 MOST = replace(ALL, name="most", gating="flat")
 """The same in half the time."""
 PLAIN = Case("plain", 2, 3, (3, 2), 1, "dynamic")
@@ -270,7 +270,7 @@ def test_a_dtype_is_refused_with_its_reason(dtype, reason):
 
 @mark.parametrize("name", ["plain", "normalize", "paper"])
 def test_large_features_of_float16(name, dataflow):
-    """Where PyTorch's float16 has a finite value, so have we."""
+    """Where PyTorch's float16 result is finite, so is ours."""
     form = "paper" if name == "paper" else "released"
     check_large_float16(function, Case(name, 1, 5, (6, 3), 2, "dynamic", form, normalize=name == "normalize"))
 

@@ -61,7 +61,7 @@ def prepared_anew(monkeypatch):
 
 @dataclass(frozen=True)
 class Step:
-    """What a launch of one phase left behind."""
+    """The results that a launch of one phase left behind."""
 
     phase: str
     t: int

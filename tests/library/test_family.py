@@ -376,7 +376,7 @@ def test_a_projection_that_changes_nothing_yet():
 
 
 class NoTanh(family.Attention):
-    """Near zero it is the same."""
+    """The block without its second tanh: near zero the results agree."""
 
     def forward(self, *x: Tensor) -> list[Tensor]:
         joint = self.query_linear(torch.cat(x, dim=-1))

@@ -1,4 +1,4 @@
-"""Memory that is used again: never by two at once, and never without end."""
+"""Reused memory: two calls never use it at the same time, and it does not grow without end."""
 
 import gc
 import mmap

@@ -14,7 +14,7 @@ from tolerances import check_close
 
 
 class GRJCAWithLeftovers(GRJCA):
-    """What the released files also hold."""
+    """The block with the further modules that the released files hold."""
 
     dead = (("text", 7),)
 

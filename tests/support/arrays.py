@@ -13,7 +13,7 @@ LENGTHS = {"train": {"alpha": 11, "beta": 8}, "validate": {"gamma": 9}}
 
 
 def write_data(root: Path) -> Path:
-    """As grjca prepare writes it: the pictures' brightness follows valence."""
+    """A folder as grjca prepare writes it: the pictures' brightness follows valence."""
     generator = np.random.default_rng(0)
     for split, lengths in LENGTHS.items():
         (root / "annotations" / split).mkdir(parents=True)

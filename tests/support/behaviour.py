@@ -77,7 +77,7 @@ def check_bad_number(function: Function, case: Case, poison: float) -> None:
 
 
 def check_large_float16(function: Function, case: Case) -> None:
-    """Where PyTorch's float16 has a finite value, so have we."""
+    """Where PyTorch's float16 result is finite, so is ours."""
     inputs = make(case, torch.float16)
     for x in inputs.features:
         x.copy_((x.double() / x.double().abs().max() * 1e4).half())
@@ -104,7 +104,7 @@ def check_subsets_of_incoming_gradients(function: Function, case: Case) -> None:
 
 
 def check_subsets_of_gradients(function: Function, case: Case) -> None:
-    """What is not wanted is not computed, and changes nothing."""
+    """A gradient that nobody wants is not computed, and changes nothing."""
     inputs = make(case, torch.float32)
     everything = list(run(function, case, inputs).gradients.values())
     count = len(inputs.features)

@@ -109,7 +109,7 @@ def cases() -> Iterator[Case]:
 CASES = tuple(cases())
 BY_NAME = {case.name: case for case in CASES}
 EVERYTHING = Case("everything", 3, 11, (6, 9), 3, "hierarchical", normalize=True, dropout=0.3, lengths=(11, 4, 10))
-"""All options at once, for the tests of one property."""
+"""All options together, for the tests of one property."""
 
 FULL_SIZE = {
     "GRJCA": Case("GRJCA", 4, 300, (256, 128), gating="flat", normalize=True),

@@ -201,7 +201,7 @@ class Compiling:
 
 
 def call(build: Build) -> Compiling:
-    """What the host code launches."""
+    """The kernels that the host code launches."""
     import triton
 
     from grjca_kernels.triton_kernels import launch
@@ -272,7 +272,7 @@ def kernels_of_batches(target: str = "sm_90", precision: str = "bfloat16") -> di
 
 
 def compile_one(build: Build) -> dict[str, Any]:
-    """What stands in a line of JSON."""
+    """The content of one line of JSON."""
     kernel = call(build)
     asm = kernel.compiled.asm
     code = asm.get("ptx") or asm["amdgcn"]
@@ -345,7 +345,7 @@ MOST_SPILLED = 40
 
 
 def faults(build: Build, found: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a build, in words."""
+    """The faults of a build, in words."""
     hardware, programs = HARDWARE[build.target], found["programs"]
     most = MOST_SPILLED if build.target == "sm_90" else 0
     for name, number in found["spilled"].items():

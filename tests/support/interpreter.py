@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 
 def speed_up() -> None:
-    """Until the process ends. What the interpreter computes stays the same."""
+    """Stays in force until the process ends. The interpreter's results stay the same."""
     if getattr(interpreter._patch_lang, "once", False):
         return
     _patch_once_per_launch()

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: tensors there and back, the rule by the GPU's own yardsticks, graphs and profiles.
+"""Helpers of the tests on a GPU: tensors there and back, the rule by the GPU's own yardsticks, graphs and profiles.
 
 **The rule on a GPU.** Tensors are made on the CPU, copied, and the results are copied back, so that truth and yardstick
 are those of the other backends: the reference in float64, and what it computes on the CPU in the dtype. That is

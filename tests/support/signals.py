@@ -38,7 +38,7 @@ PER_FOLDER = 5
 
 @dataclass
 class Outcome:
-    """What came of many signals."""
+    """The outcome of many signals."""
 
     codes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
