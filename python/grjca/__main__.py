@@ -1,8 +1,8 @@
-"""The process of a command: ``grjca``, or ``python -m grjca``. What the commands are is in :mod:`grjca.cli`.
+"""Entry point of ``grjca`` and ``python -m grjca``, with signal handling. :mod:`grjca.cli` defines the commands.
 
-Ctrl-C and SIGTERM raise an exception, so that every ``with`` and ``finally`` cleans up, and the process ends with 130
-or 143. It ends at once if a second signal comes, if the first one comes while a module is imported, or if cleaning up
-takes long.
+Ctrl-C and SIGTERM raise an exception, so that every ``with`` and ``finally`` cleans up, and the process exits with 130
+or 143. It exits at once if a second signal arrives, if the first one arrives during an import, or if cleaning up takes
+longer than ``PATIENCE``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from grjca.errors import Stopped
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-PATIENCE = 10.0  # seconds for cleaning up; docker stop waits as long
+PATIENCE = 10.0  # seconds for cleaning up; docker stop waits equally long
 
 
 def program() -> int:
-    """Run the command of ``sys.argv``; the exit code."""
+    """Run the command in ``sys.argv`` and return the exit code."""
     code = 0  # the exit code of the first signal, once there is one
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -38,14 +38,14 @@ def program() -> int:
         last.start()
         raise Stopped
 
-    def lost(unraisable: Any) -> None:  # Python calls this where it cannot raise: in a finaliser or a callback
+    def lost(unraisable: Any) -> None:  # Python calls this where it cannot raise, as in a finaliser
         if isinstance(unraisable.exc_value, Stopped):
             os._exit(code)
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = lost
     for number in CODES:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell in the background, have it ignored
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup and in a shell's background
             signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name need not be Unicode
@@ -55,16 +55,16 @@ def program() -> int:
         done = main()
         return code or done
     except BaseException:
-        if code:  # libraries may have made another exception of it
+        if code:  # a library may have replaced Stopped by another exception
             return code
         raise
     finally:
-        for number in CODES:  # a signal from here on would only make the ending interpreter print a traceback
+        for number in CODES:  # a signal during shutdown would only print a traceback
             signal.signal(number, signal.SIG_IGN)
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported in ``frame``. torch aborts where an exception comes into its import."""
+    """Whether ``frame`` is inside an import. torch aborts if an exception interrupts its import."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None

@@ -12,11 +12,11 @@ from grjca.errors import UserError, printable
 
 
 class Command(NamedTuple):
-    """What runs, and its settings."""
+    """A command of the command line."""
 
     settings: type
     module: str
-    """Holds a function of the command's name, which takes the settings and returns the exit code."""
+    """Module with a function of the command's name, which takes the settings and returns the exit code."""
 
 
 COMMANDS = {
@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 1 if something is wrong (one sentence says what), or 130 if interrupted.
+        The exit code: 0; 1 after an error, which is printed in one sentence; or 130 if interrupted.
 
     Raises:
-        SystemExit: with 2 if the command line itself is wrong; with 0 after ``--help``.
+        SystemExit: with 2 if the command line itself is wrong, and with 0 after ``--help``.
     """
     words = sys.argv[1:] if arguments is None else arguments
     name = _top().parse_args(words[:1]).command
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 class _Top(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """In one sentence."""
+        """Print ``message`` in one sentence and exit with 2."""
         self.exit(2, f"grjca: {message}. See grjca --help.\n")
 
 
@@ -95,7 +95,7 @@ def _run(name: str, words: list[str]) -> int:
     words = settings.with_groups(words)
     try:
         namespace = parser.parse_args(words)
-    except Exception as error:  # jsonargparse does not hand all errors to the parser's error()
+    except Exception as error:  # jsonargparse does not pass all errors to the parser's error()
         parser.error(str(error))
     if name == "train":
         extra["resume"] = namespace.pop("resume")
@@ -108,14 +108,14 @@ def _run(name: str, words: list[str]) -> int:
 
 
 def _leave_other_processes() -> None:
-    """A process that ends in a group of several without leaving it may abort the others."""
+    """Leave the process group: a process that ends without leaving it may abort the others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _with_settings_of_the_run(words: list[str]) -> list[str]:
-    """``--resume --out RUN`` needs no more: the settings of the run come first, and options given here after them."""
+    """Put the settings of the run before ``words`` if these resume it, so that ``--resume --out RUN`` suffices."""
     from pathlib import Path
 
     some = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

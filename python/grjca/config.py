@@ -1,4 +1,4 @@
-"""Every setting, once: the command line, config.yaml and the code read the same dataclasses."""
+"""All settings: the command line, config.yaml and the code read the same dataclasses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WeakKind = Literal["mixed", "noisy", "contradicting", "misaligned", "absent"]
 SynthLayout = Literal["plain", "npy_data", "footage"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference", "eager"]
 MOST = 10**9
-"""The largest number that a setting of a training may be; float32 holds it."""
+"""The largest value of a numeric training setting; float32 represents it."""
 TARGETS: tuple[Target, ...] = ("valence", "arousal")
 FUSIONS: tuple[Fusion, ...] = ("concat", "rjca", "rjcma", "dca", "grjca", "hgrjca", "tagf")
 GATING = {
@@ -29,35 +29,38 @@ GATING = {
     "hgrjca": "hierarchical",
     "tagf": "temporal",
 }
-"""What the fused block calls them."""
+"""The gating of the fused block for each fusion."""
 STUDIED: tuple[Fusion, ...] = ("concat", "rjca", "dca", "grjca", "hgrjca", "tagf")
-"""Those that grjca study compares; of two modalities, rjcma is rjca but for the projection."""
+"""The fusions that grjca study compares; for two modalities, rjcma differs from rjca only in the projection."""
 NORMALISED = ("grjca", "hgrjca", "tagf")
-"""Those whose authors divide every frame by its norm first."""
+"""The fusions whose authors first divide every frame by its norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What synthetic data show. Emotions depend on the seed alone, whatever is weak: studies compare like with like."""
+    """The content of synthetic data. Emotions depend on the seed alone, not on what is weak, so that studies compare
+    like with like."""
 
     videos: int = 32
-    """Annotation files; a video with two faces has two of them."""
+    """Number of annotation files; a video with two faces has two of them."""
     seed: int = 0
-    """Of everything; more videos of a seed leave the first ones as they are."""
+    """Seed of all random numbers. Asking for more videos with the same seed leaves the first ones unchanged."""
     first: int = 0
-    """Number of the first recording. From another one on, the same seed gives others that show emotions alike."""
+    """Number of the first recording. Another number gives other recordings, which show emotions in the same way as
+    long as the seed is the same."""
     weak: float = 0.1
-    """Share of frames at which one modality is weak."""
+    """Share of frames in which one modality is weak."""
     weak_kind: WeakKind = "mixed"
-    """How: swamped by noise, showing the negated emotion, showing that of 1-2 s earlier or later, or absent."""
+    """What a weak modality does: it is swamped by noise (noisy), shows the negated emotion (contradicting), shows the
+    emotion of 1-2 s earlier or later (misaligned), is absent, or any of these (mixed)."""
     visual_features: int = 512
-    """Width of a row of the visual features, which layout footage does not have."""
+    """Width of the visual features; the layout footage has none."""
     audio_features: int = 128
-    """Width of a row of the audio features, which layout footage does not have."""
+    """Width of the audio features; the layout footage has none."""
     length: tuple[int, int] = (150, 900)
-    """Frames of the shortest and of the longest video."""
+    """Lengths of the shortest and the longest video, in frames."""
     invalid: float = 0.03
-    """Share of frames marked as invalid, -5."""
+    """Share of frames marked as invalid (-5)."""
     validate: float = 0.25
     """Share of videos in the validation split."""
 
@@ -76,15 +79,15 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig(Scenario):
-    """Write synthetic videos of known valence and arousal, with the truth on where a modality is weak."""
+    """Write synthetic videos of known valence and arousal, and a record of where a modality is weak."""
 
     out: Path
-    """Folder to write; it must not exist, or be empty."""
+    """Folder to write; it must be empty or not exist."""
     layout: SynthLayout = "plain"
     """plain: features/<video>/{visual,audio}.npy; npy_data: npy_data/<video>/{video,vggish,VA_continuous_label}.npy;
-    footage: videos/<video>.mp4, a drawn face and a tone like a voice, and cropped_aligned/<video>/00001.jpg."""
+    footage: videos/<video>.mp4 with a drawn face and a voice-like tone, and cropped_aligned/<video>/00001.jpg."""
     fps: float = 25.0
-    """Frames a second of the footage."""
+    """Frame rate of the footage, in frames per second."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,33 +96,35 @@ class SynthConfig(Scenario):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model around the fusion block, with the sizes of the authors' experiment as defaults."""
+    """The model around the fusion block. The defaults are the sizes of the authors' experiment."""
 
     modalities: dict[str, int] | str = field(default_factory=lambda: dict(WIDTHS))
     """Two to four modalities in order, each with the width of its features, as in "visual:512, audio:128, text:768".
-    The features of a video are in files with these names."""
+    The feature files of a video have these names."""
     channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Channels of the blocks of a modality's encoder; block k has dilation 2^k, and the last is d_m. A modality that is
-    left out has the authors': 512, 512, 256, 256 for visual, and four times 128 for audio and all others."""
+    """Channels of each block of a modality's encoder; block k has dilation 2^k, and the last width is d_m. A modality
+    that is left out gets the authors' channels: 512, 512, 256, 256 for visual, and 128 in each of four blocks for audio
+    and all others."""
     kernel: int = 5
-    """Frames that one convolution sees."""
+    """Kernel size of the encoders' convolutions, in frames."""
     encoder_dropout: float = 0.1
-    """Dropout inside the encoders."""
+    """Dropout rate inside the encoders."""
     iterations: int = 2
-    """T of the fusion block."""
+    """Number of iterations of the fusion block, T."""
     dropout: float = 0.6
-    """Dropout inside the fusion block."""
+    """Dropout rate inside the fusion block."""
     gate_dropout: float = 0.1
-    """Dropout inside the gates of tagf."""
+    """Dropout rate inside the gates of tagf."""
     temperature: float = 0.1
-    """Of the gates' softmax."""
+    """Temperature of the gates' softmax."""
     normalize: bool | None = None
-    """Divide every frame by its L2 norm before the fusion; null does as the authors: for grjca, hgrjca and tagf."""
+    """Divide every frame by its L2 norm before the fusion; null does so for grjca, hgrjca and tagf, as the authors
+    do."""
     hidden: int = 256
-    """Width inside the head."""
+    """Width of the head's hidden layer."""
 
     def __post_init__(self) -> None:
-        # Frozen, but what was written as text is read once, here.
+        # The dataclass is frozen, but modalities given as text are parsed here, once.
         object.__setattr__(self, "modalities", modalities_of("model.modalities", self.modalities))
         unknown = self.channels.keys() - self.widths.keys()
         if unknown:
@@ -139,25 +144,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class NetworksConfig:
-    """The face and voice networks in the loop of a training."""
+    """The face and voice networks, when they are part of a training."""
 
     size: NetworkSize = "released"
-    """The authors' sizes, or a small pair for trials, about a hundred times cheaper."""
+    """Size of both networks: released is the authors', small is about a hundred times cheaper and meant for trials."""
     visual: Path | None = None
-    """File with the weights of the face network, or of a whole model of the authors; random weights if left out."""
+    """File with the weights of the face network or of one of the authors' whole models; random weights if left out."""
     audio: Path | None = None
-    """The same of the voice network."""
+    """File with the weights of the voice network or of one of the authors' whole models; random weights if left
+    out."""
     statistics: Literal["batch", "frozen"] = "batch"
-    """batch: train mode throughout, with statistics of the batch and dropout, as the authors do. frozen: evaluation
-    mode throughout."""
+    """batch keeps the networks in training mode, with batch statistics and dropout, as the authors do; frozen keeps
+    them in evaluation mode."""
     release: bool = True
-    """Train parts of them from epoch 0 on, and more whenever the learning rate has fallen to 1e-8 and more than five
-    epochs have gone by since the last time, in three stages, as the authors do; a fourth time ends the training."""
+    """Train parts of the networks in three stages, as the authors do: the first from epoch 0, and the next whenever
+    the learning rate has fallen to 1e-8 and more than five epochs have passed since the last stage began. A fourth
+    time ends the training."""
     augment: bool = True
     """Crop and flip the faces of each window at random."""
     chunk: int = 0
-    """Faces and patches that pass through a network at once and are computed anew in the backward, to save memory; 0
-    is all of a batch, and keeps everything."""
+    """Number of faces or patches that pass through a network at once and are recomputed in the backward pass, to save
+    memory; 0 passes the whole batch and recomputes nothing."""
 
     def __post_init__(self) -> None:
         _require(self, "chunk", self.chunk >= 0, "0 or more")
@@ -165,72 +172,74 @@ class NetworksConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training; the defaults are the authors' experiment."""
+    """Train a model; the defaults are the authors' experiment."""
 
     data: Path
     """Folder with annotations/ and features/ or npy_data/."""
     target: Target
     """What to predict: one model for valence, another for arousal."""
     out: Path
-    """Folder of the run. It must not exist, unless the run is resumed."""
+    """Folder of the run. It must not exist unless the run is resumed."""
     source: Source = "features"
-    """What the model reads: features, or the arrays of grjca prepare, with the face and voice networks in the loop."""
+    """Input of the model: features, or the arrays of grjca prepare, which train the face and voice networks too."""
     fusion: Fusion = "grjca"
-    """How the modalities are fused; concat has no attention at all."""
+    """How the modalities are fused; concat concatenates them without attention."""
     backend: Backend = "auto"
-    """What computes the fusion. eager is the block in plain PyTorch."""
+    """Backend that computes the fusion; eager is the block in plain PyTorch."""
     epochs: int = 100
-    """At most so many."""
+    """Maximum number of epochs."""
     seed: int = 3407
-    """Of initial weights, order of windows and dropout."""
+    """Seed of the initial weights, the order of windows and dropout."""
     fold: int = 0
-    """0 is the official split; 1 to 5 validate on a fifth of the training videos each."""
+    """Fold of the data: 0 is the official split; each of 1 to 5 validates on another fifth of the training videos."""
     window: int = 300
-    """Frames of a window, L."""
+    """Window length L, in frames."""
     hop: int = 200
-    """Frames from one window to the next."""
+    """Distance from the start of one window to the next, in frames."""
     batch_size: int = 12
-    """Windows of an optimiser step, all processes together."""
+    """Windows per optimiser step, over all processes together."""
     learning_rate: float = 1e-4
-    """Of Adam, after the warm-up."""
+    """Adam's learning rate after the warm-up."""
     weight_decay: float = 1e-3
-    """Of Adam, coupled."""
+    """Adam's weight decay (L2, not decoupled)."""
     loss: Literal["population", "released"] = "population"
-    """Convention of the CCC in the loss; released divides the variances by N - 1, as the authors' code does."""
+    """Variances of the CCC in the loss: population divides by N; released divides by N - 1, as the authors' code
+    does."""
     warmup: Literal["linear", "released", "none"] = "linear"
-    """How the learning rate rises; released is the authors' saw-tooth."""
+    """How the learning rate rises during the warm-up; released is the authors' saw-tooth."""
     warmup_epochs: int = 5
-    """Epochs of it."""
+    """Length of the warm-up, in epochs."""
     plateau: bool = True
     """Reduce the learning rate when the validation CCC stops rising."""
     plateau_epochs: int = 6
-    """After so many epochs without a better one."""
+    """Number of epochs without a better validation CCC after which the learning rate is reduced."""
     plateau_factor: float = 0.1
-    """To this share."""
+    """Factor by which each reduction multiplies the learning rate."""
     reload_best: bool = True
     """Load the best weights so far after every epoch; the optimiser keeps its moments."""
     early_stop: bool = True
-    """Stop when the validation CCC has not risen for long."""
+    """Stop the training when the validation CCC has not risen for --early_stop_epochs epochs."""
     early_stop_epochs: int = 50
-    """After so many epochs without a better one."""
+    """Number of epochs without a better validation CCC after which the training stops."""
     early_stop_from: Literal["best", "warmup"] = "best"
-    """Count those epochs from the best one alone, or, as the authors do, not before the end of the warm-up."""
+    """Where that count starts: best is the best epoch; warmup does not start before the end of the warm-up, as the
+    authors do."""
     restart: bool = False
-    """Begin anew from the best weights, with a new optimiser and a warm-up, when the learning rate has fallen to 1e-8
-    and more than five epochs have gone by since the beginning, as the authors do; otherwise the rate stays there.
-    Releasing networks implies it."""
+    """Restart from the best weights, with a new optimiser and warm-up, when the learning rate has fallen to 1e-8 and
+    more than five epochs have passed since the last start, as the authors do; otherwise the rate stays at 1e-8.
+    --networks.release implies a restart."""
     shuffle: Literal["epoch", "once"] = "epoch"
-    """Shuffle the windows in every epoch, or, as the authors do, once."""
+    """Shuffle the windows in every epoch, or only once, as the authors do."""
     precision: Precision = "no"
-    """Mixed precision; no is full float32."""
+    """Mixed precision of the training; no is full float32."""
     workers: int = 0
-    """Processes that read windows ahead, per training process."""
+    """Number of processes that load windows, per training process; 0 loads them in the training process."""
     tensorboard: bool = True
-    """Write curves for TensorBoard as well."""
+    """Also write curves for TensorBoard."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the model."""
     networks: NetworksConfig = field(default_factory=NetworksConfig)
-    """The face and voice networks, where the model reads arrays."""
+    """The face and voice networks; only with --from arrays."""
 
     def __post_init__(self) -> None:
         if self.source == "features" and self.networks != NetworksConfig():
@@ -252,22 +261,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Make arrays of faces and sound from videos, cropped faces and annotations; what was interrupted goes on."""
+    """Make arrays of faces and sound from videos, cropped faces and annotations; an interrupted run continues."""
 
     videos: Path
-    """Folder with <video>.mp4 or another kind of video, or <video>.wav, or both; then the .wav is the sound."""
+    """Folder with videos (<video>.mp4 or another format), sound (<video>.wav), or both; a .wav replaces the sound of
+    its video."""
     out: Path
     """Folder for annotations/ and npy_data/<video>/{video,logmel,VA_continuous_label}.npy."""
     faces: Path | None = None
-    """Folder with cropped faces, <video>/00001.jpg and so on; a missing one is a black frame."""
+    """Folder with cropped faces, <video>/00001.jpg and so on; a missing face becomes a black frame."""
     annotations: Path | None = None
-    """Folder with {train,validate}/<video>.txt, or by the names as downloaded; videos without one are for testing."""
+    """Folder with {train,validate}/<video>.txt, or with the folder names as downloaded; videos without an annotation
+    are for testing."""
     fps: float | None = None
-    """Frames per second; what each video file says if left out. Sound alone does not say."""
+    """Frame rate, in frames per second; each video file's own rate if left out. Sound without video needs it."""
     jobs: int = 2
-    """Videos at the same time, each in a process of its own."""
+    """Number of videos prepared at the same time, each in its own process."""
     detect: bool = False
-    """Find faces in the videos that have no cropped ones, with OpenCV."""
+    """Detect faces with OpenCV in the videos that have no cropped faces."""
 
     def __post_init__(self) -> None:
         _require(self, "fps", self.fps is None or 1 <= self.fps <= 1000, "1 to 1000")
@@ -276,25 +287,26 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Turn the arrays of prepare into features, by the face and voice networks in evaluation mode."""
+    """Turn the arrays of grjca prepare into features, with the face and voice networks in evaluation mode."""
 
     data: Path
     """Folder that grjca prepare has written."""
     out: Path
-    """Folder for annotations and features. An extraction that was interrupted goes on there."""
+    """Folder for annotations and features. An interrupted extraction continues there."""
     visual: Path | None = None
-    """File with the weights of the face network, or of a whole model of the authors; random weights if left out, which
-    are for trials alone."""
+    """File with the weights of the face network or of one of the authors' whole models; random weights, meant only
+    for trials, if left out."""
     audio: Path | None = None
-    """The same of the voice network."""
+    """File with the weights of the voice network or of one of the authors' whole models; random weights, meant only
+    for trials, if left out."""
     size: NetworkSize = "released"
-    """The networks: those of the authors, or a small pair for trials, about a hundred times cheaper."""
+    """Size of both networks: released is the authors', small is about a hundred times cheaper and meant for trials."""
     batch_size: int = 64
     """Frames that pass through a network at once."""
     device: str | None = None
-    """Where to compute, as cpu or cuda:1; a GPU if there is one and this is left out."""
+    """Device that computes, such as cpu or cuda:1; if left out, a GPU if there is one, else the CPU."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", 1 <= self.batch_size <= MOST, f"a whole number from 1 to {MOST}")
@@ -308,21 +320,22 @@ class EvaluateConfig:
     run: Path
     """Folder of the run."""
     data: Path | None = None
-    """Folder with annotations and features; that of the training if left out."""
+    """Folder with annotations and features; the training's data folder if left out."""
     split: Literal["train", "validate"] = "validate"
-    """Which videos, by the fold of the training."""
+    """Split to score, in the fold of the training."""
     out: Path | None = None
-    """Folder for figures and plots; RUN/evaluation/SPLIT if left out. What an earlier evaluation left is replaced."""
+    """Folder for figures and plots; RUN/evaluation/SPLIT if left out. The results of an earlier evaluation are
+    replaced."""
     backend: Backend | None = None
-    """What computes the fusion; that of the training if left out."""
+    """Backend that computes the fusion; the training's backend if left out."""
     compare: Backend | None = None
-    """A second backend, to see how far the two are apart."""
+    """A second backend, whose predictions are compared with those of the first."""
     batch_size: int = 12
-    """Windows at once, all processes together."""
+    """Windows per batch, over all processes together."""
     plots: bool = True
-    """Draw plots as well."""
+    """Also draw plots."""
     plotted_videos: int = 3
-    """Videos drawn over time: of lowest, median and highest CCC first."""
+    """Number of videos plotted over time, starting with those of the lowest, the median and the highest CCC."""
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", self.batch_size >= 1, "a whole number above 0")
@@ -331,36 +344,36 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Write a value for every frame: a file per video, and the challenge file."""
+    """Write a predicted value for every frame: one file per video, and the challenge file."""
 
     run: Path
     """Folder of the run."""
     data: Path | None = None
-    """Folder with features or arrays, and annotations if there are any; or give --video."""
+    """Folder with features or arrays, and annotations if there are any. Give either --data or --video."""
     out: Path | None = None
-    """Folder for the files. It must not exist, or be empty; RUN/predicted/NAME if left out, by the name of the data or
-    video."""
+    """Folder for the files. It must be empty or not exist; RUN/predicted/NAME if left out, where NAME is that of the
+    data or video."""
     video: Path | None = None
-    """A video file: a table and a plot of its values over time. Its sound is that of a .wav of its name, if one is
-    beside it."""
+    """Video file to predict, with a table and a plot of its values over time. A .wav of the same name beside it
+    replaces its sound."""
     faces: Path | None = None
-    """Folder with cropped faces of that video, 00001.jpg and so on; if left out, OpenCV looks for them."""
+    """Folder with cropped faces of --video, 00001.jpg and so on; if left out, OpenCV detects them."""
     draw: bool = False
-    """Write a copy of that video with the curves below it as well."""
+    """Also write a copy of --video with the curves below the picture."""
     visual: Path | None = None
-    """File with the weights of the face network, for a run that was trained on its features."""
+    """File with the weights of the face network, for --video and a run that was trained on its features."""
     audio: Path | None = None
-    """The same of the voice network."""
+    """File with the weights of the voice network, for --video and a run that was trained on its features."""
     other: Path | None = None
-    """Run of the other target: the challenge file has a column for each."""
+    """Run of the other target, whose predictions fill the other column of the challenge file."""
     template: Path | None = None
-    """The organisers' file, whose rows decide which frames the challenge file lists, and in which order."""
+    """The organisers' file, whose rows decide which frames the challenge file lists and in which order."""
     split: Literal["all", "train", "validate", "test"] = "all"
-    """Which videos; test are those without annotation."""
+    """Split to predict; test holds the videos without annotation."""
     backend: Backend | None = None
-    """What computes the fusion; that of the training if left out."""
+    """Backend that computes the fusion; the training's backend if left out."""
     batch_size: int = 12
-    """Windows at once, all processes together."""
+    """Windows per batch, over all processes together."""
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", self.batch_size >= 1, "a whole number above 0")
@@ -373,23 +386,23 @@ class PredictConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the files go."""
+        """The folder to which the files are written."""
         of = (self.video or self.data or Path()).absolute()
         return self.out or self.run / "predicted" / (of.stem if self.video else of.name)
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Tell what runs here and how fast, and what is wrong with a data folder; exit with 1 if something is."""
+    """Check which backends run here, how fast, and whether a data folder is valid; exit with 1 on any problem."""
 
     data: Path | None = None
-    """Folder to inspect."""
+    """Data folder to check."""
     modalities: dict[str, int] | str = field(default_factory=lambda: dict(WIDTHS))
-    """Expected modalities and widths of their features."""
+    """Expected modalities and the widths of their features."""
     source: Source = "features"
-    """What the folder holds: features, or the arrays of grjca prepare."""
+    """Content of the data folder: features, or the arrays of grjca prepare."""
     speed: bool = True
-    """Measure each backend."""
+    """Measure the speed of each backend."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", modalities_of("modalities", self.modalities))
@@ -403,14 +416,15 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Study whether gates help when face and voice don't complement each other, on synthetic data."""
+    """Study on synthetic data whether gates help when face and voice do not complement each other."""
 
     out: Path
-    """Folder for data, runs and results. A study that was interrupted goes on there."""
+    """Folder for data, runs and results. An interrupted study continues there."""
     preset: Literal["small", "full"] = "small"
-    """small ends within ten minutes on 2 cores; full has a block of the authors' sizes, and takes an hour and more."""
+    """small takes less than ten minutes on 2 cores; full has a block of the authors' sizes and takes more than an
+    hour."""
     jobs: int = 2
-    """Trainings at the same time, each with one thread."""
+    """Number of trainings at the same time, each with one thread."""
 
     def __post_init__(self) -> None:
         _require(self, "jobs", self.jobs >= 1, "a whole number above 0")
@@ -418,12 +432,12 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Make data, train, evaluate, predict and plot, all in a few minutes."""
+    """Generate data, train, evaluate, predict and plot, all in a few minutes."""
 
     out: Path | None = None
-    """Folder for everything; a new temporary one if left out."""
+    """Folder for all output; a new temporary folder if left out."""
     seed: int = 0
-    """Of data and training."""
+    """Seed of the data and the training."""
 
 
 def _require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Dataclasses of config.py from the command line and from YAML, and back, by jsonargparse."""
+"""Conversion of the dataclasses in config.py from the command line, and from and to YAML, with jsonargparse."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from grjca.errors import UserError, printable
 Config = TypeVar("Config")
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,
-    import_path_denylist=["*"],  # without it, jsonargparse imports, and so runs, a module that a value names
+    import_path_denylist=["*"],  # otherwise jsonargparse imports, and so runs, any module that a value names
 )
 
 GROUPS = ("--model", "--networks")
-"""Options that stand for several, and take a file of them."""
+"""Options that stand for a group of settings and accept a YAML file of them."""
 OTHER_NAMES = {"--source": "--from"}
-"""Options that may be written in another way; the fields of a dataclass cannot have these names."""
+"""Alternative spellings of options that cannot be names of dataclass fields."""
 
 _REPLACED = re.compile(r"model\b.{0,40}\b(visual|audio)_(features|channels)\b")
 _REPLACEMENT = (
@@ -32,7 +32,7 @@ _REPLACEMENT = (
 )
 
 MOST, DEEPEST, LONGEST = 1 << 20, 20, 4096
-"""Limits of a file of settings: its bytes, its lists within lists, and the characters of a value, as of a path."""
+"""Limits of a settings file: its bytes, its nesting depth, and the characters of a value, such as a path."""
 
 
 class _Careful(ArgumentParser):
@@ -41,16 +41,16 @@ class _Careful(ArgumentParser):
         try:
             text = read_yaml(Path(path))
         except (UserError, OSError) as error:
-            raise TypeError(str(error)) from error  # jsonargparse expects this one
+            raise TypeError(str(error)) from error  # the type that jsonargparse expects
         return self.parse_string(text, **options)
 
 
 class Parser(_Careful):
-    """Says in one sentence what is wrong."""
+    """A parser that reports each error in one sentence."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` and exit with 2."""
-        if "Union subtypes" in message:  # of which it says what would have fitted each
+        if "Union subtypes" in message:  # one "- Expected" line per type of the union
             name, value = message.partition("\n")[0], message.rpartition("Given value: ")[2]
             message = f"{name} Expected {' or '.join(re.findall('- Expected (.*)', message))}. Got value: {value}"
         message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
@@ -74,10 +74,10 @@ def parser(kind: type, **options: Any) -> Parser:
 
 
 def with_groups(words: list[str]) -> list[str]:
-    """The command line ``words``, with ``--model FILE`` and ``--networks FILE`` replaced by what that file holds.
+    """Return ``words`` with the files in ``--model FILE`` and ``--networks FILE`` replaced by their contents.
 
     Raises:
-        UserError: if that is no file of settings.
+        UserError: if a file is not a settings file.
     """
     result: list[str] = []
     for word in words:
@@ -99,19 +99,19 @@ def _group(option: str, value: str) -> str:
 
 
 def build(kind: type[Config], options: ArgumentParser, namespace: Namespace) -> Config:
-    """The dataclass from what ``options`` has parsed."""
+    """Build the dataclass ``kind`` from what ``options`` has parsed."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = {name: value for name, value in options.instantiate(namespace).items() if name in names}
     return kind(**values)
 
 
 def read_yaml(path: Path) -> str:
-    """The text of a file of settings.
+    """Return the text of a settings file.
 
     Raises:
-        UserError: if it is not YAML; if it is too large or nested too deeply; if it has tags, or aliases, by which ten
-            lines can become gigabytes; if it names another file of settings.
-        OSError: if it cannot be read.
+        UserError: if the file is not YAML, is too large or nested too deeply, names another settings file, or has tags
+            or aliases (ten lines of aliases can expand to gigabytes).
+        OSError: if the file cannot be read.
     """
     depth, loader = 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -137,15 +137,15 @@ def read_yaml(path: Path) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """Every field, resolved."""
+    """Write every field of ``config``, defaults included, as YAML."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def from_yaml(kind: type[Config], path: Path) -> Config:
-    """The inverse of :func:`to_yaml`.
+    """Read what :func:`to_yaml` has written.
 
     Raises:
-        UserError: if the file is missing or not what it should be.
+        UserError: if the file is missing or invalid.
     """
     options = _Careful(exit_on_error=False)
     options.add_class_arguments(kind, as_group=False)
@@ -157,7 +157,7 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
 
 
 def _with_replacement(reason: str) -> str:
-    """What is wrong, and where that is a setting of an earlier version, what it has become."""
+    """Return ``reason``, followed by the new name if it concerns a setting of an earlier version."""
     return reason + _REPLACEMENT if _REPLACED.search(reason) else reason
 
 
