@@ -1,7 +1,7 @@
 """The face and voice networks of the authors' experiment: IR-50 and VGGish, under the names of their checkpoints.
 
-A network is a sequence of parts, so that :class:`grjca.model.whole.WholeModel` can run the frozen ones at its beginning
-without a graph, and the others with recomputation.
+A network is a sequence of parts, so that :class:`grjca.model.whole.WholeModel` can run its leading frozen parts without
+a graph, and the others with recomputation.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from grjca.errors import UserError
 from grjca.model import checkpoints
 
 PICTURE, CROP = 48, 40
-"""Pixels of a side: of a face on disk, and of what the network sees of it."""
+"""Side of a face on disk, and of the crop that the network reads, in pixels."""
 PATCH = (96, 64)
-"""Rows of 10 ms and mel bands of a log-mel patch."""
+"""Rows (10 ms each) and mel bands of a log-mel patch."""
 RANDOM = "random"
-"""What :attr:`IR50.origin` says before any weights are loaded."""
+"""The value of :attr:`Network.origin` before any weights are loaded."""
 WHOLE = {name: f"spatial.{name}.backbone." for name in ("visual", "audio")}
-"""What stands before a network's names in the authors' whole model."""
+"""Prefix of each network's keys in the authors' whole model."""
 
 
 class _Rows(nn.BatchNorm1d):
-    """A single row has no variance: in training, running statistics normalise it, and are left as they are."""
+    """Batch normalisation of rows. In training, a single row, which has no variance, is normalised by the running
+    statistics, and leaves them unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 1:
@@ -51,7 +52,7 @@ class _Flat(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Two convolutions and a way around them: [N, inputs, H, W] -> [N, outputs, H / stride, W / stride]."""
+    """Residual unit of two convolutions: [N, inputs, H, W] -> [N, outputs, H / stride, W / stride]."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -75,17 +76,17 @@ class _Unit(nn.Module):
 
 
 class Network(nn.Module):
-    """A row of parts, through which a batch of frames passes."""
+    """A sequence of parts through which a batch of frames passes."""
 
     size: NetworkSize = "released"
-    """Which :data:`STAGES` it has."""
+    """Size of the network, a key of :data:`STAGES`."""
     origin: str = RANDOM
-    """Where its weights come from: the name of a file, or "random"."""
+    """Where the weights come from: the name of a file, or "random"."""
     outputs: int
-    """Width of a row of the result."""
+    """Width of the result."""
 
     def parts(self) -> list[nn.Module]:
-        """What a batch passes through, one after the other."""
+        """Return the parts in the order in which a batch passes through them."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,14 +95,14 @@ class Network(nn.Module):
 
 
 class IR50(Network):
-    """A face's features: [N, 3, 40, 40] of values in [-1, 1], see :func:`crop`, -> [N, outputs], rows of L2 norm 1.
+    """The face network: pictures [N, 3, 40, 40] in [-1, 1], see :func:`crop`, -> [N, outputs], rows of L2 norm 1.
 
     Args:
         widths: channels of the first convolution and of the four groups of units.
-        units: of each group. The first unit of every group but the first halves height and width.
+        units: number of units in each group. The first unit of every group but the first halves height and width.
         outputs: width of the result.
 
-    Weights are random at first, as PyTorch initialises them.
+    PyTorch initialises the weights at random.
     """
 
     def __init__(
@@ -129,14 +130,14 @@ class IR50(Network):
 
 
 class VGGish(Network):
-    """A sound's features: log-mel patches [N, 96, 64] -> [N, outputs].
+    """The voice network: log-mel patches [N, 96, 64] -> [N, outputs].
 
     Args:
         widths: channels of the six convolutions.
-        hidden: width of the two hidden layers behind them.
+        hidden: width of the two hidden layers after them.
         outputs: width of the result.
 
-    Weights are random at first, as PyTorch initialises them.
+    PyTorch initialises the weights at random.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class VGGish(Network):
         layers: list[nn.Module] = []
         for k, (before, after) in enumerate(pairwise((1, *widths))):
             layers += [nn.Conv2d(before, after, 3, 1, 1), nn.ReLU(inplace=True)]
-            if k not in (2, 4):  # of the last four convolutions, two in a row
+            if k not in (2, 4):  # the last four convolutions come in pairs
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         rows, bands = (side // 16 for side in PATCH)
@@ -187,17 +188,17 @@ STAGES: dict[NetworkSize, tuple[dict[str, tuple[str, ...]], ...]] = {
         {"visual": ("body.3",), "audio": ("embeddings.0",)},
     ),
 }
-"""For each size and each of the three stages of release, the parts of each network that it adds to those trained."""
+"""For each size, the parts of each network that each of the three stages of release adds to those trained."""
 
 
 def make(name: str, size: NetworkSize = "released") -> Network:
-    """The network of a modality, "visual" or "audio".
+    """Make the network of a modality, "visual" or "audio", with random weights.
 
     Args:
-        size: "released" has the authors' 37.3 and 72.1 million parameters. "small" is of the same form, with the same
-            names and widths of features, and takes a hundredth of the work: for trials and tests.
+        size: "released" has the authors' 37.3 and 72.1 million parameters. "small", for trials and tests, has the same
+            structure, feature names and feature widths, and takes a hundredth of the work.
 
-    Its weights are random, as PyTorch initialises them; its ``origin`` says so until :func:`load` has others.
+    The ``origin`` of the network is "random" until :func:`load` gives it other weights.
 
     Raises:
         ValueError: for another name or size.
@@ -210,17 +211,17 @@ def make(name: str, size: NetworkSize = "released") -> Network:
 
 
 def load(network: Network, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Give ``network`` the weights of a checkpoint, in the dtype and on the device that it has.
+    """Load the weights of a checkpoint into ``network``, which keeps its dtype and device.
 
     Args:
-        source: as for :func:`grjca.model.checkpoints.read`: the authors' whole model, of which the part of this
-            modality is taken, or the network alone, with names that begin with ``backbone.`` or with those of its
-            parts. Weights may lie in a dict in it, and under any prefix. A classifier (``logits.*``) and other names
-            are not read.
+        source: as for :func:`grjca.model.checkpoints.read`: the authors' whole model, from which this modality's
+            network is taken, or the network alone, whose keys begin with ``backbone.`` or with the names of its parts.
+            Weights may be in a nested dict and under any prefix. A classifier (``logits.*``) and other keys are
+            ignored.
 
     Raises:
-        UserError: for a file that is not there, broken, or would run code; for a key that is missing, does not fit, or
-            is of a larger network, naming it; for several networks of the kind in one source.
+        UserError: if the file is missing, broken, or would run code; if a key is missing, does not fit, or belongs to a
+            larger network (the message names it); or if the source holds several networks of this kind.
     """
     label, content = checkpoints.read(source)
     first = next(iter(network.state_dict()))
@@ -236,24 +237,13 @@ def load(network: Network, source: str | Path | Mapping[str, Tensor]) -> None:
     network.origin = label
 
 
-def size_of(name: str, tensors: Mapping[str, Any], prefix: str) -> NetworkSize | None:
-    """The size of network all of whose names are among these, after ``prefix``, if there is one."""
-    for size in _SIZES:
-        with torch.device("meta"):
-            expected = {prefix + key: like for key, like in make(name, size).state_dict().items()}
-        first = next(iter(expected))
-        if expected.keys() <= tensors.keys() and getattr(tensors[first], "shape", None) == expected[first].shape:
-            return size
-    return None
-
-
 def filled(name: str, size: NetworkSize, label: str, tensors: Mapping[str, Any], prefix: str) -> Network:
-    """A network with copies of these weights, in their dtype and on their device.
+    """Make a network with copies of the weights in ``tensors``, in their dtype and on their device.
 
     Raises:
         UserError: as :func:`load`.
     """
-    with torch.device("meta"):  # nothing is initialised in vain
+    with torch.device("meta"):  # skips the initialisation
         network = make(name, size)
     like = checkpoints.find(label, tensors, prefix + next(iter(network.state_dict())))
     network.to(like.dtype).to_empty(device=like.device)
@@ -263,13 +253,13 @@ def filled(name: str, size: NetworkSize, label: str, tensors: Mapping[str, Any],
 
 
 def crop(faces: Tensor, offsets: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-    """What the face network sees of pictures, (x / 255 - 0.5) / 0.5.
+    """Crop faces to the input of the face network, and scale them to (x / 255 - 0.5) / 0.5.
 
     Args:
         faces: uint8 [..., 48, 48, 3].
-        offsets: integers [B, 2], row and column from 0 to 8 at which the crop of ``faces`` [B, ..., 48, 48, 3] begins,
-            one for a whole window; the centre if left out.
-        flip: bool [B], whether those pictures are mirrored, left to right, after the crop.
+        offsets: integers [B, 2], row and column from 0 to 8 at which the crop of each window in ``faces``
+            [B, ..., 48, 48, 3] begins; None crops the centre.
+        flip: bool [B], whether the pictures of each window are mirrored, left to right, after the crop.
 
     Returns:
         [..., 3, 40, 40] in torch's default dtype.

@@ -75,7 +75,7 @@ def _top() -> argparse.ArgumentParser:
         + "\n\ngrjca COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     return parser
 
 
@@ -90,7 +90,7 @@ def _run(name: str, words: list[str]) -> int:
     parser = settings.parser(command.settings, prog=f"grjca {name}")
     extra = {}
     if name == "train":
-        parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+        parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
         words = _with_settings_of_the_run(words)
     words = settings.with_groups(words)
     try:

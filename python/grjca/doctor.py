@@ -1,4 +1,4 @@
-"""``grjca doctor``: what runs here, whether it is right and how fast, and what is wrong with a data folder."""
+"""``grjca doctor``: check which backends run here, their results and speed, and whether a data folder is valid."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grjca import data, environment
+from grjca import environment
 from grjca.config import GATING, DoctorConfig
+from grjca.data.videos import problems
 from grjca.errors import UserError, printable
 from grjca.measure import EAGER_FACTOR, FEW_ULP, SHAPES, Shape, alternate
 from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused, backends
 
-FLOAT64 = 1e-11  # apart in float64: an ulp of 2e-16, times the terms of a sum, 1 / tau and saturation
+FLOAT64 = 1e-11  # allowed difference in float64: an ulp of 2e-16, times the terms of a sum, 1 / tau and saturation
 SMALL = Shape(24, 12, 8, 2, 3)
-LENGTHS = (24, 17, 5)  # of its samples
+LENGTHS = (24, 17, 5)  # frames of each sample of SMALL
 WEIGHT_SEED, INPUT_SEED = 1, 2
 SPEED = SHAPES["abaw"]
 DROPOUT, REPETITIONS = 0.6, 3
-FEW_SAMPLES = 2  # of a step in bfloat16
+FEW_SAMPLES = 2  # batch of a timed step in bfloat16
 
 
 @dataclass(frozen=True)
 class Error:
-    """Of a float32 result against the reference in float64, as a share of it; what may be."""
+    """Relative error of a float32 result against the reference in float64, or a bound on it."""
 
     forward: float
     gradient: float
 
     def exceeds(self, bound: Error) -> bool:
-        """Whether either is too large, or NaN."""
+        """Whether either error is above its bound, or NaN."""
         return not (self.forward <= bound.forward and self.gradient <= bound.gradient)
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print all of it; 1 if a backend is wrong, the native one cannot run, or the data has problems, else 0."""
+    """Print the report; return 1 if a backend is wrong, the native one cannot run, or the data has problems, else 0."""
     print(_machine())
     wrong = [*_check_backends(config.speed)]
     if config.speed and environment.has_amx() and backends()["cpu"] is None:
@@ -71,7 +72,7 @@ def _machine() -> str:
 
 
 def _check_backends(speed: bool) -> list[str]:
-    """Print what runs and how well; what is wrong."""
+    """Print which backends run, their errors and times; return what is wrong."""
     wrong = []
     for name, reason in backends().items():
         if reason is not None:
@@ -84,7 +85,7 @@ def _check_backends(speed: bool) -> list[str]:
 
 
 def _check_device(device: str, speed: bool) -> list[str]:
-    """The same for the backends that compute on one device type."""
+    """Print errors and times of the backends that compute on one device type; return what is wrong."""
     wrong = []
     try:
         print(f"\nOn {device}, auto takes {environment.backend_used('auto', device)}.")
@@ -120,11 +121,11 @@ def _table(errors: Mapping[str, Error], bound: Error, seconds: Mapping[str, floa
     return "\n".join(lines)
 
 
-# ---- whether they are right
+# ---- errors
 
 
 def errors_of(names: list[str], device: str) -> tuple[dict[str, Error], Error]:
-    """Of eager and of these backends in float32, over all kinds of gating; and what is allowed."""
+    """Return the errors of eager and of these backends in float32, over all kinds of gating, and their bound."""
     exact = {gating: run("reference", gating, torch.float64, "cpu") for gating in GATING.values()}
 
     def error(name: str) -> Error:
@@ -142,7 +143,7 @@ def errors_of(names: list[str], device: str) -> tuple[dict[str, Error], Error]:
 
 
 def eager_apart(device: str) -> float:
-    """The largest distance of eager from the reference, both in float64."""
+    """Return the largest relative difference of eager from the reference, both in float64."""
     return max(
         _apart(ours, truth)
         for gating in GATING.values()
@@ -154,16 +155,16 @@ def eager_apart(device: str) -> float:
 
 
 def run(name: str, gating: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The output and all gradients of a small case, in float64 on the CPU.
+    """Return the output and all gradients of a small case, as float64 on the CPU.
 
-    Every number fits in float32, so that all dtypes begin with the same.
+    Weights and inputs are representable in float32, so that all dtypes start from equal numbers.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(WEIGHT_SEED)
         block = _block(Shape(**vars(SMALL) | {"gating": gating, "normalize": gating != "none"}), name, dropout=0.0)
         with torch.no_grad():
             for parameter in block.parameters():
-                if parameter.dim() == 1:  # biases start as 0, which would hide mistakes
+                if parameter.dim() == 1:  # biases start at 0, which would hide errors
                     parameter.normal_(std=0.3)
     block = block.to(device, dtype)
     features = [x.detach().to(device, dtype).requires_grad_() for x in SMALL.inputs(INPUT_SEED)]
@@ -174,22 +175,22 @@ def run(name: str, gating: str, dtype: torch.dtype, device: str) -> tuple[list[T
 
 
 def _apart(ours: Tensor, truth: Tensor) -> float:
-    """As a share of the truth: relu makes single elements of a gradient jump, so tensors count as vectors."""
+    """Relative L2 difference: relu makes single elements of a gradient jump, so tensors are compared as vectors."""
     return float((ours - truth).norm() / truth.norm())
 
 
 def _rms(values: list[float]) -> float:
-    """Of many, for one alone may be lucky."""
+    """Root mean square of many errors, since a single one may be small by chance."""
     return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
-# ---- how fast they are
+# ---- speed
 
 
 def times(
     names: list[str], device: str, batch: int | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Seconds of a training step of the fusion alone, by eager and by these backends."""
+    """Time a training step of the fusion alone with eager and with these backends, in seconds."""
     shape = SPEED if batch is None else replace(SPEED, batch=batch)
     blocks = {name: _block(shape, name, dropout=DROPOUT).to(device, dtype) for name in ("eager", *names)}
     features = [x.detach().to(device, dtype).requires_grad_() for x in shape.inputs(INPUT_SEED)]
@@ -205,7 +206,7 @@ def times(
 
 
 def _compare_bfloat16() -> str:
-    """What to use in bfloat16 on a processor with AMX, by a measurement."""
+    """Measure which backend is fastest in bfloat16 on a processor with AMX, and say which to use."""
     seconds = times(["cpu", "reference"], "cpu", FEW_SAMPLES, torch.bfloat16)
     fastest = min(seconds, key=seconds.__getitem__)
     shown = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
@@ -231,9 +232,9 @@ def _block(shape: Shape, name: str, *, dropout: float) -> GatedRJCAFused:
 
 
 def _check_data(config: DoctorConfig) -> list[str]:
-    """Print what a data folder holds; what is wrong with it."""
+    """Print what a data folder holds; return what is wrong with it."""
     assert config.data is not None
-    found = data.problems(config.data, widths=config.widths, kind=config.source, progress=True)
+    found = problems(config.data, widths=config.widths, kind=config.source, progress=True)
     print(f"\nData in {config.data}")
     for folder in found.folders:
         print(folder)

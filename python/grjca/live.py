@@ -1,4 +1,4 @@
-"""Values of a stream: frames go in as they come, and the newest value comes out."""
+"""Prediction on a live stream: frames are pushed as they arrive, and the newest value is returned."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from grjca.model.whole import WholeModel
 
 
 class Live:
-    """The newest value of a stream of frames, from the last window of them.
+    """Predicts the newest value of a stream from its last window of frames.
 
     Args:
         model: as :func:`grjca.training.runs.load_best` returns it; it is put into evaluation mode. The networks of a
-            whole model see every frame once, and the model around their features sees the window.
-        every: h, frames from one value to the next. A value takes as long as the prediction of one window, whatever h.
+            whole model read every frame once, and the model after them reads the whole window for every value.
+        every: h, the number of frames from one value to the next. A value takes as long as the prediction of one
+            window, whatever h is.
 
     Raises:
-        ValueError: ``every`` is no whole number above 0.
+        ValueError: if ``every`` is not a whole number above 0.
 
-    The value of a frame is that which the model gives to the last frame of a window of L frames that ends with it. As
-    long as there are fewer frames, the window has fewer.
+    The value of a frame is the model's value for the last frame of the window of L frames that ends with it. At the
+    start of the stream, the window is shorter.
     """
 
     def __init__(self, model: AudioVisualModel | WholeModel, *, every: int = 1) -> None:
@@ -39,20 +40,20 @@ class Live:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all frames, as at the beginning of another stream."""
+        """Forget all frames, to start another stream."""
         self.frames: deque[tuple[Tensor, ...]] = deque(maxlen=self.model.length)
         self.seen = 0
 
     @torch.inference_mode()
     def push(self, *frame: Any) -> float | None:
-        """Take a frame; its value from -1 to 1 if it is the h-th, 2 h-th, ..., else None.
+        """Add a frame; return its value from -1 to 1 if it is the h-th, 2h-th, ..., else None.
 
         Args:
-            frame: of each modality, in the order of the model, the features [d_m]; or for a whole model the face uint8
+            frame: the features [d_m] of each modality, in the order of the model; or for a whole model the face uint8
                 [48, 48, 3] and the log-mel patch [96, 64]. Tensors or arrays.
 
         Raises:
-            ValueError, TypeError: naming what was expected and what came, as NaN; the frame then counts as not there.
+            ValueError, TypeError: if the frame has another form or is not finite; it is then not added.
         """
         self.frames.append(self._features(frame))
         self.seen += 1
@@ -86,6 +87,6 @@ class Live:
     def _tensor(self, x: Any) -> Tensor:
         try:
             return torch.as_tensor(x)
-        except (RuntimeError, TypeError, ValueError) as error:  # which one depends on what it is
+        except (RuntimeError, TypeError, ValueError) as error:  # which one depends on the type of x
             expected = f"tensors or arrays of numbers for {', '.join(self.model.widths)}"
             raise TypeError(f"frame: expected {expected}, got {type(x).__name__}.") from error

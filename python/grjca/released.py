@@ -1,6 +1,6 @@
-"""Checkpoints of the authors' full model: face and voice networks, encoders, GRJCA or HGRJCA, and head, by their names.
+"""Loading of the authors' full model: face and voice networks, encoders, GRJCA or HGRJCA, and head.
 
-Their "video" is our visual, their "logmel" our audio. ``network.k.net.0`` and ``net.4`` are the same tensors as
+The authors' "video" is our visual, their "logmel" our audio. ``network.k.net.0`` and ``net.4`` are the same tensors as
 ``conv1`` and ``conv2``; weight_norm calls its two tensors ``weight_g`` and ``weight_v``, or since PyTorch 2.0
 ``parametrizations.weight.original0`` and ``original1``.
 """
@@ -37,7 +37,7 @@ RENAMED = (
     ("head.norm.", "bn1."),
     ("head.output.", "regressor2."),
 )
-"""Parts of our names, and what stands there in the authors'. The fusion block has its own converter."""
+"""Parts of our keys and their counterparts in the authors'. The fusion block has its own converter."""
 
 _MODEL = re.compile(r"((?:.*\.)?)H?GRJCA\.(?:.*\.)?(?:weight|bias)")
 _ALIASES = ((".net.0.", ".conv1."), (".net.4.", ".conv2."))
@@ -50,34 +50,35 @@ _WITHOUT_EFFECT = re.compile(
 def load_model(
     source: str | Path | Mapping[str, Tensor], *, backend: Backend = "auto"
 ) -> AudioVisualModel | WholeModel:
-    """The authors' trained model, in eval mode.
+    """Load the authors' trained model, in eval mode.
 
     A checkpoint with both networks (``spatial.visual.backbone.*`` and ``spatial.audio.backbone.*``) gives a
-    :class:`grjca.model.whole.WholeModel`, which reads pictures and log-mel patches. One without networks gives an
-    :class:`grjca.model.audiovisual.AudioVisualModel`, which reads features. So does one with a single network, because
-    its fusion model is complete and features may come from elsewhere; a warning says that the network is left out
-    (:func:`grjca.backbones.load` reads it). A network of which a key is missing or does not fit is refused.
+    :class:`grjca.model.whole.WholeModel`, which reads pictures and log-mel patches. A checkpoint without networks gives
+    an :class:`grjca.model.audiovisual.AudioVisualModel`, which reads features. So does a checkpoint with a single
+    network, because its fusion model is complete and features may come from elsewhere; a warning says that the network
+    is left out (:func:`grjca.backbones.load` reads it). A network with a key that is missing or does not fit is
+    refused.
 
     Args:
-        source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict. The
-            weights may lie in a dict in it ("state_dict", "net", ...), under a prefix ("model.", ...), and be those of
-            torch.compile, DataParallel or AveragedModel. Where there are averaged ones too ("ema", ...), the others
+        source: a .safetensors file; a torch.save file, from which only tensors are read; or a state_dict. The weights
+            may be in a nested dict ("state_dict", "net", ...), under a prefix ("model.", ...), and saved from
+            torch.compile, DataParallel or AveragedModel. If there are averaged weights too ("ema", ...), the others
             are loaded, and a warning says so.
         backend: what computes the fusion, as in :class:`grjca.model.audiovisual.AudioVisualModel`.
 
-    Sizes, L, T and the gating are read from the shapes. Dtype and device are those of the weights, which are copied.
-    Keys without effect on the output (parts of networks, the text modality, leftovers) are ignored and named in one
-    warning.
+    Sizes, L, T and the gating are read from the shapes. The model has copies of the weights, in their dtype and on
+    their device. Keys without effect on the output (parts of networks, the text modality, leftovers) are ignored and
+    named in one warning.
 
     Raises:
-        UserError: for a file that is not there, broken, or would run code; for a key that is missing or whose tensor
-            does not fit, naming it; for several models in one source.
+        UserError: if the file is missing, broken, or would run code; if a key is missing or its tensor does not fit
+            (the message names it); or if the source holds several models.
     """
     checkpoint = _Checkpoint(source)
     block = checkpoint.block()
     config = checkpoint.config(block)
     fusion = next(name for name in FUSIONS if GATING.get(name) == block.gating)
-    with torch.device("meta"):  # shapes alone; nothing is initialised in vain
+    with torch.device("meta"):  # only shapes are needed: skips the initialisation
         model = AudioVisualModel(config, fusion=fusion, length=block.length, backend=backend)
     weights = {f"fusion.{name}": tensor for name, tensor in block.state_dict().items()}
     for name, like in model.state_dict().items():
@@ -93,7 +94,7 @@ def load_model(
 
 
 class _Checkpoint:
-    """The tensors of a checkpoint by the authors' names, without aliases, and what has not been asked for."""
+    """The tensors of a checkpoint under the authors' keys, without aliases, and which of them are still unused."""
 
     def __init__(self, source: str | Path | Mapping[str, Tensor]) -> None:
         self.label, content = checkpoints.read(source)
@@ -111,16 +112,16 @@ class _Checkpoint:
         self.tensors = {_primary(key): content[key] for key in primary_last}
         self.unused = set(self.tensors)
         self.alone: str | None = None
-        """The modality of a network that comes without the other one."""
+        """The modality whose network is there without the other one."""
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
-        """One with the shape of ``like``, and floating like it."""
+        """Return the tensor ``name``, which must have the shape of ``like`` and be floating-point if ``like`` is."""
         tensor = checkpoints.find_like(self.label, self.tensors, name, like)
         self.unused.discard(name)
         return tensor
 
     def block(self) -> GatedRJCAFused:
-        """The fusion block alone."""
+        """Build the fusion block."""
         keys = {name: match[1] for name in self.tensors if (match := _BLOCK.match(name))}
         prefixes = sorted(set(keys.values()))
         if len(prefixes) != 1:
@@ -140,7 +141,7 @@ class _Checkpoint:
             raise UserError(f"{self.label}: in the fusion block, {error}") from error
 
     def config(self, block: GatedRJCAFused) -> ModelConfig:
-        """The sizes that the shapes give."""
+        """Derive the sizes from the shapes."""
         (visual_features, visual, kernel), (audio_features, audio, _) = map(self._encoder, ("video", "logmel"))
         if (visual[-1], audio[-1]) != block.dims:
             raise UserError(
@@ -157,7 +158,7 @@ class _Checkpoint:
         )
 
     def networks(self) -> dict[str, backbones.Network]:
-        """By modality, if both are there, else none."""
+        """Return the networks by modality if both are there, else an empty dict."""
         there = [name for name in MODALITIES if any(key.startswith(backbones.WHOLE[name]) for key in self.tensors)]
         sizes = {name: self._network_size(name) for name in there}
         self.unused = {key for key in self.unused if not key.startswith(tuple(backbones.WHOLE.values()))}
@@ -170,7 +171,7 @@ class _Checkpoint:
         }
 
     def _network_size(self, name: str) -> NetworkSize:
-        """The size that most of a network's tensors fit; UserError if another one is missing or does not."""
+        """Return the size that most of a network's tensors fit; UserError if any tensor is missing or does not fit."""
         prefix = backbones.WHOLE[name]
         with torch.device("meta"):
             expected = {size: backbones.make(name, size).state_dict() for size in backbones.STAGES}
@@ -184,7 +185,7 @@ class _Checkpoint:
         return size
 
     def note(self) -> str:
-        """What was ignored, or nothing."""
+        """Say what was ignored; empty if nothing was."""
         known = Counter(f"{match[1]}.*" for name in self.unused if (match := _WITHOUT_EFFECT.match(name)))
         unknown = sorted(name for name in self.unused if not _WITHOUT_EFFECT.match(name))
         parts = []
@@ -208,7 +209,7 @@ class _Checkpoint:
         return f"{self.label}: {' '.join(notes)}" if notes else ""
 
     def _encoder(self, name: str) -> tuple[int, tuple[int, ...], int]:
-        """Features, channels and kernel."""
+        """Return the feature width, the channels and the kernel size of an encoder."""
         numbers = (re.match(rf"temporal\.{name}\.network\.(\d+)\.", key) for key in self.tensors)
         blocks = 1 + max((int(number[1]) for number in numbers if number), default=0)
         shapes = [
@@ -227,7 +228,8 @@ class _Checkpoint:
 
 
 def _models(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
-    """The weights of each model in ``content``, by what stands before their names; or all keys that may be meant."""
+    """Return the weights of each model in ``content`` by the prefix of their keys; if there is no model, the largest
+    mapping."""
     models: dict[str, dict[str, Any]] = {}
     mappings = list(checkpoints.mappings(content))
     for place, values in mappings:
@@ -240,7 +242,7 @@ def _models(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _primary(key: str) -> str:
-    """The first of the names that a tensor of the encoders can have."""
+    """Return the first of the keys that an encoder's tensor can have."""
     if not key.startswith(("temporal.video.", "temporal.logmel.")):
         return key
     return _replaced(key, (*_ALIASES, *WEIGHT_NORM))

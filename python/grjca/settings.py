@@ -64,7 +64,9 @@ class Parser(_Careful):
 def parser(kind: type, **options: Any) -> Parser:
     """A parser with an option for every field of the dataclass ``kind``, and ``--config`` for a YAML file of them."""
     result = Parser(description=(kind.__doc__ or "").strip(), **options)
-    result.add_argument("--config", action="config", help="YAML file of options; those given after it win")
+    result.add_argument(
+        "--config", action="config", help="YAML file of options; options given after it take precedence"
+    )
     result.add_class_arguments(kind, as_group=False)
     for name, other in OTHER_NAMES.items():
         if name in result._option_string_actions:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import deterministic
 from cases import DATA
-from grjca.backbones import RANDOM, STAGES, crop, filled, load, make, size_of
+from grjca.backbones import RANDOM, STAGES, crop, filled, load, make
 from grjca.errors import UserError
 
 NAMES = ("visual", "audio")
@@ -207,12 +207,7 @@ def test_nothing_is_executed(tmp_path):
 
 
 @mark.parametrize("name", NAMES)
-def test_sizes_are_told_from_names_and_shapes(name):
-    for size in STAGES:
-        w = prefixed("x.", on_meta(name, size).state_dict())
-        assert size_of(name, w, "x.") == size
-        del w[list(w)[-1]]
-        assert size_of(name, w, "x.") is None
+def test_filled_copies_weights_in_their_dtype(name):
     w = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in weights(name).items()}
     network = filled(name, "small", "label", w, "")
     assert same(network, w) and network.size == "small" and network.origin == "label"
