@@ -1,4 +1,4 @@
-"""Log-mel patches of sound, as the audio network reads them: protocol.md, "From footage to arrays"."""
+"""Log-mel patches of sound, the input of the voice network: protocol.md, "From footage to arrays"."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from grjca.errors import UserError
 RATE = 16_000
 """Samples per second of all sound in this package."""
 FRAME, STEP, FFT = 400, 160, 512
-"""Samples of a row, from one row to the next, and of its Fourier transform."""
+"""Samples of a row, samples from one row to the next, and length of the Fourier transform."""
 ROWS_PER_SECOND = RATE // STEP
 BANDS, LOWEST, HIGHEST = 64, 125.0, 7500.0
-"""Mel bands, and the frequencies in Hz that they lie between."""
+"""Number of mel bands, and their lowest and highest frequency in Hz."""
 PATCH = 96
-"""Rows of a patch."""
+"""Number of rows of a patch."""
 PADDING = RATE
-"""Copies of the last sample that follow it."""
+"""Number of copies of the last sample that are appended to the sound."""
 
-_CHUNK, _PATCHES = 4096, 64  # rows and patches that are computed together: at most 200 MB, usually 10
+_CHUNK, _PATCHES = 4096, 64  # rows and patches computed at a time: at most 200 MB, usually 10
 
 
 def log_mel(waveform: np.ndarray, rate: float = RATE) -> np.ndarray:
-    """The logarithm of a mel spectrogram: log(mel + 0.01), of magnitudes, in bands that are linear in mel.
+    """Compute a log-mel spectrogram: log(mel + 0.01) of magnitudes, in bands that are linear in mel.
 
     Args:
-        waveform: [samples] of one channel, int16, or floating-point numbers in [-1, 1]; at least one.
-        rate: samples per second; soxr resamples to 16 kHz what has another rate.
+        waveform: [samples] of one channel, at least one sample, int16 or floating-point in [-1, 1].
+        rate: samples per second; soxr resamples other rates to 16 kHz.
 
     Returns:
-        [rows, 64] float64, a row every 10 ms; the last sample is repeated for one second more.
+        [rows, 64] float64, a row every 10 ms; the last sample is repeated for one more second.
 
     Raises:
-        UserError: ``waveform`` or ``rate`` is something else.
+        UserError: if ``waveform`` or ``rate`` is anything else.
     """
     samples = _checked(waveform)
     if not (np.isfinite(rate) and rate > 0):
@@ -48,24 +48,25 @@ def log_mel(waveform: np.ndarray, rate: float = RATE) -> np.ndarray:
 
 
 def rows(samples: int) -> int:
-    """Rows that :func:`log_mel` makes of so many samples at 16 kHz."""
+    """Number of rows that :func:`log_mel` makes of ``samples`` samples at 16 kHz."""
     return 1 + (samples + PADDING - FRAME) // STEP
 
 
 def patch_starts(rows: int, fps: float, frames: int | None = None, *, times: np.ndarray | None = None) -> np.ndarray:
-    """The first row of the patch of every video frame: round(100 n / fps) for frame n = 0, 1, ...
+    """Return the first row of the patch of every video frame: round(100 n / fps) for frame n = 0, 1, ...
 
     Args:
-        rows: how many :func:`log_mel` has made.
+        rows: number of rows of the :func:`log_mel`.
         fps: frames per second.
-        frames: of the video; where the sound ends early, the last whole patch is repeated. None: all whole patches.
-        times: [frames] float64, seconds, when each frame is shown; they replace n / fps.
+        frames: number of frames of the video; where the sound ends early, the last whole patch is repeated. None
+            returns all whole patches.
+        times: [frames] float64, the time in seconds at which each frame is shown; replaces n / fps.
 
     Returns:
         [frames] int64.
 
     Raises:
-        UserError: there is no room for one patch, or ``fps`` is no positive number.
+        UserError: if there are too few rows for one patch, or ``fps`` is not a positive number.
     """
     if not (np.isfinite(fps) and fps > 0):
         raise UserError(f"fps: expected frames per second, a positive number, got {fps}.")
@@ -81,17 +82,17 @@ def patch_starts(rows: int, fps: float, frames: int | None = None, *, times: np.
 
 
 def patches(waveform: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Patches of the :func:`log_mel` of ``waveform``; beside them, a bounded amount of memory is needed.
+    """Compute patches of the :func:`log_mel` of ``waveform``, with bounded memory besides the result.
 
     Args:
         waveform: [samples] at 16 kHz, as for :func:`log_mel`; it may be mapped from a file.
-        starts: [N] int64, first rows, as from :func:`patch_starts`; a part of them gives a part of the patches.
+        starts: [N] int64, the first row of each patch, as :func:`patch_starts` returns them, or some of them.
 
     Returns:
         [N, 96, 64] float16.
 
     Raises:
-        UserError: as :func:`log_mel`, or a patch would end after the last row.
+        UserError: as :func:`log_mel`, or if a patch would end after the last row.
     """
     samples = _checked(waveform)
     last = rows(len(samples)) - PATCH
@@ -123,7 +124,7 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
 
 
 def _rows(samples: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[len(wanted), 64] float64: these rows of the log-mel spectrogram."""
+    """Compute the ``wanted`` rows of the log-mel spectrogram, [len(wanted), 64] float64."""
     places = STEP * wanted[:, None] + np.arange(FRAME)
     frames = _scaled(samples[np.minimum(places, len(samples) - 1)])
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)
@@ -132,7 +133,7 @@ def _rows(samples: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 @cache
 def _bands() -> np.ndarray:
-    """[257, 64]: what each frequency contributes to each band. The triangles are linear in mel, not in Hz."""
+    """Weight of each frequency in each band, [257, 64]. The triangles are linear in mel, not in Hz."""
 
     def mel(hertz: np.ndarray) -> np.ndarray:
         return 1127 * np.log1p(hertz / 700)

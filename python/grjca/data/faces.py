@@ -1,4 +1,4 @@
-"""Pictures of faces: the organisers' crops, or those that a detector finds in frames."""
+"""Pictures of faces: the organisers' crops, or faces detected in frames."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from grjca import files
 from grjca.errors import UserError
 
 SIZE = 48
-"""Pixels of a face's edge."""
+"""Side of a face, in pixels."""
 Side = Literal["left", "right"] | None
-"""Which of two faces, as a video's name says; None: the only one, or the largest."""
+"""Which of two faces, according to the video's name; None is the only one, or the largest."""
 
 _NAME = re.compile(r"([0-9]{5}|[1-9][0-9]{5,6})\.jpg", re.ASCII)
-_MOST_BYTES, _MOST_PIXELS = 1 << 24, 1 << 24  # of a crop
+_MOST_BYTES, _MOST_PIXELS = 1 << 24, 1 << 24  # limits of a crop
 _CASCADE = "haarcascade_frontalface_alt2.xml"
-_SEARCHED = 640  # pixels of the longer edge of what the detector sees: its time grows with the area
-_SMALLEST = 0.06  # share of the shorter edge
-_HELD = 10  # frames for which a face that is no longer found is expected where it was
+_SEARCHED = 640  # longer edge of the detector's input, in pixels: its time grows with the area
+_SMALLEST = 0.06  # smallest face, as a share of the shorter edge
+_HELD = 10  # frames for which a lost face is assumed to stay where it was
 
 
 def numbers(folder: Path) -> set[int]:
-    """The frames, from 1, that a folder of crops has pictures of, ``00001.jpg`` and so on.
+    """Return the numbers, from 1, of the frames with a picture (``00001.jpg`` and so on) in a folder of crops.
 
     Raises:
-        UserError: there is none, or the folder cannot be read.
+        UserError: if there is no picture, or the folder cannot be read.
     """
     try:
         found = {int(path.stem) for path in folder.iterdir() if _NAME.fullmatch(path.name)} - {0}
@@ -43,13 +43,13 @@ def numbers(folder: Path) -> set[int]:
 
 
 def crop(folder: Path, number: int) -> np.ndarray:
-    """[48, 48, 3] uint8: the picture of this number, resized.
+    """Read the picture of this number, resized to [48, 48, 3] uint8.
 
-    A file that was cut off is refused. Damage in its middle is refused only where libjpeg cannot go on: otherwise it
-    makes a picture of what it understands and warns, which Pillow does not pass on.
+    A truncated file is refused. Damage in its middle is refused only where libjpeg cannot continue: otherwise libjpeg
+    decodes what it can and warns, and Pillow does not pass the warning on.
 
     Raises:
-        UserError: it is no JPEG file, damaged, or implausibly large.
+        UserError: if the file is not a JPEG file, is damaged, or is implausibly large.
     """
     path = folder / f"{number:05d}.jpg"
     try:
@@ -59,7 +59,7 @@ def crop(folder: Path, number: int) -> np.ndarray:
             return resized(image.convert("RGB"))
     except UserError:
         raise
-    except Exception as error:  # what Pillow raises for a damaged file is not documented
+    except Exception as error:  # Pillow does not document what it raises for damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
             f"{path}: expected a JPEG picture of a face, got something else ({_without_addresses(reason)}). Replace "
@@ -68,15 +68,15 @@ def crop(folder: Path, number: int) -> np.ndarray:
 
 
 def resized(image: Image.Image) -> np.ndarray:
-    """[48, 48, 3] uint8."""
+    """Resize an image to [48, 48, 3] uint8."""
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 class Detector:
-    """Finds one face in the frames of a video, by the Haar cascade that OpenCV's wheel brings.
+    """Finds one face in the frames of a video, with the Haar cascade in OpenCV's wheel.
 
     Raises:
-        UserError: OpenCV is not installed, or is one without cascades.
+        UserError: if OpenCV is not installed, or has no cascades.
     """
 
     def __init__(self, side: Side = None) -> None:
@@ -86,9 +86,9 @@ class Detector:
         self._lost = 0
 
     def __call__(self, image: np.ndarray) -> np.ndarray | None:
-        """[48, 48, 3] uint8, the face in ``image`` [height, width, 3] uint8, or None.
+        """Return the face in ``image`` [height, width, 3] uint8 as [48, 48, 3] uint8, or None.
 
-        A face that is lost is expected where it was for ten frames more.
+        A lost face is assumed to stay where it was for ten more frames.
         """
         found = self._find(image)
         self._lost = 0 if found else self._lost + 1
@@ -100,7 +100,7 @@ class Detector:
         return resized(Image.fromarray(image).crop(box))  # black beyond the frame
 
     def _find(self, image: np.ndarray) -> tuple[float, float, float] | None:
-        """Centre and half the edge of the face, in pixels."""
+        """Find the centre and half the side of the face, in pixels."""
         height, width = image.shape[:2]
         scale = min(1.0, _SEARCHED / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -117,18 +117,18 @@ class Detector:
 
 
 def check_detector() -> None:
-    """Raise UserError if faces cannot be looked for here."""
+    """Raise UserError if face detection is not available here."""
     _cascade()
 
 
 def crops(folder: Path, count: int, there: set[int]) -> Iterator[np.ndarray | None]:
-    """[48, 48, 3] uint8 of frames 1 to ``count``, or None where :func:`numbers` has found no picture."""
+    """Yield the pictures, [48, 48, 3] uint8, of frames 1 to ``count``, or None where :func:`numbers` found none."""
     for number in range(1, count + 1):
         yield crop(folder, number) if number in there else None
 
 
 def _cascade() -> tuple[Any, Any]:
-    """The classifier, and the module cv2."""
+    """Return the classifier and the module cv2."""
     try:
         import cv2
         import cv2.data
@@ -136,15 +136,15 @@ def _cascade() -> tuple[Any, Any]:
         cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / _CASCADE))
         if cascade.empty():
             raise AttributeError(_CASCADE)
-    except (ImportError, AttributeError) as error:  # from 5.0 on, OpenCV has neither
+    except (ImportError, AttributeError) as error:  # OpenCV 5.0 and later have neither
         raise UserError(
             "Finding faces in a video needs OpenCV 4 with its cascades, which is not installed; "
             "pip install 'grjca-kernels[faces]' brings it. Or give cropped faces."
         ) from error
-    cv2.setNumThreads(1)  # frames are small, and there are other processes
+    cv2.setNumThreads(1)  # frames are small, and videos are prepared in parallel
     return cascade, cv2
 
 
 def _without_addresses(reason: object) -> str:
-    """Pillow names the object in memory that it could not read."""
+    """Remove the address of the object that Pillow could not read."""
     return re.sub(r" <[^>]*>", "", str(reason))

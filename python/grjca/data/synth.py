@@ -21,11 +21,11 @@ FILES: dict[SynthLayout, tuple[str, str, str]] = {
     "plain": ("features", "visual.npy", "audio.npy"),
     "npy_data": ("npy_data", "video.npy", "vggish.npy"),
 }
-"""Folder of the videos, and what their features are called; footage has none."""
+"""Folder of the videos and names of their feature files, by layout; footage has none."""
 
 
 def synth(config: SynthConfig, *, progress: bool = True) -> int:
-    """The command: :func:`write`, and say what is there."""
+    """Run the command: call :func:`write`, then print what was written."""
     write(config, progress=progress)
     if progress:
         print(f"{config.videos} videos in {config.out}; truth/ says where a modality is weak.")
@@ -33,14 +33,14 @@ def synth(config: SynthConfig, *, progress: bool = True) -> int:
 
 
 def write(config: SynthConfig, *, progress: bool = False) -> None:
-    """Write the folder ``config.out`` as a whole or not at all.
+    """Write the folder ``config.out`` completely or not at all.
 
-    It holds annotations, and features or footage in the chosen layout, ``truth/<video>.npy`` ([N, 2] uint8 for visual
-    and audio, of :data:`grjca.data.synthetic.CODES`), and the parameters in ``synthetic.json``. Equal parameters give
-    equal bytes, footage on one machine only; labels and truth are the same in every layout.
+    It holds annotations, features or footage in the chosen layout, ``truth/<video>.npy`` ([N, 2] uint8, the
+    :data:`grjca.data.synthetic.CODES` of visual and audio), and the parameters in ``synthetic.json``. Equal parameters
+    give equal bytes, for footage only on the same machine; labels and truth are the same in every layout.
 
     Raises:
-        UserError: ``out`` holds something or cannot be written, or PyAV lacks an encoder for footage.
+        UserError: if ``out`` is not empty or cannot be written, or PyAV lacks an encoder for footage.
     """
     if config.layout not in get_args(SynthLayout):
         raise UserError(f"There is no layout {config.layout!r}: expected one of {', '.join(get_args(SynthLayout))}.")
@@ -59,12 +59,12 @@ def _fill(root: Path, config: SynthConfig, recordings: Iterable[Recording], prog
         (root / part).mkdir(parents=True)
     written: Iterable[Face | SyntheticVideo]
     if config.layout == "footage":
-        from grjca.data import synthetic_footage  # what only needs features does without PyAV
+        from grjca.data import synthetic_footage  # features do not need PyAV
 
         written = synthetic_footage.write(root, recordings, config.videos, config.fps)
     else:
         written = _write_features(root, config.layout, synthetic.videos(recordings, config))
-    disable = None if progress else True  # None: unless the output is no terminal
+    disable = None if progress else True  # None shows the bar only on a terminal
     for video in tqdm(written, "writing videos", config.videos, leave=False, disable=disable):
         _write_labels(root, video)
     settings = {name: value for name, value in asdict(config).items() if name not in _unused(config.layout)}
@@ -73,7 +73,7 @@ def _fill(root: Path, config: SynthConfig, recordings: Iterable[Recording], prog
 
 
 def _unused(layout: SynthLayout) -> tuple[str, ...]:
-    """Settings that say nothing about the data."""
+    """Return the settings that do not affect the data."""
     return ("out", "visual_features", "audio_features") if layout == "footage" else ("out", "fps")
 
 
@@ -93,5 +93,5 @@ def _write_features(root: Path, layout: SynthLayout, videos: Iterable[SyntheticV
 def _write_labels(root: Path, video: Face | SyntheticVideo) -> None:
     np.save(root / "truth" / f"{video.name}.npy", video.truth)
     rows = "".join(f"{valence:.6f},{arousal:.6f}\n" for valence, arousal in video.labels.tolist())
-    # As bytes: text mode would write other line ends on Windows.
+    # Written as bytes, because text mode would change the line ends on Windows.
     (root / "annotations" / video.split / f"{video.name}.txt").write_bytes(f"valence,arousal\n{rows}".encode())

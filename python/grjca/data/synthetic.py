@@ -1,4 +1,4 @@
-"""Synthetic videos of known valence and arousal, whose modalities are known not to complement each other at times."""
+"""Synthetic videos of known valence and arousal, in which modalities fail to complement each other at known times."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from grjca.config import Scenario
 from grjca.errors import UserError
 
 CODES: dict[str, int] = {"clean": 0, "noisy": 1, "contradicting": 2, "misaligned": 3, "absent": 4}
-"""What the truth of a frame says of a modality."""
+"""Codes of the truth: the state of a modality at a frame."""
 INVALID = -5.0
 
-# Frames are taken to come at 30 a second.
-LAGS = (0, 4)  # by which visual and audio trail behind the emotion
-SENSITIVITY = ((1.0, 0.75), (0.75, 1.0))  # of visual, audio to valence, arousal: a face shows one better
-DRIFT = 0.25  # what is shown of other things than emotion, at the pace of emotion: only the other modality can tell
-NOISE = 0.3  # what is shown of nothing at all, at a quick pace
-SWAMPED = 3.0  # the same while noisy
-GRAIN = 0.3  # noise of every single feature, whose signal is about 1
-NUISANCES = 4  # what else a modality shows: pose and lighting, pitch and background
-EMOTION_PACE, NOISE_PACE = 30.0, 3.0  # frames over which they keep their value
-COMMON = 0.85  # share of the emotion's variance that two people in one video have in common; their audio shows that
-DROPOUT = 0.05  # share of frames at which a modality shows nothing for a moment, clean or not
-WEAK_FRAMES, DROPOUT_FRAMES, INVALID_FRAMES = 45, 5, 12  # typical stretches
-SHIFT = (30, 60)  # frames, least and most, by which a misaligned stretch is early or late
+# Numbers of frames assume 30 frames per second.
+LAGS = (0, 4)  # frames by which visual and audio lag behind the emotion
+SENSITIVITY = (
+    (1.0, 0.75),
+    (0.75, 1.0),
+)  # of visual and audio, each to valence and arousal: a face shows valence better, a voice arousal
+DRIFT = 0.25  # amplitude of signal unrelated to the emotion but as slow: only the other modality can tell them apart
+NOISE = 0.3  # amplitude of fast noise
+SWAMPED = 3.0  # amplitude of fast noise where a modality is noisy
+GRAIN = 0.3  # noise of each feature, whose signal is about 1
+NUISANCES = 4  # other factors in a modality's features: pose and lighting, pitch and background
+EMOTION_PACE, NOISE_PACE = 30.0, 3.0  # correlation time, in frames
+COMMON = 0.85  # share of the emotion's variance common to two people in one video, which their audio shows
+DROPOUT = 0.05  # share of frames in which a modality briefly shows nothing, whether clean or weak
+WEAK_FRAMES, DROPOUT_FRAMES, INVALID_FRAMES = 45, 5, 12  # typical lengths of stretches, in frames
+SHIFT = (30, 60)  # smallest and largest number of frames by which a misaligned stretch is early or late
 MARGIN = SHIFT[1] + max(LAGS)
 JITTER = 2  # frames by which features may be shorter or longer than the annotation
-JITTER_SHARE = 0.25  # of the feature files
-TWO_FACES = (8, 4)  # every eighth recording, beginning with the fifth
+JITTER_SHARE = 0.25  # share of feature files whose length differs
+TWO_FACES = (8, 4)  # every eighth recording, starting with the fifth, has two faces
 
 
 @dataclass(frozen=True, eq=False)
 class SyntheticVideo:
-    """One face; ``visual`` and ``audio`` may be up to :data:`JITTER` frames shorter or longer than N."""
+    """One face as features; ``visual`` and ``audio`` may be up to :data:`JITTER` frames shorter or longer than N."""
 
     name: str
     split: Literal["train", "validate"]
@@ -50,60 +53,62 @@ class SyntheticVideo:
     labels: np.ndarray
     """[N, 2] float64, valence and arousal in [-1, 1] with 6 digits; both -5 where invalid"""
     truth: np.ndarray
-    """[N, 2] uint8, of visual and audio: which of :data:`CODES`"""
+    """[N, 2] uint8, the :data:`CODES` of visual and audio"""
 
 
 class Face(NamedTuple):
-    """One face of a recording, and what it feels; the other fields as in :class:`SyntheticVideo`."""
+    """One face of a recording and its emotion; the other fields are as in :class:`SyntheticVideo`."""
 
     name: str
     split: Literal["train", "validate"]
     labels: np.ndarray
     truth: np.ndarray
     emotion: np.ndarray
-    """[MARGIN + N + JITTER + MARGIN, 2], of mean 0 and variance 1; that of frame n stands in row MARGIN + n"""
+    """[MARGIN + N + JITTER + MARGIN, 2], of mean 0 and variance 1; row MARGIN + n belongs to frame n"""
 
 
 class Recording(NamedTuple):
-    """What one or two faces and their one sound are to show, in whatever form. The faces have the same truth."""
+    """What one or two faces and their shared sound show, as features or as footage. Both faces have the same truth."""
 
     name: str
-    """That of its face, or of its two faces without ``_left`` and ``_right``"""
+    """Name of its face, or of its two faces without ``_left`` and ``_right``"""
     faces: list[Face]
     shifts: np.ndarray
-    """[N] int: by how many frames a modality is late where it is misaligned"""
+    """[N] int, the number of frames by which a modality is late where it is misaligned"""
     look: Generator
-    """Of what else is seen, of one face after the other"""
+    """Random generator of everything else that is seen, used for one face after the other"""
     sound: Generator
-    """Of what else is heard"""
+    """Random generator of everything else that is heard"""
 
     @property
     def truth(self) -> np.ndarray:
-        """[N, 2] uint8, as in :class:`SyntheticVideo`."""
+        """Truth of the faces, [N, 2] uint8, as in :class:`SyntheticVideo`."""
         return self.faces[0].truth
 
     def seen(self, face: Face) -> np.ndarray:
-        """Valence and arousal as a face shows them, [N + JITTER, 2] float64. Every call draws from ``look``."""
+        """Return valence and arousal as a face shows them, [N + JITTER, 2] float64. Every call draws from ``look``."""
         return _shown(0, face.emotion, self.truth, self.shifts, self.look)
 
     def heard(self) -> np.ndarray:
-        """The same of the sound, to which all faces contribute. Every call draws from ``sound``."""
+        """Return valence and arousal as the sound of all faces shows them, [N + JITTER, 2] float64. Every call draws
+        from ``sound``."""
         faces = len(self.faces)
         emotion = np.mean([face.emotion for face in self.faces], axis=0)
         return _shown(1, emotion / math.sqrt((1 + (faces - 1) * COMMON) / faces), self.truth, self.shifts, self.sound)
 
 
 class _World(NamedTuple):
-    """How modalities mix what they show into features; the same in all videos of a seed."""
+    """How a modality mixes what it shows into features; all videos of a seed share it."""
 
     mixing: np.ndarray  # [2 + NUISANCES, d]
-    blank: np.ndarray  # [d]: what an absent modality looks like
+    blank: np.ndarray  # [d], features of an absent modality
 
 
 def generate(scenario: Scenario) -> Iterator[SyntheticVideo]:
-    """The videos of a scenario. More of them leave the first ones as they are, but perhaps for the last one's split.
+    """Yield the videos of a scenario. Asking for more videos leaves the first ones unchanged, except perhaps the split
+    of the last one.
 
-    Both faces of a recording are in one split.
+    Both faces of a recording are in the same split.
 
     Raises:
         UserError: as :func:`recordings`.
@@ -112,17 +117,17 @@ def generate(scenario: Scenario) -> Iterator[SyntheticVideo]:
 
 
 def videos(sources: Iterable[Recording], scenario: Scenario) -> Iterator[SyntheticVideo]:
-    """The recordings of a scenario as features."""
+    """Yield the videos of recordings, as features."""
     rng = default_rng(SeedSequence([scenario.seed]))
     worlds = [_world(width, rng) for width in (scenario.visual_features, scenario.audio_features)]
     return islice((video for source in sources for video in _videos(source, worlds)), scenario.videos)
 
 
 def recordings(scenario: Scenario) -> Iterator[Recording]:
-    """What a scenario shows. The second face of the last recording may be a video more than it asks for.
+    """Return the recordings of a scenario. The second face of the last one may be a video more than asked for.
 
     Raises:
-        UserError: at once, if there are two videos and both are faces of one recording.
+        UserError: immediately, if there are only two videos and both are faces of one recording.
     """
     splits = _splits(scenario)
     if len(splits) < 2:
@@ -131,7 +136,7 @@ def recordings(scenario: Scenario) -> Iterator[Recording]:
 
 
 def _splits(scenario: Scenario) -> list[Literal["train", "validate"]]:
-    """Of every recording, so that the share of validation videos is kept from the first to the last."""
+    """Assign a split to every recording, keeping the share of validation videos from the first recording on."""
     splits: list[Literal["train", "validate"]] = []
     count = validated = 0
     while count < scenario.videos:
@@ -156,7 +161,7 @@ def _world(width: int, rng: Generator) -> _World:
 
 
 def _recording(recording: int, split: Literal["train", "validate"], scenario: Scenario) -> Recording:
-    # A stream for each purpose, so that what is weak changes no label.
+    # Each purpose has its own random stream, so that labels do not depend on what is weak.
     seeds = SeedSequence([scenario.seed, recording]).spawn(5)
     life, schedule, gaps, look, sound = map(default_rng, seeds)
     sides = ("",) if _faces(recording) == 1 else ("_left", "_right")
@@ -173,7 +178,7 @@ def _recording(recording: int, split: Literal["train", "validate"], scenario: Sc
 
 
 def _videos(recording: Recording, worlds: list[_World]) -> Iterator[SyntheticVideo]:
-    """Its one or two, which have the same audio."""
+    """Yield the one or two videos of a recording, which share their audio."""
     audio = _features(1, recording.heard(), recording.truth, worlds[1], recording.sound)
     for face in recording.faces:
         visual = _features(0, recording.seen(face), recording.truth, worlds[0], recording.look)
@@ -181,7 +186,7 @@ def _videos(recording: Recording, worlds: list[_World]) -> Iterator[SyntheticVid
 
 
 def _emotions(length: int, faces: int, rng: Generator) -> np.ndarray:
-    """[faces, MARGIN + length + JITTER + MARGIN, 2] of mean 0 and variance 1 each."""
+    """Draw the emotions of all faces, [faces, MARGIN + length + JITTER + MARGIN, 2], of mean 0 and variance 1."""
     total = length + JITTER + 2 * MARGIN
     own = [wander(total, 2, EMOTION_PACE, rng) for _ in range(faces)]
     if faces == 1:
@@ -191,7 +196,7 @@ def _emotions(length: int, faces: int, rng: Generator) -> np.ndarray:
 
 
 def _schedule(length: int, scenario: Scenario, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """What is weak: codes [length, 2] uint8, and by how many frames that is late, [length] int, if misaligned."""
+    """Draw what is weak: codes [length, 2] uint8, and the frames [length] int by which it is late if misaligned."""
     truth, shifts = np.zeros((length, 2), np.uint8), np.zeros(length, int)
     for start, stop in _stretches(length, scenario.weak, WEAK_FRAMES, rng):
         modality, code = rng.integers(2), rng.integers(1, len(CODES))
@@ -201,7 +206,7 @@ def _schedule(length: int, scenario: Scenario, rng: Generator) -> tuple[np.ndarr
 
 
 def _shown(m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, rng: Generator) -> np.ndarray:
-    """Valence and arousal [N + JITTER, 2] as visual (m = 0) or audio (1) show them, weaknesses and noise included."""
+    """Compute valence and arousal [N + JITTER, 2] as visual (m = 0) or audio (1) shows them, with weakness and noise."""
     length = len(truth) + JITTER
     code, shift = (np.pad(array, (0, JITTER), mode="edge") for array in (truth[:, m], shifts))
     frames = MARGIN - LAGS[m] + np.arange(length) - np.where(code == CODES["misaligned"], shift, 0)
@@ -215,7 +220,7 @@ def _shown(m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, r
 
 
 def _features(m: int, shown: np.ndarray, truth: np.ndarray, world: _World, rng: Generator) -> np.ndarray:
-    """Features float32 [about N, d] of the modality m, from what it shows."""
+    """Make features, float32 [about N, d], of the modality m from what it shows."""
     length = len(shown)
     hidden = np.concatenate([shown, wander(length, NUISANCES, EMOTION_PACE, rng)], axis=1)
     grain = GRAIN * rng.standard_normal((length, len(world.blank)), dtype=np.float32)
@@ -227,8 +232,8 @@ def _features(m: int, shown: np.ndarray, truth: np.ndarray, world: _World, rng: 
 
 
 def _stretches(length: int, share: float, typical: int, rng: Generator) -> list[tuple[int, int]]:
-    """Disjoint stretches of about ``typical`` frames, in order, a ``share`` of ``length`` in all."""
-    total = math.floor(length * share + rng.random())  # right on average also where a share is less than a frame
+    """Draw disjoint stretches of about ``typical`` frames, in order, that cover a ``share`` of ``length``."""
+    total = math.floor(length * share + rng.random())  # unbiased even if the share is less than a frame
     total = min(total, length)
     count = math.ceil(total / typical)
     if not count:
@@ -240,8 +245,8 @@ def _stretches(length: int, share: float, typical: int, rng: Generator) -> list[
 
 
 def wander(length: int, channels: int, pace: float, rng: Generator) -> np.ndarray:
-    """Smooth random curves [length, channels] of mean 0 and variance 1: noise through a Gaussian low-pass."""
-    period = length + math.ceil(4 * pace)  # the filter works on a ring, whose two ends must not meet
+    """Draw smooth random curves [length, channels] of mean 0 and variance 1: noise through a Gaussian low-pass."""
+    period = length + math.ceil(4 * pace)  # the filter is circular: the extra frames keep the two ends independent
     response = np.exp(-math.pi * (np.fft.rfftfreq(period) * pace) ** 2)
     power = (np.concatenate([response, response[1 : (period + 1) // 2]]) ** 2).mean()
     white = rng.standard_normal((period, channels))

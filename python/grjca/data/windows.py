@@ -1,4 +1,4 @@
-"""Windows of videos: cut, served, and put together again."""
+"""Windows of videos: cutting videos into windows, loading them, and averaging predictions where they overlap."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Span = tuple[int, int, int]  # index of a video, start, stop
 
 
 def windows(length: int, size: int = 300, hop: int = 200) -> list[tuple[int, int]]:
-    """(start, stop) of windows that cover ``length`` frames.
+    """Return (start, stop) of the windows that cover ``length`` frames.
 
-    They start at 0, hop, 2 hop, ...; if the tail is not covered, the last ``size`` frames are one window more. A
-    shorter video is one window, and no frames are none.
+    Windows start at 0, hop, 2 hop, ...; if they do not cover the tail, the last ``size`` frames are one more window. A
+    video of fewer than ``size`` frames is one window; a video without frames has none.
 
     Raises:
-        UserError: negative length, size or hop below 1, or a hop beyond size, which would leave gaps.
+        UserError: if the length is negative, if size or hop is below 1, or if hop exceeds size, which would leave gaps.
     """
     if length < 0:
         raise UserError(f"A video cannot have {length} frames; expected 0 or more.")
@@ -41,12 +41,14 @@ def windows(length: int, size: int = 300, hop: int = 200) -> list[tuple[int, int
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """All windows of some videos; features are read from disk when a window is asked for.
+    """All windows of some videos. Features are read from disk when a window is asked for.
 
-    An item holds each modality under its name, [size, d_m] in float32 (or arrays as they are), and ``label`` [size],
-    float32, all 0 after the end of the video; ``mask`` [size] bool, true where the frame exists and both its labels are
-    valid (``label`` is 0 elsewhere); ``length`` and ``index``, int64: frames of the window that exist, and the place in
-    ``spans``.
+    An item holds:
+        each modality under its name: [size, d_m] float32, or arrays in their own dtype; 0 after the end of the video.
+        label: [size] float32, 0 where ``mask`` is false.
+        mask: [size] bool, true where the frame exists and both its labels are valid.
+        length: int64, the number of frames of the window that exist.
+        index: int64, the position of the window in ``spans``.
     """
 
     def __init__(self, videos: Sequence[Video], target: Target, size: int = 300, hop: int = 200) -> None:
@@ -58,19 +60,19 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def item_bytes(self) -> int:
-        """Bytes that a window takes in memory."""
+        """Memory that a window takes, in bytes."""
         forms = self.videos[0].forms.values() if self.videos else ()
-        return self.size * (sum(form.row_bytes for form in forms) + 4 + 1)  # float32 labels, and the mask
+        return self.size * (sum(form.row_bytes for form in forms) + 4 + 1)  # float32 label and bool mask
 
     def features(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """The modalities of a batch, in the order of the model."""
+        """Return the modalities of a batch, in the order of the model."""
         return [batch[name] for name in self.videos[0].forms]
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """Window ``i``; UserError if a file can't be read any more."""
+        """Return window ``i``; UserError if a file can no longer be read."""
         index, start, stop = self.spans[i]
         video = self.videos[index]
         valid = video.valid[start:stop]
@@ -83,15 +85,15 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 def stitch(spans: Sequence[Span], lengths: Sequence[int], values: Iterable[Any]) -> list[np.ndarray]:
-    """Per video [N, ...] float64: what its windows say of each frame, averaged.
+    """Average the values of overlapping windows: for each video, [N, ...] float64.
 
     Args:
-        spans: of :class:`WindowDataset`.
+        spans: the spans of a :class:`WindowDataset`.
         lengths: N of every video.
-        values: for each span an array or tensor [size, ...]; rows beyond the span are padding.
+        values: an array or tensor [size, ...] for each span; rows beyond the span are padding.
 
     Raises:
-        ValueError: another number of windows than spans, a window too short, or a frame that no window covers.
+        ValueError: if the numbers of windows and spans differ, a window is too short, or no window covers a frame.
     """
     windows = [torch.as_tensor(value).detach().cpu().double().numpy() for value in values]
     if len(windows) != len(spans):
@@ -111,7 +113,7 @@ def stitch(spans: Sequence[Span], lengths: Sequence[int], values: Iterable[Any])
 
 
 def _padded(array: np.ndarray, size: int) -> Tensor:
-    """Zeros after the end, [size, ...]."""
+    """Pad ``array`` with zeros at the end to [size, ...]."""
     padded = np.zeros((size, *array.shape[1:]), array.dtype)
     padded[: len(array)] = array
     return torch.from_numpy(padded)
