@@ -45,7 +45,8 @@ test: .venv/installed ## run the tests, a process for each core; ARGS go to pyte
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: .venv/light ## run the quick tests of the library and of its kernels on processors; two minutes
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' tests/library tests/repository tests/kernels/test_contract.py $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' tests/library tests/repository \
+		tests/kernels/test_contract.py tests/kernels/test_cpu.py $(ARGS)
 
 test-all: .venv/installed ## run every test with every case; an hour
 	$(BIN)/python -m pytest $(PARALLEL) --all $(ARGS)
@@ -65,7 +66,7 @@ $(OLDEST)/installed: Makefile
 test-all-kernels: .venv/installed ## compile every Triton kernel there is; takes an hour
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/support $(BIN)/python tests/support/compiled.py $(ARGS)
 
-works-with: .venv/installed ## run every test, and publish what passed in README's "Works with"
+works-with: .venv/installed ## run every test, and publish what passed in the table "Works with"
 	$(BIN)/python tests/support/record.py --all
 
 bench: .venv/installed ## time eager, torch.compile and fused, in eight minutes; ARGS, as --full, go to pytest

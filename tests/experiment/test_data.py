@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from pytest import fixture, mark, raises
 from torch.utils.data import DataLoader
 
-from grjca.data import Video, WindowDataset, folds, load, problems, stitch, windows
+from grjca.data.layout import folds
 from grjca.data.reading import annotation
+from grjca.data.videos import Video, load, problems
+from grjca.data.windows import WindowDataset, stitch, windows
 from grjca.errors import UserError
 from grjca.evaluation.predict import read_template
 

@@ -20,9 +20,10 @@ import pytest
 import torch
 from pytest import mark
 
-from grjca import backbones, data, files
+from grjca import backbones, files
 from grjca.cli import main
 from grjca.config import ExtractConfig
+from grjca.data.videos import load
 from grjca.errors import UserError
 from grjca.model.extract import NAME, about, extract, random_networks
 
@@ -113,7 +114,7 @@ def test_it_makes_a_data_folder(folder):
     out = folder.parent / "out"
     assert {path.name for path in out.iterdir()} == {"annotations", "features", NAME, files.LOCK}
     for split in ("train", "validate", "test"):
-        ours, theirs = data.load(out, split), data.load(folder, split, kind="arrays")
+        ours, theirs = load(out, split), load(folder, split, kind="arrays")
         assert [(v.name, v.length, v.notes) for v in ours] == [(v.name, v.length, ()) for v in theirs]
         assert all(
             np.array_equal(a.labels, b.labels) for a, b in zip(ours, theirs, strict=True) if a.labels is not None
@@ -130,8 +131,8 @@ def test_labels_that_are_in_npy_data_alone(folder):
             (folder / "npy_data" / name).rename(folder / "npy_data" / split / name)
     assert extract(configure(folder), networks=PLAIN, progress=False) == 0
     for split in ("train", "validate"):
-        ours = data.load(folder.parent / "out", split, widths={"visual": 3, "audio": 3})
-        theirs = data.load(folder, split, kind="arrays")
+        ours = load(folder.parent / "out", split, widths={"visual": 3, "audio": 3})
+        theirs = load(folder, split, kind="arrays")
         assert all(np.array_equal(a.labels, b.labels) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -351,7 +352,7 @@ def test_a_bad_video_does_not_stop_the_others(folder, kind, capsys):
     assert printed.err.count("\n") == 1 and str(path) in printed.err and "3 of 4 videos" in printed.out
     assert {p.name for p in (config.out / "features").iterdir()} == set(NAMES) - {"gamma"}
     with pytest.raises(UserError, match=r"gamma\.txt has no features"):
-        data.load(config.out, "validate", widths={"visual": 3, "audio": 3})
+        load(config.out, "validate", widths={"visual": 3, "audio": 3})
     path.unlink(missing_ok=True)
     path.write_bytes(kept)
     assert extract(config, networks=PLAIN, progress=False) == 0

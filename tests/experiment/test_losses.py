@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from grjca.data import Video
+from grjca.data.videos import Video
 from grjca.errors import UserError
 from grjca.training.losses import CONVENTIONS, ccc_loss
 from grjca.training.metrics import Scores, ccc, pearson, rmse, split_scores

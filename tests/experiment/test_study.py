@@ -10,7 +10,7 @@ from scipy import stats
 import small
 from grjca.cli import main
 from grjca.config import STUDIED, StudyConfig
-from grjca.data import load
+from grjca.data.videos import load
 from grjca.errors import UserError
 from grjca.evaluation import study, study_report
 from grjca.evaluation.study_report import Cells, Estimate

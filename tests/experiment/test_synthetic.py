@@ -13,9 +13,10 @@ import numpy as np
 from pytest import approx, fixture, mark, raises
 
 from grjca.config import Scenario, SynthConfig
-from grjca.data import load, problems, synthetic
+from grjca.data import synthetic
 from grjca.data.synth import synth, write
 from grjca.data.synthetic import CODES, INVALID, JITTER, SyntheticVideo, generate
+from grjca.data.videos import load, problems
 from grjca.errors import UserError
 
 SMALL = Scenario(videos=8, visual_features=24, audio_features=16, length=(80, 200))

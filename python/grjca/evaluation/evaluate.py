@@ -15,8 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from grjca import data, environment, files, tensor_files
+from grjca import environment, files, tensor_files
 from grjca.config import TARGETS, EvaluateConfig, TrainConfig
+from grjca.data.videos import Video
+from grjca.data.windows import WindowDataset, stitch
 from grjca.errors import UserError
 from grjca.evaluation.gates import iterate_weights
 from grjca.evaluation.trained import Trained, infer
@@ -125,7 +127,7 @@ def _as_json(about: dict[str, Any], scores: SplitScores, comparison: Comparison 
 
 
 def report(
-    about: Mapping[str, Any], scores: SplitScores, videos: Sequence[data.Video], comparison: Comparison | None
+    about: Mapping[str, Any], scores: SplitScores, videos: Sequence[Video], comparison: Comparison | None
 ) -> str:
     """A table of all videos together and, from the lowest CCC to the highest, of each; of the extremes if many."""
     backend = f"computed by {about['backend']}" if about["backend"] else "no attention"
@@ -168,7 +170,7 @@ def _compare(
     on: Accelerator,
     trained: Trained,
     config: EvaluateConfig,
-    videos: Sequence[data.Video],
+    videos: Sequence[Video],
     predictions: Sequence[Prediction],
 ) -> Comparison:
     second = Trained.load(config.run, config.compare)
@@ -184,7 +186,7 @@ def _compare(
     )
 
 
-def rounding(eager: Trained, video: data.Video, batch_size: int) -> float:
+def rounding(eager: Trained, video: Video, batch_size: int) -> float:
     """How far apart two correct backends may be on a video.
 
     Each may be wrong by twice what eager PyTorch is and a few ulp, that is the contract of the operator; so two may be
@@ -200,20 +202,20 @@ def rounding(eager: Trained, video: data.Video, batch_size: int) -> float:
 
 
 @torch.no_grad()
-def _on_cpu(model: runs.Model, of: Trained, video: data.Video, batch_size: int, dtype: torch.dtype) -> np.ndarray:
+def _on_cpu(model: runs.Model, of: Trained, video: Video, batch_size: int, dtype: torch.dtype) -> np.ndarray:
     """[N] float64; inference.Windows is for any device, and those have no float64 at times."""
-    dataset = data.WindowDataset([video], of.settings.target, of.settings.window, of.settings.hop)
+    dataset = WindowDataset([video], of.settings.target, of.settings.window, of.settings.hop)
     values = [
         model(*(x.to(dtype) if x.is_floating_point() else x for x in dataset.features(batch)), lengths=batch["length"])
         for batch in DataLoader(dataset, batch_size)
     ]
-    return data.stitch(dataset.spans, [video.length], torch.cat(values))[0]
+    return stitch(dataset.spans, [video.length], torch.cat(values))[0]
 
 
 def draw(
     out: Path,
     trained: Trained,
-    videos: Sequence[data.Video],
+    videos: Sequence[Video],
     predictions: Sequence[Prediction],
     scores: SplitScores,
     plotted_videos: int,
@@ -256,14 +258,14 @@ def selected(scores: SplitScores, count: int) -> list[str]:
     return [ranked[i] for i in chosen][:count]
 
 
-def _label(video: data.Video, target: str) -> np.ndarray:
+def _label(video: Video, target: str) -> np.ndarray:
     """[N] float64, NaN where it is not valid."""
     if video.labels is None:
         return np.full(video.length, np.nan)
     return np.where(video.valid, video.labels[:, TARGETS.index(target)], np.nan)
 
 
-def _old_plots(out: Path, videos: Sequence[data.Video]) -> list[Path]:
+def _old_plots(out: Path, videos: Sequence[Video]) -> list[Path]:
     """Plots of an earlier evaluation, as its metrics.json says; UserError if this one would replace others."""
     ours: set[str] = set()
     if (out / METRICS).is_file():

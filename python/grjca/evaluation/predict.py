@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grjca import data, files
+from grjca import files
 from grjca.config import TARGETS, PredictConfig, Target
+from grjca.data.layout import composed
+from grjca.data.videos import Video
 from grjca.errors import UserError
 from grjca.evaluation import video_prediction
 from grjca.evaluation.trained import Trained, Values, infer, write_predictions
@@ -64,7 +66,7 @@ def predict(config: PredictConfig) -> int:
     return 0
 
 
-def every_frame(videos: Sequence[data.Video]) -> list[Row]:
+def every_frame(videos: Sequence[Video]) -> list[Row]:
     """Rows of the challenge file where no template says otherwise."""
     names = sorted((video.name, video.length) for video in videos)
     return [Row(f"{name}/{i:05d}.jpg", name, i) for name, length in names for i in range(1, length + 1)]
@@ -122,9 +124,7 @@ def _row(line: str) -> Row | None:
     if match is None or int(match["frame"]) < 1 or len(placeholders) > len(TARGETS):
         return None
     return (
-        Row(image, data.composed(match["video"]), int(match["frame"]))
-        if all(map(_is_placeholder, placeholders))
-        else None
+        Row(image, composed(match["video"]), int(match["frame"])) if all(map(_is_placeholder, placeholders)) else None
     )
 
 
@@ -173,9 +173,7 @@ def _load(config: PredictConfig) -> list[Trained]:
     return [first, other]
 
 
-def _report(
-    config: PredictConfig, values: Values, videos: Sequence[data.Video], rows: Sequence[Row], left_out: int
-) -> str:
+def _report(config: PredictConfig, values: Values, videos: Sequence[Video], rows: Sequence[Row], left_out: int) -> str:
     mended = sum(len(video.notes) for video in videos)
     missing = [target for target in TARGETS if target not in values]
     lines = [

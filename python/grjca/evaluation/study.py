@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from grjca import data, environment, files
+from grjca import environment, files
 from grjca.config import (
     GATING,
     STUDIED,
@@ -31,6 +31,7 @@ from grjca.config import (
 )
 from grjca.data.synth import synth
 from grjca.data.synthetic import CODES
+from grjca.data.videos import load
 from grjca.errors import UserError
 from grjca.evaluation import study_report
 from grjca.evaluation.gates import iterate_weights
@@ -207,7 +208,7 @@ def _done(path: Path, cell: Cell) -> dict[str, Any]:
 def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
     """CCC on videos that were not trained on, over all frames and by what is weak; and what the gates did there."""
     _, model = runs.load_best(config.out)
-    videos = data.load(held_out, "all", widths=config.model.widths)
+    videos = load(held_out, "all", widths=config.model.widths)
     windows = inference.Windows(videos, config.window, config.hop, config.batch_size, inference.accelerator("no", 1))
     predictions = windows.predict(model, gates=config.fusion != "concat")
     together = split_scores([p.values for p in predictions], videos, config.target).together

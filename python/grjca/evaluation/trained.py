@@ -10,8 +10,9 @@ from typing import IO, NamedTuple
 import numpy as np
 from accelerate import Accelerator
 
-from grjca import data, environment, files
+from grjca import environment, files
 from grjca.config import TARGETS, Backend, Target, TrainConfig
+from grjca.data.videos import Video, load
 from grjca.errors import UserError
 from grjca.training import inference, runs
 
@@ -40,10 +41,10 @@ class Trained(NamedTuple):
         """Of the features it reads, by modality."""
         return self.settings.model.widths
 
-    def videos(self, root: Path, split: str, *, progress: bool = False) -> list[data.Video]:
+    def videos(self, root: Path, split: str, *, progress: bool = False) -> list[Video]:
         """Videos of a data folder, with what the model reads; a split is by the fold of the training."""
         of = self.settings
-        return data.load(root, split, fold=of.fold, widths=self.widths, kind=of.source, progress=progress)
+        return load(root, split, fold=of.fold, widths=self.widths, kind=of.source, progress=progress)
 
     def backend_used(self, device: str) -> str | None:
         """What computes the fusion, None if there is nothing to compute; UserError if it cannot."""
@@ -51,7 +52,7 @@ class Trained(NamedTuple):
 
 
 def infer(
-    on: Accelerator, trained: Trained, videos: Sequence[data.Video], batch_size: int, *, gates: bool = False
+    on: Accelerator, trained: Trained, videos: Sequence[Video], batch_size: int, *, gates: bool = False
 ) -> list[inference.Prediction]:
     """What a model says of each video, by the windows and in the precision of its training.
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from grjca import environment
 from grjca.config import Precision
-from grjca.data import Video, WindowDataset, stitch
+from grjca.data.videos import Video
+from grjca.data.windows import WindowDataset, stitch
 from grjca.errors import UserError
 from grjca.training.processes import Context
 

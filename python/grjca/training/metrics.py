@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grjca.config import TARGETS, Target
-from grjca.data import Video
+from grjca.data.videos import Video
 from grjca.errors import UserError
 from grjca.training.losses import concordance
 

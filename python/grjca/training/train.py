@@ -18,8 +18,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
-from grjca import backbones, data, environment, files
+from grjca import backbones, environment, files
 from grjca.config import TrainConfig
+from grjca.data.videos import Video, load
+from grjca.data.windows import WindowDataset
 from grjca.errors import UserError
 from grjca.evaluation.trained import write_predictions
 from grjca.model.whole import WholeModel
@@ -68,7 +70,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         environment.backend_used(config.backend, on.device.type)  # refused here if it cannot run
     _on_main(on, lambda: runs.check(config, resume))
     splits = [
-        data.load(
+        load(
             config.data,
             split,
             fold=config.fold,
@@ -122,13 +124,13 @@ class _Training:
         config: TrainConfig,
         on: Accelerator,
         model: runs.Model,
-        training: list[data.Video],
-        validation: list[data.Video],
+        training: list[Video],
+        validation: list[Video],
         *,
         progress: bool,
     ) -> None:
         self.config, self.on, self.progress = config, on, progress
-        self.dataset = dataset = data.WindowDataset(training, config.target, config.window, config.hop)
+        self.dataset = dataset = WindowDataset(training, config.target, config.window, config.hop)
         self.order = torch.Generator()
         sampler = RandomSampler(dataset, generator=self.order)
         loader = inference.loader(dataset, config.batch_size, config.workers, sampler)
@@ -372,7 +374,7 @@ def _seed_of(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
-def _environment(on: Accelerator, config: TrainConfig, splits: tuple[list[data.Video], ...]) -> dict[str, Any]:
+def _environment(on: Accelerator, config: TrainConfig, splits: tuple[list[Video], ...]) -> dict[str, Any]:
     """What the last bit depends on besides the settings."""
     labels = hashlib.sha256()
     for video in (video for split in splits for video in split):
@@ -395,7 +397,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"The run was begun elsewhere ({'; '.join(changed)}): it goes on, but not bit for bit."
 
 
-def _mended(videos: list[data.Video]) -> str:
+def _mended(videos: list[Video]) -> str:
     notes = [note for video in videos for note in video.notes]
     more = [f"... and {len(notes) - 3} more; grjca doctor --data lists them."] if len(notes) > 3 else []
     return "\n".join(notes[:3] + more)
