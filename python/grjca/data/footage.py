@@ -1,10 +1,10 @@
-"""Video files, sound and cropped faces to arrays: protocol.md, "From footage to arrays".
+"""Conversion of video files, sound and cropped faces to arrays: protocol.md, "From footage to arrays".
 
 Frame n, from 0, is the n-th picture that the video file shows, row n of the annotation, and crop n + 1. Its patch of
-sound begins n / fps after the first frame. Where frames do not come at a constant rate (one of them is shown more than
-half a frame away from n / fps), every patch begins when the file shows its frame instead.
+sound begins n / fps seconds after the first frame. If the frame rate is not constant (a frame is shown more than half a
+frame away from n / fps), every patch begins at the time at which the file shows its frame.
 
-Everything is streamed to disk, so that the length of a video does not matter to memory.
+Everything is streamed to disk, so that memory does not grow with the length of a video.
 """
 
 from __future__ import annotations
@@ -25,56 +25,57 @@ from grjca.errors import UserError
 
 FACES, PATCHES, LABELS, ABOUT = "video.npy", "logmel.npy", "VA_continuous_label.npy", "footage.json"
 RATES = (1, 1000)
-"""The smallest and the largest number of frames per second."""
+"""Lowest and highest frame rate, in frames per second."""
 
-_CHUNK = 256  # patches that are written together
-_SHORT = 0.5  # seconds that sound may lack without a note
-_PATCH_SECONDS = 2.0  # a patch is a second of sound; beyond, what is heard of it does not change
+_CHUNK = 256  # patches written at a time
+_SHORT = 0.5  # seconds of sound that may be missing without a note
+_PATCH_SECONDS = 2.0  # seconds of sound beyond which a patch of one second does not change
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pictures and the sound of one face are."""
+    """Files with the pictures and the sound of one face."""
 
     video: Path | None = None
     """A video file. Without ``crops``, a detector looks for the face in it."""
     sound: Path | None = None
-    """A sound file, which begins with the first frame; it goes before the sound of the video file."""
+    """A sound file that begins with the first frame; it replaces the sound of the video file."""
     crops: Path | None = None
     """A folder with ``00001.jpg`` and so on."""
     side: faces.Side = None
-    """For the detector, where two faces are in the picture."""
+    """Which of two faces in the picture the detector takes."""
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """What :func:`arrays` has made."""
+    """Result of :func:`arrays`."""
 
     faces: np.ndarray
     """[N, 48, 48, 3] uint8, mapped from a file; black where a picture is missing."""
     patches: np.ndarray
     """[N, 96, 64] float16, mapped from a file."""
     fps: float
-    """Of the video, on average."""
+    """Average frame rate of the video, in frames per second."""
     missing: int
-    """Frames without a picture."""
+    """Number of frames without a picture."""
     notes: tuple[str, ...]
-    """What was mended, in sentences."""
+    """Sentences on what was repaired."""
 
 
 def arrays(source: Source, folder: Path, *, frames: int | None = None, fps: float | None = None) -> Arrays:
     """Write ``video.npy`` and ``logmel.npy`` into ``folder``, which may be a temporary one, and return them mapped.
 
     Args:
-        source: pictures, and sound; a source without sound is silent.
-        folder: it exists, and holds none of the two.
-        frames: N, as an annotation says; None: those of the video file, or without one up to the last crop.
-        fps: frames per second, instead of what the video file says.
+        source: pictures and sound; a source without sound is silent.
+        folder: an existing folder that holds neither file.
+        frames: N according to an annotation; None takes the frames of the video file, or all up to the last crop if
+            there is no video file.
+        fps: frames per second, in place of the video file's own rate.
 
     Raises:
-        UserError: naming the file that is missing, truncated, damaged, too large or of another kind, or that does not
-            fit ``frames``; or there is no ``fps``; or no face detector, and no crops.
-        OSError: ``folder`` cannot be written to.
+        UserError: if a file is missing, truncated, damaged, too large or of another kind, or does not fit ``frames``
+            (the message names it); if the frame rate is unknown; if there are neither crops nor a face detector.
+        OSError: if ``folder`` cannot be written to.
     """
     video = None if source.video is None else media.read(source.video)
     shown = 0 if video is None else len(video.times)
@@ -89,20 +90,20 @@ def arrays(source: Source, folder: Path, *, frames: int | None = None, fps: floa
         starts = audio.patch_starts(audio.rows(len(waveform)), rate, count, times=times)
         parts = (audio.patches(waveform, starts[i : i + _CHUNK]) for i in range(0, count, _CHUNK))
         _write(folder / PATCHES, (count, audio.PATCH, audio.BANDS), np.float16, parts)
-        del waveform  # Windows deletes no file that is mapped
+        del waveform  # Windows does not delete mapped files
     mapped, patches = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (FACES, PATCHES))
     return Arrays(mapped, patches, rate, missing, tuple(notes))
 
 
 def write_folder(source: Source, folder: Path, labels: np.ndarray | None, fps: float | None) -> dict[str, Any]:
-    """Make the folder of one video in ``npy_data``, as a whole or not at all.
+    """Make the folder of one video in ``npy_data``, completely or not at all.
 
-    Beside the arrays it holds ``VA_continuous_label.npy``, ``labels`` [N, 2] float64, unless they are None, and what is
-    returned in ``footage.json``: ``frames``, ``fps``, ``missing`` and ``notes``.
+    Besides the arrays, it holds ``VA_continuous_label.npy`` with ``labels`` [N, 2] float64, unless they are None, and
+    ``footage.json`` with the returned dict: ``frames``, ``fps``, ``missing`` and ``notes``.
 
     Raises:
         UserError: as :func:`arrays`.
-        OSError: if it cannot be written.
+        OSError: if the folder cannot be written.
     """
     with files.whole_folder(folder) as partial:
         made = arrays(source, partial, frames=None if labels is None else len(labels), fps=fps)
@@ -115,7 +116,7 @@ def write_folder(source: Source, folder: Path, labels: np.ndarray | None, fps: f
 
 
 def _count(source: Source, annotated: int | None, shown: int, notes: list[str]) -> int:
-    """N."""
+    """Determine the number of frames, N."""
     if annotated and shown and abs(annotated - shown) > media.MEND:
         raise UserError(
             f"{source.video} has {shown} frames, but its annotation has {annotated} rows; a difference of at most "
@@ -135,7 +136,8 @@ def _count(source: Source, annotated: int | None, shown: int, notes: list[str]) 
 def _rate(
     source: Source, video: media.Media | None, asked: float | None, count: int, notes: list[str]
 ) -> tuple[float, np.ndarray | None]:
-    """Frames per second, and if these come at a variable rate, [count] seconds from the first frame."""
+    """Return the frames per second and, if the rate varies, the time of each frame, [count], in seconds from the
+    first."""
     path = source.video or source.sound or source.crops
     rate = asked or (video.fps if video is not None else None)
     if rate is None:
@@ -162,7 +164,7 @@ def _rate(
 
 
 def _write_faces(source: Source, video: media.Media | None, path: Path, count: int, notes: list[str]) -> int:
-    """Write the faces, and black where there is none; how many are missing."""
+    """Write the faces, black where there is none, and return how many are missing."""
     missing = 0
 
     def filled(found: Iterable[np.ndarray | None]) -> Iterator[np.ndarray]:
@@ -197,7 +199,7 @@ def _detected(video: media.Media, count: int, side: faces.Side) -> Iterator[np.n
 def _waveform(
     source: Source, video: media.Media | None, file: IO[bytes], seconds: float, notes: list[str]
 ) -> np.ndarray:
-    """[samples] int16 at 16 kHz, mapped from ``file``, as much as that many seconds of frames need."""
+    """Return as much sound as that many seconds of frames need, [samples] int16 at 16 kHz, mapped from ``file``."""
     heard = video if source.sound is None else media.read(source.sound)
     if heard is not None and heard.has_sound:
         for samples in media.sound(heard, seconds + _PATCH_SECONDS):
@@ -215,7 +217,7 @@ def _waveform(
 
 
 def _write(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[np.ndarray]) -> None:
-    """Write an .npy file piece by piece. A mapped file would end the process where a disk is full."""
+    """Write an .npy file piece by piece. Writing to a mapped file would kill the process if the disk is full."""
     with open(path, "xb") as file:
         npy.write_array_header_1_0(
             file, {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}

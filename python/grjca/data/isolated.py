@@ -1,4 +1,4 @@
-"""Calls in processes of their own: one that crashes, as a library may on a damaged file, takes nothing along."""
+"""Calls in separate processes, so that a crash, as of a library on a damaged file, affects only one call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Key = TypeVar("Key")
 
 
 def each(function: Callable[..., Any], calls: Mapping[Key, tuple[Any, ...]], jobs: int) -> Iterator[tuple[Key, Any]]:
-    """What ``function(*calls[key])`` returns for every key, as they come, or the UserError that it ends with.
+    """Yield the result of ``function(*calls[key])`` for every key, as calls finish, or the UserError that it raises.
 
-    An OSError, and the end of the process, becomes a UserError. Where the caller stops, or dies, the calls end.
+    An OSError or a crash of the process becomes a UserError. If the caller stops or dies, the calls end.
 
     Args:
-        function: of a module that is quick to import; it and its arguments are pickled.
-        jobs: calls at the same time.
+        function: a function from a module that is quick to import; it and its arguments are pickled.
+        jobs: number of calls at the same time.
     """
     waiting = iter(calls.items())
     running: dict[Any, tuple[Key, BaseProcess]] = {}
@@ -71,7 +71,7 @@ def _call(end: Connection, function: Callable[..., Any], arguments: tuple[Any, .
 
 
 def _end_with_parent() -> None:
-    """A process that was killed cannot end its children."""
+    """End this process when its parent dies, because a killed parent cannot end its children."""
     parent = parent_process()
     assert parent is not None
     parent.join()

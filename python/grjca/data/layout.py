@@ -1,4 +1,4 @@
-"""Where the files of a data folder are, and which video belongs to which split. Nothing here opens a file."""
+"""Layout of a data folder: where its files are and which split each video belongs to. Nothing here opens a file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ SPLITS = (*OFFICIAL, "test", "all")
 FOLDS = 5
 LABELS = "VA_continuous_label.npy"
 LONGEST_NAME = 245
-"""Bytes of a video's name in UTF-8. File systems take 255, and the longest name made of one is video_<name>.png."""
+"""Maximum length of a video's name, in bytes of UTF-8. File systems allow 255, and the longest file name made from it
+is video_<name>.png."""
 EXPECTED = "annotations/{train,validate}/<video>.txt and features/<video>/{visual,audio}.npy, or npy_data/"
 TEXTS = (".txt", ".csv")
-"""How the names of annotations end."""
+"""Suffixes of annotation files."""
 PICTURES_AND_PATCHES = {"visual": "video.npy", "audio": "logmel.npy"}
-"""What the networks read, in npy_data/<video>/."""
+"""Files in npy_data/<video>/ that the networks read."""
 
 _IN_NPY_DATA = {"visual": "video.npy", "audio": "vggish.npy"}
-"""What features are called in npy_data/<video>/, where that is not the name of the modality."""
+"""Names of feature files in npy_data/<video>/ that differ from the name of the modality."""
 
 _HOLDERS = ("annotations", "vaestimationchallenge", "va")
-"""Folders that hold those of the splits, within each other or alone, as :func:`_plain` spells them."""
+"""Folders, nested or not, that hold the folders of the splits, as :func:`_plain` spells them."""
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validate", "validation", "valid", "val"), "validate"),
@@ -37,58 +38,58 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where the files of one video are; those of its features may turn out not to exist."""
+    """Locations of the files of one video; its feature files may not exist."""
 
     name: str
     split: str | None
-    """train, validate or test as the folders say; None if it has labels and nothing says where it belongs."""
+    """train, validate or test according to the folders; None if it has labels but the folders name no split"""
     labels: Path | None
-    """.txt or .npy"""
+    """.txt, .csv or .npy file"""
     folder: Path
     plain: bool
-    """Whether it is one of features/, not of npy_data/, where files have other names."""
+    """true for a folder in features/, false for one in npy_data/, where files have other names"""
 
     def features(self, modality: str) -> Path:
-        """The file of a modality's features."""
+        """Return the file of a modality's features."""
         usual = f"{modality}.npy"
         path = self.folder / (usual if self.plain else _IN_NPY_DATA.get(modality, usual))
         if modality == "audio" and not self.plain and not path.exists():
-            logmel = self.folder / "logmel.npy"  # what some call the features of VGGish
+            logmel = self.folder / "logmel.npy"  # some give VGGish features this name
             return logmel if logmel.exists() else path
         return path
 
     def arrays(self, modality: str) -> Path:
-        """The file of what a modality's network reads: pictures or log-mel patches."""
+        """Return the file that a modality's network reads: pictures or log-mel patches."""
         return self.folder / PICTURES_AND_PATCHES[modality]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data folder holds."""
+    """Content of a data folder."""
 
     root: Path
     sources: list[Source]
-    """by name"""
+    """videos, sorted by name"""
     problems: list[str]
-    """names that are there twice, and annotations of a kind that is not read"""
+    """names that exist twice, and annotations in formats that are not read"""
     strays: list[Path]
     """entries that are neither an annotation nor a folder of features"""
     annotated: dict[Path, str]
-    """folders of annotations, and their splits"""
+    """folders of annotations and their splits"""
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """Features of one video."""
+    """Folder with the features of one video."""
 
     path: Path
     part: str | None = None
-    """Of npy_data/{train,validate,test}/<video>."""
+    """Split in the path npy_data/{train,validate,test}/<video>."""
     plain: bool = True
 
 
 def find(root: Path) -> Layout:
-    """Everything in ``root``; UserError if that is no data folder."""
+    """Find everything in ``root``; UserError if it is not a data folder."""
     parts = _check_root(root)
     annotations, others = _annotations(parts)
     strays: list[Path] = []
@@ -110,15 +111,16 @@ def find(root: Path) -> Layout:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's form NFC: systems differ in whether an accented letter is one character or two."""
+    """Normalise a name to Unicode NFC: systems differ in whether an accented letter is one character or two."""
     return unicodedata.normalize("NFC", name)
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a name that cannot stand in the name of a file, or in a line of the challenge file.
+    """Refuse a name that cannot be part of a file name or of a line in the challenge file.
 
     Raises:
-        UserError: naming the folder of ``path``, where the labels or features of the video are.
+        UserError: if it is refused; the message names the folder of ``path``, which holds the video's labels or
+            features.
     """
     odd = [c for c in name if c in ',"\\' or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
     got = ""
@@ -137,12 +139,12 @@ def check_name(name: str, path: Path) -> None:
 
 
 def split_of(name: str) -> str | None:
-    """The split that the name of a folder stands for, as in validate, Validation_Set or val; or None."""
+    """Return the split that a folder's name means, as in validate, Validation_Set or val; or None."""
     return _SPLIT_NAMES.get(_plain(name))
 
 
 def select(layout: Layout, split: str, fold: int = 0) -> list[Source]:
-    """Videos of ``split``: train and validate of this fold, test, or all. UserError if there are none."""
+    """Select the videos of ``split``: train or validate of this fold, test, or all. UserError if there are none."""
     if split not in SPLITS:
         raise UserError(f"There is no split {split!r}: expected one of {', '.join(SPLITS)}.")
     names = {part: [source.name for source in layout.sources if source.split == part] for part in (*OFFICIAL, "test")}
@@ -157,14 +159,14 @@ def select(layout: Layout, split: str, fold: int = 0) -> list[Source]:
 
 
 def folds(train: Sequence[str], validate: Sequence[str], fold: int) -> tuple[list[str], list[str]]:
-    """Names to train on and to validate on, each sorted.
+    """Return the names to train on and to validate on, each sorted.
 
     Fold 0 is the official split. Fold f = 1 to 5 validates on chunk 5 - f of the sorted training names, whose
-    boundaries are i n // 5, and trains on the others and the official validation part. As published, chunks may part
-    the two faces of a video.
+    boundaries are i n // 5, and trains on the others and the official validation part. As published, chunks may
+    separate the two faces of a video.
 
     Raises:
-        UserError: there is no such fold, or there are too few videos for it.
+        UserError: if there is no such fold, or too few videos for it.
     """
     if not 0 <= fold <= FOLDS:
         raise UserError(f"There is no fold {fold}: expected 0 for the official split, or 1 to {FOLDS}.")
@@ -178,7 +180,7 @@ def folds(train: Sequence[str], validate: Sequence[str], fold: int) -> tuple[lis
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without hidden files; nothing if there is no such folder."""
+    """List a folder, sorted, without hidden files; an empty list if there is no such folder."""
     if not folder.is_dir():
         return []
     try:
@@ -188,7 +190,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _check_root(root: Path) -> dict[Path, str]:
-    """Folders of annotations, and their splits."""
+    """Check ``root`` and return its folders of annotations and their splits."""
     if not root.exists():
         raise UserError(f"The data folder {root} does not exist; expected {EXPECTED}.")
     if not root.is_dir():
@@ -204,7 +206,8 @@ def _check_root(root: Path) -> dict[Path, str]:
 
 
 def splits(folder: Path, depth: int = 0) -> Iterator[tuple[Path, str]]:
-    """Folders of annotations below ``folder``; in a data folder itself, "train" may also hold other things."""
+    """Yield folders of annotations below ``folder`` and their splits. Directly in a data folder, "train" may hold other
+    things."""
     for path in _entries(folder):
         split = split_of(path.name)
         if split in OFFICIAL and path.is_dir() and (depth or any(map(_is_text, _entries(path)))):
@@ -222,7 +225,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _annotations(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Annotations, and what else is in their folders."""
+    """Return the annotations, and the other entries of their folders."""
     paths = [path for folder in folders for path in _entries(folder)]
     return [path for path in paths if _is_text(path)], [path for path in paths if not _is_text(path)]
 
@@ -240,7 +243,7 @@ def _folders(root: Path, strays: list[Path]) -> Iterator[_Folder]:
 
 
 def _missing(root: Path, name: str) -> _Folder:
-    """Where the features of an annotated video should have been."""
+    """Return the folder in which the features of an annotated video are missing."""
     plain = (root / "features").is_dir()
     return _Folder(root / ("features" if plain else "npy_data") / name, plain=plain)
 
@@ -250,7 +253,7 @@ def _source(name: str, split: str | None, labels: Path | None, folder: _Folder) 
 
 
 def _unannotated(name: str, folder: _Folder) -> Source:
-    """A video where no annotations/ say anything: npy_data may."""
+    """Return a video that annotations/ does not list; npy_data may hold its labels."""
     labels = folder.path / LABELS
     if folder.part in OFFICIAL:
         return _source(name, folder.part, labels, folder)
@@ -260,7 +263,7 @@ def _unannotated(name: str, folder: _Folder) -> Source:
 
 
 def _clashes(annotations: list[Path], folders: list[Path]) -> Iterator[str]:
-    """Names that are there twice, also if they differ only in case: not every system tells those apart."""
+    """Report names that exist twice, or differ only in case, which not every system distinguishes."""
     places: defaultdict[str, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
     for path in annotations:
         places[composed(path.stem).casefold()][0].append(path)
@@ -278,7 +281,7 @@ def _clashes(annotations: list[Path], folders: list[Path]) -> Iterator[str]:
 
 
 def _not_read(path: Path) -> str:
-    """What to do with a file that seems to annotate a video."""
+    """Say what to do with a file that looks like an annotation but is not read."""
     got = "a folder" if path.is_dir() else f"a file that ends in {path.suffix or 'nothing'}"
     return (
         f"{path} is not read, so that {path.stem} would count as a video without labels: expected an annotation that "

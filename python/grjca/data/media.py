@@ -1,6 +1,6 @@
-"""Video and sound files, read by PyAV, which has FFmpeg inside: what they say of themselves, their frames, their sound.
+"""Video and sound files, read with PyAV (FFmpeg): their metadata, frames and sound.
 
-Every file is read to its end once before anything is decoded, so that one that was cut off is refused.
+Every file is read to its end once before anything is decoded, so that a truncated file is refused.
 """
 
 from __future__ import annotations
@@ -23,44 +23,51 @@ from grjca.data.audio import RATE
 from grjca.errors import UserError
 
 MOST_FRAMES = 1_000_000
-"""Of a video: nine hours at 30 frames a second."""
+"""Maximum number of frames of a video, nine hours at 30 frames per second."""
 MEND = 5
-"""Frames by which files of one video may differ in length."""
+"""Number of frames by which files of one video may differ in length."""
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,wav"  # no playlists, which name other files
-_EXACT = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # say how long they are; of others, FFmpeg estimates it
-_MOST_PIXELS = 1 << 25  # of a frame; 8K has fewer
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,wav"  # playlists are left out: they name other files
+)
+_EXACT = (
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska,webm",
+)  # formats that store their duration; FFmpeg estimates it for others
+_MOST_PIXELS = 1 << 25  # pixels of a frame; 8K has fewer
 _CUT = 0.5  # seconds that may be missing at the end
 _BUFFER = 1 << 18
-_CHUNKS = 1000  # of a .wav, before its sound; programs write a few
-_NO_SIZE = 0x7FFF0000  # from here on, the size in a .wav is what programs write that do not know it yet; so is 0
-_PACKETS = 100  # a frame, of all streams and empty ones: a small file may claim any number
+_CHUNKS = 1000  # chunks before the sound of a .wav; programs write a few
+_NO_SIZE = 0x7FFF0000  # programs that do not know a .wav's size yet write 0, or a size from here on
+_PACKETS = 100  # packets per frame, over all streams, empty ones included: a small file may claim any number
 
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """What a file says of itself."""
+    """Metadata of a file."""
 
     path: Path
     times: np.ndarray
-    """[frames] float64: when each frame is shown, in seconds, in that order; NaN where the file doesn't say. Without
-    pictures, [0]."""
+    """[frames] float64, sorted: the time at which each frame is shown, in seconds; NaN where the file does not say.
+    Shape [0] without pictures."""
     fps: float | None
-    """Frames per second, on average; None if it has no pictures, or does not say."""
+    """Average frames per second; None if the file has no pictures or does not say."""
     has_sound: bool
 
 
 def read(path: Path) -> Media:
-    """Read all packets of a file, and decode none.
+    """Read all packets of a file without decoding them.
 
     Raises:
-        UserError: it is no video and no sound, cut off or damaged, or has too many frames; or it is no regular file, or
-            cannot be read.
+        UserError: if the file is neither video nor sound, is truncated or damaged, has too many frames, is not a
+            regular file, or cannot be read.
     """
     with _opened(path) as container:
         picture = _pictures(container)
         moments, packets = array("d"), 0
-        ends: dict[int, tuple[float, bool]] = {}  # of every stream: the end of its last packet, whether that is whole
+        ends: dict[
+            int, tuple[float, bool]
+        ] = {}  # for each stream, the end of its last packet, and whether that is complete
         for number, packet in enumerate(container.demux()):
             if max(packets, number // _PACKETS) > MOST_FRAMES:
                 raise UserError(f"{path}: expected at most {MOST_FRAMES} frames, got more.")
@@ -71,9 +78,9 @@ def read(path: Path) -> Media:
             ends[packet.stream.index] = (end, not packet.is_corrupt)
             if picture is not None and packet.stream.index == picture.index:
                 packets += 1
-                if not packet.is_discard:  # an edit list leaves out what was cut away
+                if not packet.is_discard:  # an edit list drops these
                     moments.append(moment)
-        if container.format.name == "wav":  # FFmpeg takes what is there for all of it
+        if container.format.name == "wav":  # FFmpeg does not notice that one is truncated
             _check_wav(path)
             ends = {stream: (end, True) for stream, (end, _) in ends.items()}
         _check_whole(container, path, 0 if picture is None else picture.frames - packets, list(ends.values()))
@@ -85,10 +92,10 @@ def read(path: Path) -> Media:
 
 
 def frames(media: Media) -> Iterator[np.ndarray | None]:
-    """[height, width, 3] uint8, red, green, blue, of every frame that :func:`read` has found; None if one is damaged.
+    """Yield every frame that :func:`read` has found as RGB [height, width, 3] uint8, or None if it is damaged.
 
     Raises:
-        UserError: it cannot be decoded, or a frame has too many pixels.
+        UserError: if the file cannot be decoded, or a frame has too many pixels.
     """
     timed = not np.isnan(media.times).any()
     following = 0  # the next frame to yield
@@ -110,12 +117,12 @@ def frames(media: Media) -> Iterator[np.ndarray | None]:
 
 
 def sound(media: Media, seconds: float) -> Iterator[np.ndarray]:
-    """[samples] int16 of one channel at 16 kHz, piece by piece: the sound from the first frame's time on.
+    """Yield the sound from the first frame's time on, piece by piece: [samples] int16 of one channel at 16 kHz.
 
-    Silence precedes sound that begins later. It ends after ``seconds``, or where the file does.
+    Sound that begins later is preceded by silence. It ends after ``seconds``, or at the end of the file.
 
     Raises:
-        UserError: it cannot be decoded.
+        UserError: if the file cannot be decoded.
     """
     left = math.ceil(seconds * RATE)
     first = media.times[0] if len(media.times) else 0.0
@@ -128,7 +135,7 @@ def sound(media: Media, seconds: float) -> Iterator[np.ndarray]:
 
 
 def _heard(container: Any, begin: float) -> Iterator[np.ndarray]:
-    """[samples] int16 at 16 kHz from ``begin``, in seconds of the file, on."""
+    """Yield the sound from ``begin`` (seconds in the file) on, [samples] int16 at 16 kHz."""
     resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
     early: int | None = None  # samples that come before ``begin``
     for frame in chain(container.decode(container.streams.best("audio")), [None]):
@@ -144,9 +151,9 @@ def _heard(container: Any, begin: float) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The container; what FFmpeg refuses in the block becomes a UserError."""
+    """Open a container; errors of FFmpeg inside the block become a UserError."""
     try:
-        files.read_start(path, 1)  # refuses what might never end
+        files.read_start(path, 1)  # refuses pipes and devices, which may never end
     except OSError as error:
         got = "a folder" if path.is_dir() else error.strerror
         if isinstance(error, FileNotFoundError):
@@ -165,7 +172,7 @@ def _opened(path: Path) -> Iterator[Any]:
                 yield container
         except UserError:
             raise
-        # FFmpeg may seek to where no file has bytes, and a resampler refuses that the number of channels changes.
+        # FFmpeg may seek to an impossible position, and a resampler refuses a change in the number of channels.
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -178,14 +185,14 @@ def _refuse(url: str, *_: object) -> None:
 
 
 def _pictures(container: Any) -> Any:
-    """The stream of pictures, or None; the cover of a piece of music is none."""
+    """Return the video stream, or None; cover art does not count."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     best = container.streams.best("video")
     return best if best in streams else next(iter(streams), None)
 
 
 def _check_whole(container: Any, path: Path, lost: int, ends: list[tuple[float, bool]]) -> None:
-    """Refuse what ends before it should: by its number of frames, by its duration, or within a packet."""
+    """Refuse a truncated file, judging by its number of frames, its duration, and its last packet."""
     if not ends:
         raise UserError(f"{path}: expected pictures or sound, got none.")
     missing = 0.0
@@ -199,7 +206,7 @@ def _check_whole(container: Any, path: Path, lost: int, ends: list[tuple[float, 
 
 
 def _check_wav(path: Path) -> None:
-    """Refuse a .wav that holds less sound than its header says. One of 4 GiB and more, RF64, is not looked at."""
+    """Refuse a .wav that holds less sound than its header says. RF64 files (4 GiB and more) are not checked."""
     with open(path, "rb") as file:
         chunks = _CHUNKS if file.read(12)[:4] == b"RIFF" else 0
         for _ in range(chunks):

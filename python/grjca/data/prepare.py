@@ -1,11 +1,12 @@
-"""``grjca prepare``: from videos, cropped faces and annotations to the arrays that the networks read.
+"""``grjca prepare``: convert videos, cropped faces and annotations to the arrays that the networks read.
 
     annotations/{train,validate}/<video>.txt
     npy_data/<video>/                           arrays and footage.json; see footage.py
-    prepared.json                               settings, and once it is done, what became of every video
+    prepared.json                               settings and, when done, the outcome of every video
     .lock                                       held by the process that prepares there
 
-The folder of a video appears as a whole, and a video that has one is not made again: what was killed goes on.
+The folder of a video appears only once it is complete, and a video that has one is not made again, so that an
+interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from grjca.errors import UserError, printable
 
 REPORT, ARRAYS, ANNOTATIONS = "prepared.json", "npy_data", "annotations"
 SHOWN = 10
-"""Failures that the terminal shows; the report has them all."""
+"""Number of failures that the terminal shows; the report lists all of them."""
 
 
 def prepare(config: PrepareConfig) -> int:
-    """Make what is missing; the exit code, 1 if a video could not be made.
+    """Make the missing videos; return the exit code, 1 if a video could not be made.
 
     Raises:
-        UserError: folders cannot be read, there is nothing in them, or ``config.out`` holds something else.
+        UserError: if folders cannot be read or are empty, or ``config.out`` holds something else.
     """
     if config.detect:
         faces.check_detector()
@@ -61,19 +62,19 @@ def prepare(config: PrepareConfig) -> int:
             "failures": dict(sorted(failures.items())),
         }
         files.write_json(config.out / REPORT, report)
-    print(*map(printable, _summary(config, found, made, failures)), sep="\n")  # names may hold odd characters
+    print(*map(printable, _summary(config, found, made, failures)), sep="\n")  # names may hold control characters
     return 1 if failures else 0
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides on the arrays."""
+    """Return the settings that determine the arrays."""
     folders = {"videos": config.videos, "faces": config.faces, "annotations": config.annotations}
     given = {name: None if folder is None else str(folder.resolve()) for name, folder in folders.items()}
     return {**given, "fps": config.fps, "detect": config.detect}
 
 
 def _check(config: PrepareConfig) -> None:
-    """Refuse a folder that holds something else, or was made with other settings, or leads elsewhere."""
+    """Refuse a folder that holds something else, was made with other settings, or has links that lead elsewhere."""
     out = config.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; choose another.")
@@ -101,7 +102,8 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _remove_partial(out: Path) -> None:
-    """Delete what killed processes have left half-written. The caller holds the lock, so nobody else writes there."""
+    """Delete what killed processes have left incomplete. The caller holds the lock, so no other process writes
+    there."""
     for split in OFFICIAL:
         files.remove_partial(out / ANNOTATIONS / split)
     for path in (out / ARRAYS).iterdir() if (out / ARRAYS).is_dir() else ():
@@ -110,7 +112,7 @@ def _remove_partial(out: Path) -> None:
 
 
 def _outcomes(config: PrepareConfig, tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any] | UserError]]:
-    """What footage.json says of every video, or why there is none; with its annotation written."""
+    """Yield the content of each video's footage.json, after writing its annotation, or why it could not be made."""
     calls = {}
     with tqdm(total=len(tasks), desc="preparing", unit="video", leave=False, disable=None) as bar:
         for task in tasks:
@@ -136,10 +138,10 @@ def _outcomes(config: PrepareConfig, tasks: list[Task]) -> Iterator[tuple[Task, 
 
 
 def _done(folder: Path, labels: np.ndarray | None) -> dict[str, Any] | None:
-    """What an earlier call has made, or None.
+    """Return the footage.json of an earlier call, or None if there is none.
 
     Raises:
-        UserError: it has made something else, or another program has; or the annotation is another by now.
+        UserError: if the folder holds something else, or the annotation has changed since.
     """
     if folder.is_symlink():
         raise UserError(f"{folder}: expected a folder or nothing, got a link; remove it.")
@@ -159,7 +161,7 @@ def _done(folder: Path, labels: np.ndarray | None) -> dict[str, Any] | None:
 
 
 def _annotate(out: Path, task: Task) -> None:
-    """Copy the annotation."""
+    """Copy the annotation of a video."""
     if task.annotation is None or task.split is None:
         return
     path = out / ANNOTATIONS / task.split / f"{task.name}.txt"

@@ -1,4 +1,5 @@
-"""Readers of one file each. Whatever is odd is refused with the file and the line or frame; nothing is unpickled."""
+"""Readers of single files. They refuse anything unexpected, naming the file and the line or frame, and never
+unpickle."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ from grjca import files
 from grjca.errors import UserError
 
 HEADER = "valence,arousal"
-CHUNK = 4096  # rows that are looked at together: 8 MB of 512 features
+CHUNK = 4096  # rows checked at a time: 8 MB for 512 features
 
 LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a file of a modality holds: [N, *row] of one of ``dtypes``."""
+    """Format of a modality's file: [N, *row] of one of ``dtypes``."""
 
     what: str
     """for messages"""
@@ -33,12 +34,12 @@ class Form:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what is read: float32 where any precision is accepted."""
+        """Dtype after reading: float32 where any precision is accepted."""
         return np.dtype(np.float32 if len(self.dtypes) > 1 else self.dtypes[0])
 
     @property
     def row_bytes(self) -> int:
-        """Of a row that is read."""
+        """Bytes of a row after reading."""
         return math.prod(self.row) * self.dtype.itemsize
 
 
@@ -46,11 +47,11 @@ ARRAYS = {
     "visual": Form("pictures", (48, 48, 3), ("uint8",)),
     "audio": Form("log-mel patches", (96, 64), ("float16",)),
 }
-"""What the face and voice networks read."""
+"""Formats of the arrays that the face and voice networks read."""
 
 
 def labels(path: Path) -> np.ndarray:
-    """[N, 2] float64, valence and arousal, of an annotation in text or of VA_continuous_label.npy."""
+    """Read valence and arousal, [N, 2] float64, from a text annotation or VA_continuous_label.npy."""
     if path.suffix == ".npy":
         values = rows(path, Form("labels", (2,)))
         check_finite(values, path)
@@ -59,12 +60,12 @@ def labels(path: Path) -> np.ndarray:
 
 
 def annotation(path: Path) -> np.ndarray:
-    """[N, 2] float64 of a text with the header ``valence,arousal`` and two finite numbers a line, N > 0.
+    """Read a text with the header ``valence,arousal`` and two finite numbers per line: [N, 2] float64, N > 0.
 
     Numbers outside [-1, 1] are kept: -5 marks an invalid frame. A byte order mark, any line ends and empty lines at
     the end are accepted.
     """
-    # Line by line: the readers of libraries skip empty lines and comments, and all that follows moves by a frame.
+    # Read line by line: library readers skip empty lines and comments, which would shift all later frames.
     header, *lines = _text(path).rstrip("\n").split("\n")
     if header != HEADER:
         raise UserError(f"{path}, line 1: expected the header {HEADER}, got {_quote(header)}.")
@@ -80,7 +81,7 @@ def annotation(path: Path) -> np.ndarray:
 
 
 def looks_annotated(path: Path) -> bool:
-    """Whether a text begins as an annotation does, and not as a file for the challenge."""
+    """Whether a text begins like an annotation rather than like a challenge file."""
     try:
         line = files.read_start(path, 100).decode("utf-8-sig", errors="replace").partition("\n")[0]
     except (OSError, UserError):
@@ -90,12 +91,12 @@ def looks_annotated(path: Path) -> bool:
 
 
 def rows(path: Path, form: Form) -> np.memmap:
-    """[N, *row], N > 0, mapped from the file."""
+    """Map the rows of a file, [N, *row], N > 0."""
     expected = f"expected {form}"
     if not path.is_file():
         raise UserError(f"{path} is missing; {expected}.")
     try:
-        # Unlike np.load, this has no way to unpickle. What it raises for a broken header is not documented.
+        # Unlike np.load, this cannot unpickle. NumPy does not document what it raises for a broken header.
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -119,7 +120,7 @@ def rows(path: Path, form: Form) -> np.memmap:
 
 
 def check_finite(array: np.ndarray, path: Path) -> None:
-    """UserError that names the first frame, counted from 0, of ``array`` with a number that float32 can't hold."""
+    """Raise a UserError that names the first frame, from 0, with a number that is not finite in float32."""
     array = array.reshape(len(array), -1)
     for start in range(0, len(array), CHUNK):
         with np.errstate(over="ignore"):
@@ -144,7 +145,7 @@ def _text(path: Path) -> str:
 
 
 def _number(cell: str) -> float:
-    """NaN for what is no number; float() would also read 0_5."""
+    """Parse a number, NaN if it is none; float() would also accept 0_5."""
     try:
         return math.nan if "_" in cell else float(cell)
     except ValueError:

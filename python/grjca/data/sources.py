@@ -1,4 +1,4 @@
-"""Which videos there are to prepare, and where their pictures, sound and annotations lie. Nothing here opens a file."""
+"""Search for the videos to prepare, with their pictures, sound and annotations. Nothing here opens a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOUND = ".wav"
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 Paths = dict[str, list[Path]]
-"""By the name of the video."""
+"""Paths by the name of the video."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,26 @@ class Task:
     source: Source
     annotation: Path | None
     split: str | None
-    """train or validate, where it is annotated."""
+    """train or validate if it is annotated, else None."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that the folders hold."""
+    """Content of the input folders."""
 
     tasks: list[Task]
-    """By name."""
+    """Videos to prepare, sorted by name."""
     failures: dict[str, str]
     """Videos that cannot be prepared, and why."""
     unused: int
-    """Folders of cropped faces that are of no video."""
+    """Number of folders of cropped faces that belong to no video."""
 
 
 def find(config: PrepareConfig) -> Found:
-    """What there is to prepare.
+    """Find the videos to prepare.
 
     Raises:
-        UserError: a folder cannot be read, or there is no video.
+        UserError: if a folder cannot be read, or there is no video.
     """
     inputs = _Inputs(config)
     if not inputs.videos and not inputs.sounds:
@@ -65,17 +65,17 @@ def find(config: PrepareConfig) -> Found:
 
 
 def sound_beside(video: Path) -> Path | None:
-    """The sound file that goes before the sound of ``video``, as in :func:`find`.
+    """Return the sound file that replaces the sound of ``video``, if there is one, as in :func:`find`.
 
     Raises:
-        UserError: there are two of them, or the folder cannot be read.
+        UserError: if there are two sound files, or the folder cannot be read.
     """
     sounds = (path for path in _entries(video.parent, "video") if path.suffix.lower() == SOUND)
     return _only(_grouped(sounds, lambda path: path.stem), layout.composed(video.stem))
 
 
 class _Inputs:
-    """The content of the folders, by the names of videos."""
+    """Files of the input folders, by the names of videos."""
 
     def __init__(self, config: PrepareConfig) -> None:
         entries = _entries(config.videos, "videos")
@@ -89,20 +89,20 @@ class _Inputs:
         self.annotations = _grouped(annotations, lambda path: path.stem)
 
     def names(self) -> list[str]:
-        """Faces: those annotated, those cropped of which there is footage, and videos that have neither."""
+        """Return the names of all faces: annotated ones, cropped ones with footage, and videos that have neither."""
         footage = self.videos.keys() | self.sounds.keys()
         found = self.annotations.keys() | {name for name in self.crops if self.recording(name) in footage}
         return sorted(found | (footage - {self.recording(name) for name in found}))
 
     def recording(self, name: str) -> str:
-        """The name of the video file and of its sound: without _left and _right, unless there is a file with it."""
+        """Return the name of the video file and its sound: without _left or _right, unless a file has it."""
         if name not in self.videos and name not in self.sounds:
             for side in SIDES:
                 name = name.removesuffix(f"_{side}") if name.endswith(f"_{side}") else name
         return name
 
     def task(self, name: str) -> Task:
-        """UserError if something is missing, or is there twice."""
+        """Return the task of a face; UserError if a file is missing or exists twice."""
         recording = self.recording(name)
         annotation = _only(self.annotations, name)
         video, sound = _only(self.videos, recording), _only(self.sounds, recording)
@@ -120,7 +120,7 @@ class _Inputs:
 
 
 def _splits(root: Path) -> dict[Path, str]:
-    """Folders of annotations, and their splits."""
+    """Return the folders of annotations and their splits."""
     _entries(root, "annotations")
     found = dict(layout.splits(root))
     if not found:
@@ -146,7 +146,7 @@ def _grouped(paths: Iterable[Path], name: Callable[[Path], str]) -> Paths:
 
 
 def _only(paths: Paths, name: str) -> Path | None:
-    """UserError if there are two."""
+    """Return the only path of this name, or None; UserError if there are two."""
     found = paths.get(name, [])
     if len(found) > 1:
         raise UserError(f"{found[0]} and {found[1]} are of the same video; remove or rename one.")
@@ -154,7 +154,7 @@ def _only(paths: Paths, name: str) -> Path | None:
 
 
 def _check_name(name: str, names: list[str], inputs: _Inputs) -> None:
-    """Refuse what could not stand in DATA, or not beside the others."""
+    """Refuse a name that the data folder could not hold, or not beside the other names."""
     recording = inputs.recording(name)
     places = (inputs.annotations.get(name), inputs.crops.get(name), inputs.videos.get(recording))
     path = next((place[0] for place in places if place), inputs.sounds.get(recording, [Path(name)])[0])

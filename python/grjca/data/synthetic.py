@@ -206,7 +206,7 @@ def _schedule(length: int, scenario: Scenario, rng: Generator) -> tuple[np.ndarr
 
 
 def _shown(m: int, emotion: np.ndarray, truth: np.ndarray, shifts: np.ndarray, rng: Generator) -> np.ndarray:
-    """Compute valence and arousal [N + JITTER, 2] as visual (m = 0) or audio (1) shows them, with weakness and noise."""
+    """Compute valence and arousal [N + JITTER, 2] as visual (m = 0) or audio (1) shows them, weak parts included."""
     length = len(truth) + JITTER
     code, shift = (np.pad(array, (0, JITTER), mode="edge") for array in (truth[:, m], shifts))
     frames = MARGIN - LAGS[m] + np.arange(length) - np.where(code == CODES["misaligned"], shift, 0)

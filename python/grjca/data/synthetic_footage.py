@@ -1,4 +1,4 @@
-"""Synthetic footage: drawn faces, and a tone like a voice, that show what the recordings of synthetic.py are about.
+"""Synthetic footage: drawn faces and a voice-like tone that show the emotions of the recordings in synthetic.py.
 
 The corners of the mouth follow valence; eyes, brows and the opening of the mouth follow arousal. So do pitch and
 loudness, while valence changes the timbre. An absent face is neither drawn nor cropped; an absent voice is silence.
@@ -18,16 +18,20 @@ from PIL import Image, ImageDraw
 from grjca.data.synthetic import CODES, EMOTION_PACE, Face, Recording, wander
 from grjca.errors import UserError
 
-SIDE, CROP = 96, 64  # pixels of a picture with one face, and of a crop
-FINE = 4  # the picture is drawn so many times as large, and then reduced: edges are smooth
-QUALITY = 90  # of crops
-ENCODER = {"preset": "ultrafast", "crf": "18", "threads": "1"}  # so that bytes do not depend on the cores
-RATE = 16_000  # samples a second
-SYLLABLES = 4.0  # a second
+SIDE, CROP = 96, 64  # sides of a picture with one face and of a crop, in pixels
+FINE = 4  # pictures are drawn this many times larger, then reduced, for smooth edges
+QUALITY = 90  # JPEG quality of the crops
+ENCODER = {
+    "preset": "ultrafast",
+    "crf": "18",
+    "threads": "1",
+}  # one thread: the bytes must not depend on the number of cores
+RATE = 16_000  # samples per second
+SYLLABLES = 4.0  # per second
 HARMONICS = np.arange(1, 13)
 TIMBRES = np.stack([HARMONICS**-1.6, HARMONICS**-0.6], axis=1)  # dull and bright: amplitudes of the harmonics
 TIMBRES *= np.sqrt(2 / (TIMBRES**2).sum(axis=0))  # so that the root mean square of a tone is 1
-ACROSS = np.linspace(-1, 1, 13)  # from the left corner of the mouth to the right one
+ACROSS = np.linspace(-1, 1, 13)  # positions from the left corner of the mouth to the right one
 SKIN, BACKGROUND, EYE, DARK, LIPS = np.array(  # red, green, blue; the first two drift
     [[205, 160, 130], [90, 110, 130], [240, 240, 240], [40, 30, 25], [120, 20, 30]]
 )
@@ -38,11 +42,11 @@ Box = tuple[float, float, float, float]
 
 
 def write(root: Path, recordings: Iterable[Recording], videos: int, fps: float) -> Iterator[Face]:
-    """Write ``videos/<recording>.mp4`` and ``cropped_aligned/<face>/00001.jpg``, and yield every face once it is there.
+    """Write ``videos/<recording>.mp4`` and ``cropped_aligned/<face>/00001.jpg``, and yield every face once written.
 
     Args:
-        videos: how many faces are cropped; where that ends with the first of two, the mp4 still has both.
-        fps: frames a second.
+        videos: number of faces to crop; if the last one is the first of two, the mp4 still shows both.
+        fps: frames per second.
 
     Raises:
         UserError: if PyAV lacks an encoder.
@@ -97,18 +101,18 @@ class Look(NamedTuple):
     present: bool
     valence: float
     arousal: float
-    """As the face shows them, in [-1, 1]"""
+    """Valence and arousal as the face shows them, in [-1, 1]"""
     x: float
     y: float
     size: float
     light: float
     skin: float
     background: float
-    """Also in [-1, 1]; 0 is what is usual"""
+    """Other variations of the picture, also in [-1, 1]; 0 is the average"""
 
 
 def _looks(recording: Recording, face: Face) -> Iterator[Look]:
-    """Of all N pictures."""
+    """Yield the look of a face in each of the N pictures."""
     present = recording.truth[:, 0] != CODES["absent"]
     shown = recording.seen(face)[: len(present)]
     others = wander(len(present), len(Look._fields) - 3, EMOTION_PACE, recording.look)
@@ -117,7 +121,7 @@ def _looks(recording: Recording, face: Face) -> Iterator[Look]:
 
 
 def _picture(looks: tuple[Look, ...]) -> tuple[Image.Image, list[Box | None]]:
-    """The faces side by side, RGB, and the box around each that is there."""
+    """Draw the faces side by side in RGB, and return the box of each face that is present."""
     canvas = Image.new("RGB", (SIDE * FINE * len(looks), SIDE * FINE))
     draw = ImageDraw.Draw(canvas)
     boxes = []
@@ -134,7 +138,7 @@ def _picture(looks: tuple[Look, ...]) -> tuple[Image.Image, list[Box | None]]:
 
 
 def _draw_face(draw: ImageDraw.ImageDraw, look: Look, centre: np.ndarray, size: float) -> None:
-    """Lengths below are in units of ``size``, half the height of the head."""
+    """Draw a face. Lengths are in units of ``size``, half the height of the head."""
 
     def ellipse(x: float, y: float, width: float, height: float, colour: Colour) -> None:
         middle, half = centre + size * np.array([x, y]), size * np.array([width, height]) / 2
@@ -166,7 +170,7 @@ def _lit(colour: np.ndarray, look: Look) -> Colour:
 
 
 def _sound(recording: Recording, fps: Fraction) -> Iterator[np.ndarray]:
-    """The samples of each frame, float32 in [-1, 1]."""
+    """Yield the samples of each frame, float32 in [-1, 1]."""
     absent = recording.truth[:, 1] == CODES["absent"]
     voice, phase = _voice(recording), 0.0
     for n, silent in enumerate(absent):
@@ -184,8 +188,8 @@ def _sound(recording: Recording, fps: Fraction) -> Iterator[np.ndarray]:
 
 
 def _voice(recording: Recording) -> np.ndarray:
-    """[N + 1, 4], as each frame begins and the last one ends: pitch in hertz, loudness, share of the bright timbre, and
-    noise; loudness and noise as root mean squares, of which 1 is the most."""
+    """Compute pitch (Hz), loudness, share of the bright timbre, and noise, [N + 1, 4], at the start of each frame and
+    the end of the last. Loudness and noise are root mean squares, at most 1."""
     frames = len(recording.truth) + 1
     valence, arousal = np.tanh(recording.heard()[:frames]).T
     pitch, gain, noise = np.tanh(wander(frames, 3, EMOTION_PACE, recording.sound)).T

@@ -1,4 +1,4 @@
-"""Videos of a data folder: what is small is in memory, features stay on disk."""
+"""Videos of a data folder: labels are in memory, features stay on disk."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from grjca.errors import UserError
 from grjca.modalities import WIDTHS
 
 MEND = 5
-"""Frames by which lengths may differ: decoders disagree by a frame or two at the end; more is another video's file."""
+"""Number of frames by which lengths may differ. Decoders disagree by a frame or two at the end; a larger difference
+means that a file belongs to another video."""
 
 MOST_FRAMES = 1_000_000
-"""Of a video: nine hours at 30 frames a second. A file that takes no room on disk may claim any number."""
+"""Maximum number of frames of a video, nine hours at 30 frames per second. A sparse file may claim any number."""
 
 DEPTH = 3
-"""Folders within folders in which labels are searched for that stand in the wrong place."""
+"""Depth of folders to which labels in the wrong place are searched for."""
 
 Kind = Literal["features", "arrays"]
 P = ParamSpec("P")
@@ -34,26 +35,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """One face of one video. Pickles without its features, so that workers get it cheaply."""
+    """One face of one video. It is pickled without its features, so that passing it to workers is cheap."""
 
     name: str
     length: int
-    """N, frames of the annotation, or without one, of the first modality"""
+    """N, the number of frames of the annotation, or of the first modality if there is no annotation"""
     labels: np.ndarray | None
-    """[N, 2] float64, valence and arousal as written; None without annotation"""
+    """[N, 2] float64, valence and arousal as annotated; None without annotation"""
     valid: np.ndarray
-    """[N] bool: both labels are in [-1, 1]; all false without annotation"""
+    """[N] bool, true where both labels are in [-1, 1]; all false without annotation"""
     notes: tuple[str, ...]
-    """what was mended, in sentences"""
+    """sentences on what was repaired"""
     files: dict[str, Path]
-    """by modality"""
+    """the file of each modality"""
     forms: dict[str, Form]
-    """what they hold"""
+    """the content of each modality's file"""
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """[stop - start, ...] of each modality for these frames, from disk: features in float32, or arrays as they are.
+        """Read these frames of each modality, [stop - start, ...]: features in float32, arrays in their own dtype.
 
-        Where a file is shorter than the video, its last row is repeated.
+        If a file is shorter than the video, its last row is repeated.
         """
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"{self.name} has frames 0 to {self.length}, not {start} to {stop}.")
@@ -63,24 +64,24 @@ class Video:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One official split."""
+    """Summary of one official split."""
 
     videos: int
     frames: int
     invalid_share: float
-    """of the annotated frames, those that are masked; 0 without annotation"""
+    """share of the annotated frames that are masked; 0 without annotation"""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that can be said of a data folder."""
+    """Report on a data folder."""
 
     problems: list[str]
     """what :func:`load` would refuse"""
     notes: list[str]
-    """what was mended or ignored"""
+    """what was repaired or ignored"""
     splits: dict[str, SplitSummary]
-    """of the videos without a problem"""
+    """summaries over the videos without a problem"""
     folders: list[str]
     """where labels and features were found"""
 
@@ -94,17 +95,17 @@ def load(
     kind: Kind = "features",
     progress: bool = False,
 ) -> list[Video]:
-    """Videos of a split, by name, every file read once and checked.
+    """Load the videos of a split, sorted by name. Every file is read once and checked.
 
     Args:
         root: folder with annotations/ and features/ or npy_data/.
         split: train or validate of this fold, test (features without annotation), or all.
         widths: modalities and the widths of their features.
-        kind: "features", or "arrays": the pictures and log-mel patches of npy_data/ that grjca prepare writes.
-        progress: show a bar.
+        kind: "features", or "arrays": the pictures and log-mel patches in npy_data/ that grjca prepare writes.
+        progress: show a progress bar.
 
     Raises:
-        UserError: the first thing that is wrong, or there are no such videos.
+        UserError: for the first problem found, or if there are no such videos.
     """
     forms = ARRAYS if kind == "arrays" else _forms(widths)
     found = layout.find(Path(root))
@@ -124,7 +125,7 @@ def load(
 def problems(
     root: Path, *, widths: Mapping[str, int] = WIDTHS, kind: Kind = "features", progress: bool = False
 ) -> Inspection:
-    """What is wrong with a data folder, at most one problem a file, and how much it holds. Raises nothing."""
+    """Report what is wrong with a data folder, at most one problem per file, and how much it holds. Never raises."""
     forms = ARRAYS if kind == "arrays" else _forms(widths)
     try:
         found = layout.find(Path(root))
@@ -148,7 +149,7 @@ def _forms(widths: Mapping[str, int]) -> dict[str, Form]:
 
 
 def _read(source: Source, forms: Mapping[str, Form]) -> tuple[Video | None, list[UserError]]:
-    """The video, or None and what is wrong with its files."""
+    """Read a video; return it, or None and what is wrong with its files."""
     errors: list[UserError] = []
     try:
         layout.check_name(source.name, source.labels or source.folder)
@@ -179,7 +180,7 @@ def _read(source: Source, forms: Mapping[str, Form]) -> tuple[Video | None, list
 
 
 def _mend(source: Source, length: int, rows_of: dict[Path, int]) -> tuple[str, ...]:
-    """What has to be done to features of other lengths; UserError if that is too much."""
+    """Say how features of other lengths are repaired; UserError if the lengths differ too much."""
     notes = []
     for path, rows in rows_of.items():
         if abs(rows - length) > MEND:
@@ -202,7 +203,8 @@ def _attempt(errors: list[UserError], read: Callable[P, T], *args: P.args, **kwa
 
 
 def _checked_length(path: Path, form: Form, length: int | None) -> int:
-    """The number of frames of a file. Where it does not fit ``length``, so that the file is refused, none is read."""
+    """Check a file and return its number of frames. If that does not fit ``length``, the file is refused anyway, and
+    its frames are not read."""
     array = reading.rows(path, form)
     if len(array) > MOST_FRAMES:
         raise UserError(f"{path} holds {len(array)} frames; expected at most {MOST_FRAMES}.")
@@ -216,7 +218,7 @@ def _rows(array: np.ndarray, frames: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _unlabelled(videos: dict[str, list[Video]]) -> list[str]:
-    """Splits to train on or to validate on in which nothing is valid."""
+    """Report training and validation splits without a valid frame."""
     return [
         f"The {split} split has no frame with valid labels in {len(part)} videos; both have to be from -1 to 1."
         for split, part in videos.items()
@@ -225,7 +227,7 @@ def _unlabelled(videos: dict[str, list[Video]]) -> list[str]:
 
 
 def _missing_parts(found: layout.Layout) -> list[str]:
-    """Splits that load would refuse as empty; a folder for testing alone needs none."""
+    """Report splits that :func:`load` would refuse as empty; a folder that is only for testing needs none."""
     if found.sources and all(source.split == "test" for source in found.sources):
         return []
     wrong = []
@@ -238,7 +240,7 @@ def _missing_parts(found: layout.Layout) -> list[str]:
 
 
 def _unused_labels(found: layout.Layout) -> list[str]:
-    """What looks like labels and is not read, if a split has none; a folder each."""
+    """If a split has no labels, report files that look like labels but are not read, once per folder."""
     missing = [split for split in OFFICIAL if all(source.split != split for source in found.sources)]
     if not missing:
         return []
@@ -258,7 +260,8 @@ def _unused_labels(found: layout.Layout) -> list[str]:
 
 
 def _annotations_elsewhere(found: layout.Layout) -> Iterator[Path]:
-    """What begins as an annotation and is none of those found, nor a prediction; not deep, there may be many images."""
+    """Find files that begin like an annotation but are neither read nor predictions. The search is shallow, because
+    there may be many images."""
     known = {source.name for source in found.sources} | {"predictions"}
     for name, inner, files in os.walk(found.root):
         folder = Path(name)
@@ -271,7 +274,7 @@ def _annotations_elsewhere(found: layout.Layout) -> Iterator[Path]:
 
 
 def _folders(found: layout.Layout) -> list[str]:
-    """Where labels and features are."""
+    """Say where labels and features are."""
     labels = [(split, folder) for folder, split in found.annotated.items()]
     labels += [
         (source.split or "of no split", source.folder.parent)
