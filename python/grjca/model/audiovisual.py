@@ -1,6 +1,6 @@
-"""The authors' model around a fusion block: an encoder over time per modality, fusion, one value per frame.
+"""The authors' model around a fusion block: a temporal encoder per modality, fusion, and a head with a value per frame.
 
-Frames that do not exist are cleared on entry, take no part in any statistic, and are 0 on exit.
+Absent frames (padding) are cleared on entry, take no part in any statistic, and are 0 on exit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from grjca.model.eager import GatedRJCAEager
 from grjca_kernels import GatedRJCAFused
 
 LONGEST_REACH = 100_000
-"""Frames that an encoder may look back, nearly an hour; as many zeros are put before every window."""
+"""Number of frames that an encoder may look back, nearly an hour; every window is padded with as many zeros."""
 
 
 class TemporalConvNet(nn.Module):
     """Causal convolutions over time, block k with dilation 2^k: [B, L, inputs] -> [B, L, channels[-1]].
 
-    A block is twice weight-normed convolution, leaky_relu and dropout, then the residual and leaky_relu (Bai et al.,
-    arXiv 1803.01271, with leaky_relu for relu).
+    A block applies weight-normed convolution, leaky_relu and dropout twice, then adds the residual and applies
+    leaky_relu (Bai et al., arXiv 1803.01271, with leaky_relu in place of relu).
     """
 
     def __init__(self, inputs: int, channels: tuple[int, ...], *, kernel: int = 5, dropout: float = 0.1) -> None:
@@ -39,12 +39,12 @@ class TemporalConvNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encode ``x`` [B, L, inputs]; a frame sees itself and earlier ones."""
+        """Encode ``x`` [B, L, inputs]; a frame sees only itself and earlier frames."""
         return self.blocks(x.transpose(1, 2)).transpose(1, 2)
 
 
 class _CausalBlock(nn.Module):
-    """[B, inputs, L] -> [B, outputs, L]."""
+    """Residual block of the encoder: [B, inputs, L] -> [B, outputs, L]."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class _CausalBlock(nn.Module):
 
 
 class FrameNorm(nn.BatchNorm1d):
-    """Batch normalisation over the frames that exist, of all samples together.
+    """Batch normalisation over the present frames of all samples together.
 
-    A batch of fewer than two frames has no variance: in training it is normalised by the running statistics, and leaves
-    them as they are.
+    A batch of fewer than two frames has no variance: in training, it is normalised by the running statistics and leaves
+    them unchanged.
     """
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """Normalise ``x`` [B, L, C]; frames where ``present`` [B, L] is false are not read, and 0 in the result."""
+        """Normalise ``x`` [B, L, C]; frames where ``present`` [B, L] is false are not read and are 0 in the result."""
         frames = x.flatten(0, 1) if present is None else x[present]
         if len(frames) < 2:
             y = F.batch_norm(frames, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -91,26 +91,26 @@ class Head(nn.Module):
         self.output = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """A value from -1 to 1 for every frame of ``x`` [B, L, inputs], 0 where ``present`` [B, L] is false."""
+        """Return a value from -1 to 1 for every frame of ``x`` [B, L, inputs], 0 where ``present`` [B, L] is false."""
         y = torch.tanh(self.output(F.leaky_relu(self.norm(self.hidden(x), present))).squeeze(-1))
         return y if present is None else torch.where(present, y, 0)
 
 
 class AudioVisualModel(nn.Module):
-    """Valence or arousal of every frame, from features of face and voice, or of two to four modalities of any kind.
+    """Predicts valence or arousal of every frame from features of face and voice, or of any two to four modalities.
 
     Args:
         config: modalities, sizes, dropout and settings of the fusion block.
         fusion: "concat" (no attention), "rjca", "rjcma" (its joint features are not projected), "dca", "grjca",
             "hgrjca" or "tagf".
-        length: L, the frames of a window. Pad shorter ones and pass ``lengths``.
-        backend: what computes the fusion, see :class:`grjca_kernels.GatedRJCAFused`; "eager" is plain PyTorch. Dropout
-            masks are the same in all of them.
+        length: L, the number of frames of a window. Pad shorter windows and pass ``lengths``.
+        backend: what computes the fusion, see :class:`grjca_kernels.GatedRJCAFused`; "eager" is plain PyTorch. All
+            backends draw the same dropout masks.
 
-    All weights start as the authors' do.
+    All weights are initialised as the authors' are.
 
     Raises:
-        UserError: naming the setting that makes no sense.
+        UserError: if a setting is invalid; the message names it.
         ValueError: for an unknown backend.
     """
 
@@ -133,18 +133,18 @@ class AudioVisualModel(nn.Module):
         self.head = Head(sum(encoded.values()), config.hidden)
 
     def forward(self, *features: Tensor, lengths: Tensor | None = None, return_gates: bool = False) -> Any:
-        """A value from -1 to 1 for every frame, [B, L].
+        """Return a value from -1 to 1 for every frame, [B, L].
 
         Args:
-            features: of each modality [B, L, width], in the order of the setting and in the model's dtype. ``lengths``
-                may follow them without its name.
-            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent: whatever stands there, NaN included, has
-                no influence on anything, and their values are 0.
-            return_gates: return (values, gates) instead, ``gates`` a dict by modality: [B, L, ways], a tuple of them
-                for hgrjca, None for rjca, rjcma and concat.
+            features: [B, L, width] for each modality, in the order of the setting and in the model's dtype. ``lengths``
+                may follow them as a positional argument.
+            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent: their content, NaN included, has no
+                influence on anything, and their values are 0.
+            return_gates: return (values, gates) instead, where ``gates`` is a dict by modality: [B, L, ways], a tuple
+                of these for hgrjca, None for rjca, rjcma and concat.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came.
+            ValueError, TypeError: if an argument is wrong; the message names it, what was expected and what came.
         """
         if len(features) == len(self.widths) + 1 and lengths is None:
             *features, lengths = features  # type: ignore[assignment]
@@ -169,13 +169,13 @@ class AudioVisualModel(nn.Module):
         return (values, dict(zip(self.widths, gates, strict=True))) if return_gates else values
 
     def _encode(self, name: str, x: Tensor, present: Tensor | None) -> Tensor:
-        """[B, L, d_m], 0 where a frame is absent."""
+        """Encode one modality: [B, L, d_m], 0 where a frame is absent."""
         if present is not None:
             x = torch.where(present[..., None], x, 0)
         return self.norms[name](self.encoders[name](x), present)
 
     def _presence(self, lengths: Tensor, first: Tensor) -> Tensor:
-        """[B, L], true for the frames that exist."""
+        """Return [B, L], true for present frames."""
         if lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}.")
         if lengths.shape != first.shape[:1] or lengths.device != first.device:
@@ -189,7 +189,7 @@ class AudioVisualModel(nn.Module):
 
 
 def _fusion(config: ModelConfig, fusion: Fusion, length: int, backend: Backend) -> GatedRJCAFused:
-    """The block that puts out [B, L, d]."""
+    """Make the fusion block, whose output is [B, L, d]."""
     kind = GatedRJCAEager if backend == "eager" else GatedRJCAFused
     block = kind(
         [config.encoders[name][-1] for name in config.widths],
@@ -210,7 +210,7 @@ def _fusion(config: ModelConfig, fusion: Fusion, length: int, backend: Backend) 
 
 
 def _check(config: ModelConfig, fusion: str, length: int) -> None:
-    """Refuse what no model can be made from, under the names that the settings have."""
+    """Refuse invalid settings, each by its name."""
     if fusion not in FUSIONS:
         raise UserError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}.")
     if not _is_count(length):

@@ -1,4 +1,4 @@
-"""Checkpoints that others have saved: opened, and nothing but tensors read."""
+"""Reading of checkpoints from elsewhere. Only tensors are read; no code in a file runs."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ NOT_READ = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     "numpy.dtype",
     "numpy.ndarray",
-    "_codecs.encode",  # bytes, as PyTorch 2.4 sees them
+    "_codecs.encode",  # how PyTorch 2.4 pickles bytes
     "argparse.Namespace",
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
 )
-"""What training scripts save beside the weights, and torch.load refuses."""
+"""Types that training scripts save beside the weights and that torch.load refuses."""
 
 AVERAGED = re.compile("ema|averag|swa", re.IGNORECASE)
-"""Found in what stands before the names of averaged weights."""
+"""Pattern in the prefixes of averaged weights."""
 _COUNT = "num_batches_tracked"
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def read(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[Any, Any]]:
-    """What to call the source in messages, and its content.
+    """Return the name of the source for messages, and its content.
 
     Args:
-        source: a .safetensors file; a file of torch.save, of which nothing but tensors is read; or a state_dict.
+        source: a .safetensors file; a torch.save file, from which only tensors are read; or a state_dict.
 
     Raises:
-        UserError: for a file that is not there, broken, no state_dict, or would run code.
+        UserError: if the file is missing, broken, not a state_dict, or would run code.
     """
     if isinstance(source, Mapping):
         return "source", source
@@ -55,7 +55,8 @@ def read(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Mapping[Any, A
 
 
 def mappings(content: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """It and those in it, with where they stand; no deeper, because a checkpoint may hold itself."""
+    """Yield ``content`` and the mappings nested in it, each with its prefix. The depth is limited, because a checkpoint
+    may contain itself."""
     yield place, {str(key): value for key, value in content.items()}
     for key, value in content.items():
         if isinstance(value, Mapping) and depth:
@@ -63,12 +64,12 @@ def mappings(content: Mapping[Any, Any], place: str = "", depth: int = 3) -> Ite
 
 
 def unwrapped(key: str) -> str:
-    """A name without what torch.compile, DataParallel and the like put into it."""
+    """Strip from a key what torch.compile, DataParallel and the like add to it."""
     return _WRAPPED.sub("", key)
 
 
 def modules(content: Mapping[Any, Any], first: str) -> dict[str, dict[str, Any]]:
-    """What a checkpoint holds of each module that has a tensor of the name ``first``, by what stands before it."""
+    """Return the tensors of each module in a checkpoint that has a key ``first``, by the prefix of that key."""
     found: dict[str, dict[str, Any]] = {}
     for place, values in mappings(content):
         plain = {unwrapped(key): value for key, value in values.items()}
@@ -78,10 +79,10 @@ def modules(content: Mapping[Any, Any], first: str) -> dict[str, dict[str, Any]]
 
 
 def fill(module: nn.Module, label: str, tensors: Mapping[str, Any], prefix: str) -> None:
-    """Copy the tensors whose names begin with ``prefix`` to ``module``; counts of batches that are missing are 0.
+    """Copy the tensors whose keys begin with ``prefix`` to ``module``. Missing counts of batches become 0.
 
     Raises:
-        UserError: for one that is missing or does not fit, or that such a module does not have.
+        UserError: if a tensor is missing, does not fit, or does not belong to such a module.
     """
     expected = module.state_dict()
     weights = matching(label, tensors, prefix, expected)
@@ -94,20 +95,19 @@ def fill(module: nn.Module, label: str, tensors: Mapping[str, Any], prefix: str)
 
 
 def matching(label: str, tensors: Mapping[str, Any], prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``tensors`` that ``expected`` names without ``prefix``, with its shapes.
+    """Return the tensors for the keys of ``expected``, found under ``prefix``, after checking their shapes.
 
-    A count of batches, which nothing that we compute depends on and old versions of PyTorch do not save, may be
-    missing.
+    A count of batches may be missing: old versions of PyTorch do not save it, and no result depends on it.
 
     Raises:
-        UserError: for another one that is missing, or one that does not fit.
+        UserError: if any other tensor is missing, or one does not fit.
     """
     wanted = {k: like for k, like in expected.items() if prefix + k in tensors or not k.endswith(_COUNT)}
     return {key: find_like(label, tensors, prefix + key, like) for key, like in wanted.items()}
 
 
 def find(label: str, tensors: Mapping[str, Any], name: str) -> Tensor:
-    """The tensor of this name; UserError, in which the checkpoint is called ``label``, if there is none."""
+    """Return the tensor of this name; a UserError, which calls the checkpoint ``label``, if there is none."""
     tensor = tensors.get(name)
     if not isinstance(tensor, Tensor):
         kind = "a NumPy value" if isinstance(tensor, _StandIn) else type(tensor).__name__
@@ -117,7 +117,8 @@ def find(label: str, tensors: Mapping[str, Any], name: str) -> Tensor:
 
 
 def find_like(label: str, tensors: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
-    """The tensor of this name, with the shape of ``like``, and floating like it; UserError if it is not."""
+    """Return the tensor of this name; UserError unless its shape and kind (floating-point or not) are those of
+    ``like``."""
     tensor = find(label, tensors, name)
     if tensor.shape != like.shape:
         raise UserError(f"{label}: {name}: expected shape {list(like.shape)}, got {list(tensor.shape)}.")
@@ -128,7 +129,7 @@ def find_like(label: str, tensors: Mapping[str, Any], name: str, like: Tensor) -
 
 
 class _StandIn:
-    """Takes the place of a value that is not read: none of its code runs, and nothing of it is kept."""
+    """Placeholder for a value that is not read: none of its code runs, and its content is dropped."""
 
     def __new__(cls, *_: object) -> _StandIn:
         return super().__new__(cls)
@@ -138,18 +139,18 @@ class _StandIn:
 
 
 def _stand_in(path: str) -> type[_StandIn]:
-    """One that torch.load, from its version 2.4 on, takes for what is at ``path``."""
+    """Make a placeholder that torch.load (2.4 and later) takes for the object at ``path``."""
     module, _, name = path.rpartition(".")
     return type(name, (_StandIn,), {"__module__": module})
 
 
 _STAND_INS = [_stand_in(path) for path in NOT_READ]
-_LOCK = Lock()  # what torch.load accepts is a list for the whole process
+_LOCK = Lock()  # torch.load has one list of accepted types per process
 
 
 @contextmanager
 def _standing_in() -> Iterator[None]:
-    """Have torch.load accept what is :data:`NOT_READ`, beside what the user has declared safe."""
+    """Have torch.load accept :data:`NOT_READ`, in addition to what the user has declared safe."""
     with _LOCK:
         before = serialization.get_safe_globals()
         paths = [f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__name__}" for f in before]
@@ -170,7 +171,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         with _standing_in():
             return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a broken file can make torch.load raise anything
+    except Exception as error:  # torch.load may raise anything for a broken file
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
             raise UserError(
@@ -178,7 +179,7 @@ def _read(path: Path) -> Any:
                 "was loaded; have its state_dict saved instead."
             ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if reason.startswith("Weights only load failed"):  # goes on with how to load it all the same
+        if reason.startswith("Weights only load failed"):  # the rest says how to load it anyway
             reason = "not what torch.save writes"
         raise UserError(
             f"{path}: expected a whole checkpoint, got a broken file ({reason}); fetch it again."

@@ -1,4 +1,4 @@
-"""The block as one writes it in plain PyTorch: what the fused one replaces, and is measured against."""
+"""The block in plain PyTorch: the baseline that the fused block replaces and is measured against."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import Tensor
 
 from grjca_kernels import GatedRJCAFused, Layer, Linear, dropout_mask
 
-SITE_CORRELATION, SITE_OUTPUT = 0, 1  # of a mask, as dropout_mask counts them
+SITE_CORRELATION, SITE_OUTPUT = 0, 1  # sites of a mask, as dropout_mask numbers them
 
 
 class GatedRJCAEager(GatedRJCAFused):
-    """Same arguments, parameters and state_dict as GatedRJCAFused; every step is a PyTorch operator.
+    """Block with the arguments, parameters and state_dict of GatedRJCAFused, in which every step is a PyTorch operator.
 
-    The released form only, without iterates. ``backend`` is ignored, and arguments of ``forward`` are not checked.
+    It has only the released form, without iterates. ``backend`` is ignored, and arguments of ``forward`` are not
+    checked.
     """
 
     shared_masks: bool = False
-    """Drop what the fused block drops under the same ``torch.manual_seed``, so that the two train alike.
+    """Use the dropout masks that the fused block draws after the same ``torch.manual_seed``, so that both train alike.
 
-    Otherwise dropout is PyTorch's own, which is faster and the baseline for measurements.
+    Otherwise dropout is PyTorch's own, which is faster and serves as the baseline of measurements.
     """
 
     def forward(  # type: ignore[override]
         self, *features: Tensor, lengths: Tensor | None = None, return_gates: bool = False, **unsupported: Any
     ) -> Any:
-        """Fuse ``features``, per modality [B, L, d_m], as the authors' code does.
+        """Fuse ``features``, [B, L, d_m] for each modality, as the authors' code does.
 
-        ``lengths``, ``return_gates`` and what is returned are those of :meth:`GatedRJCAFused.forward`.
+        ``lengths``, ``return_gates`` and the result are those of :meth:`GatedRJCAFused.forward`.
 
         Raises:
             ValueError: for the paper form and for ``return_iterates``.
@@ -59,7 +60,7 @@ class GatedRJCAEager(GatedRJCAFused):
         return result[0] if self.output == "concat" else result
 
     def _draw_seed(self, device: torch.device) -> Tensor | None:
-        """What the fused block draws, at the moment at which it does; None where no shared mask is needed."""
+        """Draw the seed that the fused block would draw at this point; None if no shared mask is needed."""
         if not (self.shared_masks and self.training and self.dropout):
             return None
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
@@ -68,7 +69,7 @@ class GatedRJCAEager(GatedRJCAFused):
         x = _clear(x, present)
         if not self.normalize:
             return x
-        if x.dtype == torch.float16:  # in which F.normalize's smallest norm, 1e-12, is 0
+        if x.dtype == torch.float16:  # F.normalize's smallest norm, 1e-12, is 0 in float16
             return F.normalize(x.float(), dim=-1).half()
         return F.normalize(x, dim=-1)
 
@@ -98,7 +99,7 @@ class GatedRJCAEager(GatedRJCAFused):
         )
 
     def _gate(self, states: list[Tensor], gates: tuple[Linear, ...], present: Tensor | None) -> tuple[Tensor, Any]:
-        """Y_m, and the gate values as the fused block returns them."""
+        """Return Y_m, and the gate values as the fused block returns them."""
         last = states[-1]
         if self.gating == "none":
             return last, None
@@ -114,10 +115,10 @@ class GatedRJCAEager(GatedRJCAFused):
 
 
 def _presence(lengths: Tensor, frames: int) -> Tensor:
-    """[B, L, 1], true for the frames that exist."""
+    """Return [B, L, 1], true for present frames."""
     return (torch.arange(frames, device=lengths.device) < lengths[:, None])[..., None]
 
 
 def _clear(x: Tensor, present: Tensor | None) -> Tensor:
-    """``x`` with 0 where ``present`` is false, whatever stands there."""
+    """Return ``x`` with 0 where ``present`` is false, even where ``x`` is NaN."""
     return x if present is None else torch.where(present, x, 0)

@@ -1,8 +1,8 @@
-"""``grjca extract``: pictures and log-mel patches to features, by networks in evaluation mode.
+"""``grjca extract``: turn pictures and log-mel patches into features, with networks in evaluation mode.
 
-The folder that it makes is a data folder: ``annotations/``, ``features/<video>/{visual,audio}.npy`` in float32, and
-``extracted.json``, which says what made them. A video's folder appears as a whole, so that an extraction that was
-interrupted goes on with the videos that are missing.
+The output is a data folder: ``annotations/``, ``features/<video>/{visual,audio}.npy`` in float32, and
+``extracted.json``, which records what made them. A video's folder appears only once it is complete, so that an
+interrupted extraction continues with the missing videos.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from grjca.modalities import MODALITIES
 
 NAME = "extracted.json"
 FRAME_BYTES = {"released": 1 << 22, "small": 1 << 19}
-"""What a frame takes within a network, about; more than twice the 64 channels of a patch."""
+"""Approximate memory of a frame inside a network, in bytes; more than twice the 64 channels of a patch."""
 
 Function = Callable[[Tensor], Any]
-"""Rows of an array, uint8 [n, 48, 48, 3] or float32 [n, 96, 64] on the device of the settings, to features [n, d]."""
+"""A function from rows of an array, uint8 [n, 48, 48, 3] or float32 [n, 96, 64] on ``config.device``, to features
+[n, d]."""
 
 
 def extract(config: ExtractConfig, *, networks: Mapping[str, Function] | None = None, progress: bool = True) -> int:
-    """Write features of every video of ``config.data`` to ``config.out``; the exit code.
+    """Write features of every video in ``config.data`` to ``config.out``; return the exit code.
 
     Args:
-        networks: functions that take the place of the face network ("visual") or of the voice network ("audio"). Each
-            maps uint8 pictures [n, 48, 48, 3], or float32 log-mel patches [n, 96, 64], both tensors on the device of
-            the settings, to features [n, d], a tensor or an array. No gradient is computed.
-        progress: show a bar, and print what was made.
+        networks: functions that replace the face network ("visual") or the voice network ("audio"). Each maps uint8
+            pictures [n, 48, 48, 3] or float32 log-mel patches [n, 96, 64], both tensors on ``config.device``, to
+            features [n, d], a tensor or an array. No gradient is computed.
+        progress: show a progress bar, and print what was made.
 
     Returns:
-        0, or 1 if a video could not be read or its features are not finite. The reason is printed, and the others are
-        written all the same. All annotations are copied, so that a training names the videos that are missing.
+        0, or 1 if a video could not be read or its features are not finite. The reason is printed, and the other videos
+        are written anyway. All annotations are copied, so that a training names the missing videos.
 
     Raises:
-        UserError: if settings, data or folder are not what they should be, or another extraction has begun there with
-            other settings.
+        UserError: if settings, data or folder are invalid, or an extraction with other settings has begun there.
     """
     device = _device(config.device)
     environment.check_memory(config.batch_size * FRAME_BYTES[config.size], f"a batch of {config.batch_size} frames")
@@ -80,7 +80,7 @@ def extract(config: ExtractConfig, *, networks: Mapping[str, Function] | None = 
 
 
 def _each(sources: Iterable[Source], act: Callable[[Source], None]) -> dict[str, str]:
-    """Why this could not be done to some of them, by their names."""
+    """Call ``act`` on each source; return the reasons of failures by the source's name."""
     problems = {}
     for source in sources:
         try:
@@ -92,13 +92,13 @@ def _each(sources: Iterable[Source], act: Callable[[Source], None]) -> dict[str,
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What :func:`extract` has noted of a data folder; None if it has not made it.
+    """Return the record that :func:`extract` has left in a data folder; None if it did not make the folder.
 
-    "visual" and "audio" each say which ``network`` there was, and ``weights``: the name of a file, of which "sha256" is
-    there too, "random", or None for a function from elsewhere.
+    "visual" and "audio" each give the ``network`` and its ``weights``: the name of a file (with its "sha256"),
+    "random", or None for a function passed in ``networks``.
 
     Raises:
-        UserError: if the note is damaged.
+        UserError: if the record is damaged.
     """
     path = Path(folder) / NAME
     if not path.exists():
@@ -110,7 +110,7 @@ def about(folder: Path) -> dict[str, Any] | None:
 
 
 def random_networks(folder: Path) -> list[str]:
-    """Modalities whose features in a data folder are those of random weights, as far as is noted; see :func:`about`."""
+    """Return the modalities whose features were made with random weights, according to :func:`about`."""
     return _random(about(folder) or {})
 
 
@@ -134,7 +134,7 @@ def _device(name: str | None) -> torch.device:
 def _functions(
     config: ExtractConfig, given: Mapping[str, Function], device: torch.device
 ) -> tuple[dict[str, Function], dict[str, dict[str, Any]]]:
-    """By modality what maps rows to features, and what is to be said of it."""
+    """Return, by modality, the functions from rows to features, and their records."""
     functions: dict[str, Function] = {}
     origins: dict[str, dict[str, Any]] = {}
     if unknown := given.keys() - set(MODALITIES):
@@ -163,7 +163,7 @@ def _function(name: str, network: backbones.Network) -> Function:
 
 
 def _qualified(function: Any) -> str:
-    """The name of a function, or the class of an object that is called."""
+    """Return the name of a function, or of the class of a callable object."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -181,15 +181,15 @@ def _file(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _claimed(config: ExtractConfig, made_by: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the folder, in which extracted.json stands from the beginning."""
+    """Hold the lock of the folder, after writing extracted.json."""
     _check_folder(config, made_by)
     files.make_folder(config.out)
     with files.alone(config.out, "extracts"):
-        _check_folder(config, made_by)  # somebody else may have been faster
+        _check_folder(config, made_by)  # again: another process may have been faster
         for folder in (config.out / "features", *(config.out / "annotations").glob("*")):
             files.remove_partial(folder)
         for path in (config.out / "features").glob(".*"):
-            if files.is_partial(path) and path.is_dir():  # the lock is ours: nobody is filling it
+            if files.is_partial(path) and path.is_dir():  # this process holds the lock, so no other is filling it
                 shutil.rmtree(path)
         if not (config.out / NAME).exists():
             files.write_json(config.out / NAME, {**made_by, "versions": environment.versions()})
@@ -258,13 +258,13 @@ def _array(path: Path, form: reading.Form) -> np.ndarray:
 
 
 def _check_done(folder: Path, lengths: Mapping[str, int]) -> None:
-    """Whether features that are there already are of these arrays, as far as their lengths tell."""
+    """Check by their lengths that existing features belong to these arrays."""
     for name, length in lengths.items():
         path, got = folder / f"{name}.npy", "something else"
         try:
             if not folder.is_symlink() and path.is_file():
                 got = f"{len(np.lib.format.open_memmap(path, mode='r'))} frames"
-        except Exception:  # what it raises for a broken header is not documented
+        except Exception:  # NumPy does not document what it raises for a broken header
             got = "a broken file"
         if got != f"{length} frames":
             raise UserError(f"{path}: expected features of {length} frames, got {got}; delete the folder.")
@@ -273,7 +273,7 @@ def _check_done(folder: Path, lengths: Mapping[str, int]) -> None:
 def _features(
     function: Function, array: np.ndarray, batch_size: int, device: torch.device, what: str
 ) -> Iterator[np.ndarray]:
-    """[n, d] float32 for one batch of rows after the other."""
+    """Yield the features of each batch of rows, [n, d] float32."""
     width = None
     for start in range(0, len(array), batch_size):
         rows = torch.from_numpy(np.array(array[start : start + batch_size]))

@@ -1,4 +1,4 @@
-"""The whole model: face and voice networks, and around their features the model of grjca.model.audiovisual."""
+"""The whole model: face and voice networks, followed by the model of grjca.model.audiovisual."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Statistics = Literal["batch", "frozen"]
 
 
 class WholeModel(nn.Module):
-    """Valence or arousal of every frame, from pictures of the face and log-mel patches of the voice.
+    """Predicts valence or arousal of every frame from pictures of the face and log-mel patches of the voice.
 
     Args:
-        model: what makes values of features; its modalities are visual and audio.
-        backbones: the networks of :func:`grjca.backbones.make`, by modality. Nothing of them is trained before
+        model: the model that predicts from features; its modalities are visual and audio.
+        backbones: the networks of :func:`grjca.backbones.make`, by modality. No part of them is trained before
             :meth:`release`.
-        statistics: "batch", as the authors: in training, all of the networks, frozen parts too, normalise by the
-            statistics of the batch, update their running statistics and drop out. "frozen": the networks, released
-            parts too, stay in evaluation mode, so that features of a frame depend on that frame alone and chunks
-            change nothing; of a released normalisation, weight and bias are trained.
-        chunk: frames that pass through the networks at once, shared out evenly; 0 for all of a batch. In training,
-            what released parts keep for their gradient is then computed anew, chunk by chunk. Where statistics are
-            those of the batch, they become those of a chunk, and running statistics are updated once for every chunk.
+        statistics: "batch", as the authors do: in training, all parts of the networks, frozen ones too, normalise by
+            batch statistics, update their running statistics and apply dropout. "frozen": all parts, released ones
+            too, stay in evaluation mode, so that the features of a frame depend only on that frame and chunks change
+            nothing; a released normalisation trains its weight and bias.
+        chunk: number of frames that pass through the networks at once, in chunks of about equal size; 0 passes the
+            whole batch. In training, the activations of released parts are then recomputed in the backward pass, chunk
+            by chunk. With "batch", statistics are those of a chunk, and every chunk updates the running statistics.
 
-    Frozen parts before the first released one build no graph and keep nothing. A network is not called as a whole, but
-    part by part: hooks of the network itself do not run, those of its parts do.
+    Frozen parts before the first released one build no graph and save no activations. The networks are called part by
+    part: hooks on a network do not run, those on its parts do.
 
     Raises:
-        UserError: naming the setting that makes no sense.
+        UserError: if a setting is invalid; the message names it.
     """
 
     backbones: Any
@@ -71,10 +71,10 @@ class WholeModel(nn.Module):
         self.train(self.training)
 
     def release(self, stage: int) -> None:
-        """Have stages 1 to ``stage`` of :data:`grjca.backbones.STAGES` trained, and nothing else of the networks.
+        """Make stages 1 to ``stage`` of :data:`grjca.backbones.STAGES` trainable, and freeze the rest of the networks.
 
         Raises:
-            ValueError: for a stage that is not from 0 to 3, or that a network of other sizes does not have.
+            ValueError: if the stage is not from 0 to 3, or a network of other sizes does not have it.
         """
         for name, network in self.backbones.items():
             stages = STAGES[network.size]
@@ -89,7 +89,7 @@ class WholeModel(nn.Module):
                 parameter.requires_grad_(key.startswith(tuple(prefixes)))
 
     def train(self, mode: bool = True) -> WholeModel:
-        """Training mode, in which frozen ``statistics`` leave the networks in evaluation mode."""
+        """Set the training mode. With frozen ``statistics``, the networks stay in evaluation mode."""
         super().train(mode)
         if self.statistics == "frozen":
             self.backbones.eval()
@@ -105,17 +105,17 @@ class WholeModel(nn.Module):
         offsets: Tensor | None = None,
         flip: Tensor | None = None,
     ) -> Any:
-        """A value from -1 to 1 for every frame, [B, L].
+        """Return a value from -1 to 1 for every frame, [B, L].
 
         Args:
             faces: uint8 [B, L, 48, 48, 3], or [B, L, 3, 40, 40] as :func:`grjca.backbones.crop` returns them.
-            patches: floating [B, L, 96, 64].
-            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent, and pass through no network.
-            return_gates: as :meth:`grjca.model.audiovisual.AudioVisualModel.forward`.
+            patches: floating-point [B, L, 96, 64].
+            lengths: [B] integers, 0 <= length <= L. Frames beyond are absent and do not pass through the networks.
+            return_gates: as in :meth:`grjca.model.audiovisual.AudioVisualModel.forward`.
             offsets, flip: [B, 2] and [B], as for :func:`grjca.backbones.crop`.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came.
+            ValueError, TypeError: if an argument is wrong; the message names it, what was expected and what came.
         """
         self._check(faces, patches)
         present = None if lengths is None else self.model._presence(lengths, faces)
@@ -128,7 +128,7 @@ class WholeModel(nn.Module):
         return self.model(*features, lengths=lengths, return_gates=return_gates)
 
     def _features(self, name: str, x: Tensor, present: Tensor | None) -> Tensor:
-        """[B, L, ...] -> [B, L, d] in the dtype of the model, 0 where a frame is absent."""
+        """Compute features: [B, L, ...] -> [B, L, d] in the dtype of the model, 0 where a frame is absent."""
         dtype = next(self.model.parameters()).dtype
         if present is None:
             return self._encoded(name, x.flatten(0, 1)).to(dtype).unflatten(0, x.shape[:2])
@@ -136,7 +136,7 @@ class WholeModel(nn.Module):
         return encoded.new_zeros(*x.shape[:2], encoded.shape[-1]).index_put((present,), encoded)
 
     def _encoded(self, name: str, x: Tensor) -> Tensor:
-        """[n, ...] -> [n, d]."""
+        """Run the network on frames: [n, ...] -> [n, d]."""
         network = self.backbones[name]
         x = x.to(next(network.parameters()).dtype)
         if not len(x):
@@ -173,7 +173,7 @@ def _is_trained(part: nn.Module) -> bool:
 
 
 def _recomputed(part: nn.Module, x: Tensor) -> Tensor:
-    """``part(x)``, of which nothing but ``x`` is kept for the gradient."""
+    """Compute ``part(x)``, saving only ``x`` for the backward pass."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _on_copies_of_buffers(part)
@@ -184,7 +184,7 @@ def _recomputed(part: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _on_copies_of_buffers(module: nn.Module) -> Iterator[None]:
-    """Computing anew must not update running statistics again: within, they are copies that are thrown away."""
+    """Replace buffers by temporary copies, so that recomputation does not update running statistics again."""
     owned = [(of, name, buffer) for of in module.modules() for name, buffer in of.named_buffers(recurse=False)]
     for of, name, buffer in owned:
         setattr(of, name, buffer.clone())
@@ -196,7 +196,7 @@ def _on_copies_of_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make within it, other than those that were there before."""
+    """Counts the bytes of new tensors that operators make inside it."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
@@ -225,13 +225,13 @@ class _Counted(TorchDispatchMode):
 
 
 def activation_bytes(whole: WholeModel, batch: int) -> int:
-    """Bytes that a training step of ``batch`` full windows takes at its height, beside weights and Adam's moments.
+    """Peak memory of a training step on ``batch`` full windows, in bytes, without weights and Adam's moments.
 
-    Activations, their gradients and those of the weights are counted on the meta device, on which nothing is computed.
-    What a library needs within a convolution, and memory that an allocator holds back, is not. On a CPU, a process
-    grew by 3.8 GiB in a step of the authors' batch with stage 3 and chunks of 300, of which 1.8 are counted.
+    The meta device counts activations, their gradients and those of the weights without computing anything. Workspaces
+    of convolutions and memory that an allocator holds back are not counted. On a CPU, a process grew by 3.8 GiB in a
+    step of the authors' batch with stage 3 and chunks of 300, of which 1.8 are counted.
 
-    Of the authors' batch, 12 windows of 300 frames, in float32, in GiB:
+    Values for the authors' batch, 12 windows of 300 frames, in float32, in GiB:
 
     ==========================  =====  =====  =====  =====
     stages released             0      1      2      3

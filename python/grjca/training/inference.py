@@ -1,4 +1,4 @@
-"""A value for every frame of every video, once, by windows whose overlaps are averaged; in any number of processes."""
+"""Prediction of every frame of every video, averaging overlapping windows, in any number of processes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from grjca.training.processes import Context
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one video of N frames."""
+    """Prediction for one video of N frames."""
 
     values: np.ndarray
     """[N] float64, between -1 and 1"""
     gates: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
-    """Per modality [N, ways] float64, one for every gate of the fusion; empty unless asked for"""
+    """For each modality, [N, ways] float64 for every gate of the fusion; empty unless asked for"""
 
 
 def accelerator(precision: Precision, batch_size: int) -> Accelerator:
-    """Accelerate, set up so that ``batch_size`` is that of all processes together.
+    """Set up Accelerate so that ``batch_size`` is that of all processes together.
 
     Raises:
-        UserError: if it cannot be shared out evenly, or ``precision`` cannot be had or differs from the launcher's.
+        UserError: if the batch cannot be divided evenly, or ``precision`` is not available or differs from the
+            launcher's.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate launch
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
     if asked not in ("no", precision):
         raise UserError(
             f"precision: accelerate launch asks for {asked}, the settings for {precision}; make them agree."
@@ -48,9 +49,9 @@ def accelerator(precision: Precision, batch_size: int) -> Accelerator:
     if precision != available(precision):
         raise UserError(f"precision: expected a GPU for {precision}, got none; use bf16 or no.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # of an earlier call in this process
+        AcceleratorState._reset_state()  # left by an earlier call in this process
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False)
-    # Without cpu=True, the processes that torchrun starts on a machine without GPU don't find one another.
+    # Without cpu=True, processes that torchrun starts on a machine without a GPU do not find one another.
     result = Accelerator(cpu=not _has_gpu(), mixed_precision=precision, dataloader_config=loading)
     if batch_size % result.num_processes:
         raise UserError(f"--batch_size: expected a multiple of the {result.num_processes} processes, got {batch_size}.")
@@ -58,7 +59,7 @@ def accelerator(precision: Precision, batch_size: int) -> Accelerator:
 
 
 def available(precision: Precision) -> Precision:
-    """``precision``, or "no" where there is nothing to compute it: accelerate would take float32 without a word."""
+    """Return ``precision``, or "no" if this machine cannot compute it: accelerate would silently use float32."""
     return "no" if precision == "fp16" and not _has_gpu() else precision
 
 
@@ -67,7 +68,7 @@ def _has_gpu() -> bool:
 
 
 def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> DataLoader:
-    """Batches of windows, read by ``workers`` other processes if there are any; UserError if one exceeds the memory."""
+    """Make a loader of batches with ``workers`` reading processes; UserError if a batch exceeds the memory."""
     count = min(batch_size, len(dataset))
     environment.check_memory(count * dataset.item_bytes, f"a batch of {count} windows of {dataset.size} frames")
     how: dict[str, Any] = {"multiprocessing_context": Context(), "persistent_workers": True} if workers else {}
@@ -76,7 +77,7 @@ def loader(dataset: WindowDataset, batch_size: int, workers: int, sampler: Sampl
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn the errors of a loader's other processes, which come with a traceback in their text, into one sentence."""
+    """Turn errors of a loader's worker processes, whose text includes a traceback, into one sentence."""
     try:
         yield
     except (UserError, RuntimeError) as error:
@@ -92,34 +93,36 @@ def worker_errors() -> Iterator[None]:
 
 
 class Windows:
-    """The windows of ``videos``, ready to be predicted again and again.
+    """The windows of ``videos``, for any number of predictions.
 
     Args:
-        size, hop: of a window, in frames.
-        batch_size: windows at once, all processes together.
-        workers: processes that read ahead.
+        size, hop: length of a window and distance to the next, in frames.
+        batch_size: windows per batch, over all processes together.
+        workers: number of processes that load windows.
     """
 
     def __init__(
         self, videos: Sequence[Video], size: int, hop: int, batch_size: int, on: Accelerator, *, workers: int = 0
     ) -> None:
         self.videos = videos
-        self.dataset = WindowDataset(videos, "valence", size, hop)  # of either target: the labels are not used
+        self.dataset = WindowDataset(videos, "valence", size, hop)  # the target does not matter: labels are not used
         self.accelerator = on
         self.loader = on.prepare_data_loader(loader(self.dataset, batch_size, workers))
 
     @torch.no_grad()
     def predict(self, model: torch.nn.Module, *, gates: bool = False, progress: str | None = None) -> list[Prediction]:
-        """One Prediction for each video, the same on every process.
+        """Return a Prediction for each video, the same on every process.
 
         Args:
-            model: switched to eval mode.
-            gates: also what the fusion's gates chose.
+            model: the model, which is switched to eval mode.
+            gates: also return the values of the fusion's gates.
             progress: title of a progress bar; none if None.
         """
         model.eval()
         collected: list[dict[str, Any]] = []
-        hide = True if progress is None or not self.accelerator.is_main_process else None  # None: unless a terminal
+        hide = (
+            True if progress is None or not self.accelerator.is_main_process else None
+        )  # None shows the bar only on a terminal
         for batch in tqdm(self.loader, progress, leave=False, disable=hide, dynamic_ncols=True):
             out: dict[str, Any] = {"index": batch["index"]}
             features = self.dataset.features(batch)

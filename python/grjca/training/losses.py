@@ -11,16 +11,16 @@ CONVENTIONS = ("population", "released")
 def ccc_loss(
     prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, convention: str = "population"
 ) -> Tensor:
-    """Mean over the windows of 1 - CCC over time.
+    """Compute 1 - CCC over time, averaged over windows.
 
     Args:
         prediction, target: [B, L] each.
         mask: [B, L], true where valid. Other frames have no influence, and windows without a valid frame do not count.
-        convention: "population" divides by N throughout; "released", as the authors' code does, divides the covariance
-            by N and the variances by N - 1.
+        convention: "population" divides by N throughout; "released" divides the covariance by N and the variances by
+            N - 1, as the authors' code does.
 
     Returns:
-        A scalar in float32, or float64 if either argument is. Value and gradient are finite for constant input as well.
+        A scalar in float32, or in float64 if either argument is. Value and gradient are finite for constant input too.
     """
     values = concordance(prediction, target, mask, convention=convention)
     if mask is None:
@@ -32,7 +32,8 @@ def ccc_loss(
 def concordance(
     prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, convention: str = "population"
 ) -> Tensor:
-    """CCC over the last dimension; arguments as in :func:`ccc_loss`. It is 0 where both sides are the same constant."""
+    """Compute the CCC over the last dimension; arguments as in :func:`ccc_loss`. It is 0 if both sides are the same
+    constant."""
     _check(prediction, target, mask, convention)
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     if mask is None:
@@ -45,7 +46,7 @@ def concordance(
     divisor = count if convention == "population" else (count - 1).clamp(min=1)
     spread = (dx.square() + dy.square()).sum(dim=-1) / divisor + (mean_x - mean_y).square()
 
-    # The mean of a constant is rounded, which leaves a variance of this order where there is none.
+    # The mean of a constant is rounded, so that its computed variance is of this order instead of 0.
     scale = torch.maximum(x.detach().abs().amax(dim=-1), y.detach().abs().amax(dim=-1))
     undefined = spread <= (16 * torch.finfo(dtype).eps * scale).square()
     return torch.where(undefined, 0, 2 * covariance / torch.where(undefined, 1, spread))

@@ -1,4 +1,4 @@
-"""Figures to report, over whole arrays in float64."""
+"""Metrics to report, over whole arrays in float64."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from grjca.training.losses import concordance
 def ccc(prediction: Any, target: Any) -> float:
     """Concordance correlation coefficient of two arrays of one shape (tensors, NumPy arrays or lists), over all values.
 
-    Dividing by N throughout. 0 if both are the same constant; NaN if either holds one.
+    Variances and covariance divide by N. The CCC is 0 if both are the same constant, and NaN if either holds NaN.
     """
     x, y = _pair("ccc", prediction, target)
     return float(concordance(x, y))
 
 
 def rmse(prediction: Any, target: Any) -> float:
-    """Root of the mean squared error; arguments as in :func:`ccc`."""
+    """Root mean squared error; arguments as in :func:`ccc`."""
     x, y = _pair("rmse", prediction, target)
     return float((x - y).square().mean().sqrt())
 
 
 def pearson(prediction: Any, target: Any) -> float:
-    """Correlation coefficient of Pearson; arguments as in :func:`ccc`. NaN if either side is constant."""
+    """Pearson correlation coefficient, NaN if either side is constant; arguments as in :func:`ccc`."""
     x, y = _pair("pearson", prediction, target)
     if any(_constant(z) for z in (x, y)):
         return math.nan
@@ -47,36 +47,36 @@ def _constant(values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a prediction fits."""
+    """Metrics of a prediction."""
 
     frames: int
-    """That count."""
+    """Number of valid frames."""
     ccc: float
     rmse: float
     pearson: float
 
     @classmethod
     def of(cls, prediction: np.ndarray, label: np.ndarray) -> Scores:
-        """Scores of two arrays [N] of valid frames."""
+        """Compute the scores of two arrays [N] of valid frames."""
         return cls(len(label), ccc(prediction, label), rmse(prediction, label), pearson(prediction, label))
 
     def as_json(self) -> dict[str, float | int | None]:
-        """With None in place of NaN, which JSON does not have."""
+        """Return the scores with None in place of NaN, which JSON does not have."""
         return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Of the videos of a split."""
+    """Scores of the videos of a split."""
 
     together: Scores
-    """Over all valid frames of all videos, the figure to report."""
+    """Scores over all valid frames of all videos, the ones to report."""
     videos: Mapping[str, Scores]
-    """Of each video by itself, for those that have valid frames."""
+    """Scores of each video that has valid frames."""
 
 
 def split_scores(predictions: Sequence[np.ndarray], videos: Sequence[Video], target: Target) -> SplitScores:
-    """Compare ``predictions`` [N] with the labels of ``videos``; frames without a valid label don't count.
+    """Compare ``predictions`` [N] with the labels of ``videos``; frames without a valid label do not count.
 
     Raises:
         UserError: if no frame is valid.

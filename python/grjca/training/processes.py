@@ -1,7 +1,7 @@
 """Worker processes, for DataLoader and multiprocessing.Pool.
 
-They are spawned, because a fork of a process in which threads run (of gloo, say) can hang. They ignore Ctrl-C, which
-reaches all processes of a terminal: the process that began them answers it.
+They are spawned, because forking a process with running threads (gloo's, for example) can hang. They ignore Ctrl-C,
+which reaches all processes of a terminal, and leave it to the process that started them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class _Process(SpawnProcess):
 
 
 def _excepthook(arguments: threading.ExceptHookArgs) -> None:
-    """Print a thread's exception, unless the thread was handing a tensor to a process that has ended."""
+    """Print a thread's exception, unless the thread was passing a tensor to a process that has ended."""
     if not issubclass(arguments.exc_type, ConnectionError | EOFError):
         threading.__excepthook__(arguments)
 
 
 class Context(SpawnContext):
-    """What DataLoader takes as ``multiprocessing_context``, and whose ``Pool`` is that of multiprocessing."""
+    """Context for DataLoader's ``multiprocessing_context`` and for ``Pool``."""
 
     Process = _Process

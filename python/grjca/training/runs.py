@@ -1,18 +1,18 @@
-"""A run folder: what is in it, and how a run that was killed goes on.
+"""The folder of a run: its files, and how a killed run is resumed.
 
-    config.yaml         every setting; ``grjca train --config`` reproduces the run
+    config.yaml         all settings; ``grjca train --config`` reproduces the run
     best.safetensors    weights with the best validation CCC
     metrics.jsonl       one line per epoch
-    predictions/        of the validation videos, by the best weights
-    tensorboard/        the same curves for TensorBoard
-    checkpoint/         state.json and the tensors it names: where ``--resume`` goes on
+    predictions/        predictions for the validation videos, with the best weights
+    tensorboard/        curves of metrics.jsonl for TensorBoard
+    checkpoint/         state.json and the tensors it names, from which ``--resume`` continues
     .lock               held by the process that trains there
 
-``state.json`` is what counts: an epoch is done once it says so. It is replaced last, in one step; before that, a killed
-process has changed nothing that the next one would not write again.
+An epoch is committed once ``state.json`` says so. That file is replaced last, in one step; whatever a process killed
+before that step has changed, the next one writes again.
 
-A training writes and deletes nothing outside the folder, wherever links in it lead, and deletes only files with names
-that it gives itself.
+A training writes and deletes nothing outside the folder, wherever links in it lead, and deletes only files whose names
+it has chosen itself.
 """
 
 from __future__ import annotations
@@ -48,40 +48,40 @@ CHECKPOINT, STATE = "checkpoint", "state.json"
 Model = AudioVisualModel | WholeModel
 _TENSORS, _CURVES = re.compile(r"epoch-(\d{4,9})\.safetensors"), "events.out.tfevents.*"
 MAY_DIFFER = ("data", "out", "epochs", "workers", "tensorboard")
-"""Settings that a resumed run may change: where, how far and how fast, but not what is computed.
+"""Settings that a resumed run may change, because they do not affect the result of an epoch.
 
-That ``data`` is still the same is checked by its labels.
+Labels are compared to check that ``data`` still holds the same videos.
 """
 
 
 @dataclass
 class State:
-    """Where a run is between two epochs."""
+    """State of a run between two epochs."""
 
     epoch: int = 0
-    """Epochs that are done."""
-    best_ccc: float = -2.0  # below any
+    """Number of epochs that are done."""
+    best_ccc: float = -2.0  # below any CCC
     best_epoch: int = -1
     started: int = 0
-    """The epoch in which the training began, or began anew from the best weights."""
+    """Epoch in which the training began or was last restarted from the best weights."""
     stage: int = 0
-    """How often parts of the networks have been released."""
+    """Number of times that parts of the networks have been released."""
     plateau: dict[str, Any] = field(default_factory=dict)
     optimizer: list[dict[str, Any]] = field(default_factory=list)
-    """param_groups."""
+    """The optimiser's param_groups."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """Of fp16 training."""
+    """State of the gradient scaler in fp16 training."""
     environment: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl."""
 
 
 def check(config: TrainConfig, resume: bool) -> None:
-    """Whether the training may use its folder.
+    """Check that the training may use its folder.
 
     Raises:
-        UserError: if it holds something and ``resume`` is false, or it is a run with other settings, or none at all, or
-            its folders lead elsewhere.
+        UserError: if the folder is not empty and ``resume`` is false; if it is not a run, or one with other settings;
+            or if its folders are links that lead elsewhere.
     """
     folder = config.out
     if not folder.exists():
@@ -102,7 +102,7 @@ def check(config: TrainConfig, resume: bool) -> None:
 
 
 def _check_inner(folder: Path) -> None:
-    """Refuse links, by which a training would write and delete elsewhere, and folders where it will put files."""
+    """Refuse links, through which a training would write and delete elsewhere, and folders in place of its files."""
     for name in (CHECKPOINT, PREDICTIONS, TENSORBOARD):
         path = folder / name
         if path.is_symlink():
@@ -116,10 +116,10 @@ def _check_inner(folder: Path) -> None:
 
 
 def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
-    """Make the run's folder, and take its lock.
+    """Make the run's folder and take its lock.
 
     Raises:
-        UserError: if another process trains there, and as :func:`check`.
+        UserError: if another process trains there, or as :func:`check`.
     """
     check(config, resume)
     try:
@@ -132,7 +132,7 @@ def claim(config: TrainConfig, resume: bool, lock: FileLock) -> None:
 
 
 def write_config(config: TrainConfig) -> None:
-    """Write config.yaml: first of all in a new run, and in one that goes on once its checkpoint has been accepted."""
+    """Write config.yaml: at the start of a new run, or once the checkpoint of a resumed run has been accepted."""
     networks = random_networks(config, config.data)
     remark = f"# Trained with the {networks}.\n" if networks else ""
     files.write_text(config.out / CONFIG, remark + settings.to_yaml(config))
@@ -167,14 +167,14 @@ def save(
 
 
 def save_best(folder: Path, state: State, weights: dict[str, Tensor]) -> None:
-    """Write best.safetensors, of which :func:`grjca.tensor_files.read_about` tells ``epoch``, from 1, and ``ccc``."""
+    """Write best.safetensors, with ``epoch`` (from 1) and ``ccc`` for :func:`grjca.tensor_files.read_about`."""
     tensor_files.write(folder / BEST, weights, {"epoch": state.best_epoch + 1, "ccc": state.best_ccc})
 
 
 def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict[str, dict[str, Tensor]]] | None:
-    """The last epoch that was committed: its state, and tensors under "model", "best" and "optimizer"; None before any.
+    """Return the state of the last committed epoch and its "model", "best" and "optimizer" tensors; None if none is.
 
-    What a killed process left undone is repaired: metrics.jsonl and best.safetensors become those of that epoch.
+    This completes what a killed process left undone: metrics.jsonl and best.safetensors become those of that epoch.
     ``shapes`` are those of the model's state_dict.
 
     Raises:
@@ -199,7 +199,7 @@ def restore(folder: Path, shapes: Mapping[str, torch.Size]) -> tuple[State, dict
 
 
 def _state(content: Any) -> State:
-    """The state that :func:`save` has written as ``content``; an exception of some kind if it has not."""
+    """Parse the state that :func:`save` has written; any exception if ``content`` is something else."""
     state = State(**content)
     numbers = [state.epoch, state.best_epoch, state.best_ccc, state.started, state.stage, *state.plateau.values()]
     numbers += [value for record in state.history for value in record.values() if value is not None]
@@ -226,7 +226,7 @@ def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _moments(state: State) -> set[str]:
-    """Names of the tensors that Adam keeps."""
+    """Return the names of Adam's tensors."""
     kinds = ("step", "exp_avg", "exp_avg_sq")
     return {f"{i}.{kind}" for group in state.optimizer for i in group["params"] for kind in kinds}
 
@@ -244,10 +244,10 @@ def _tensors(epoch: int) -> str:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The settings of a run.
+    """Read the settings of a run.
 
     Raises:
-        UserError: if ``folder`` is not one.
+        UserError: if ``folder`` is not a run.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: expected the folder of a run, with {CONFIG}; grjca train --out makes one.")
@@ -255,10 +255,10 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def new_model(config: TrainConfig, *, backend: Backend | None = None) -> Model:
-    """The model of these settings, with initial weights; ``backend``: other than that of the settings.
+    """Make the model of these settings, with initial weights; ``backend`` overrides that of the settings.
 
     Raises:
-        UserError: naming the setting that makes no sense, or if memory cannot hold the weights.
+        UserError: if a setting is invalid (the message names it), or memory cannot hold the weights.
     """
 
     def make() -> Model:
@@ -272,7 +272,7 @@ def new_model(config: TrainConfig, *, backend: Backend | None = None) -> Model:
         return WholeModel(model, networks, statistics=of.statistics, chunk=of.chunk)
 
     try:
-        with torch.device("meta"):  # sizes alone
+        with torch.device("meta"):  # only sizes are needed
             weights = make().state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:  # which one PyTorch raises depends on the size
         reason = str(error).partition("\n")[0]
@@ -286,10 +286,10 @@ def new_model(config: TrainConfig, *, backend: Backend | None = None) -> Model:
 
 
 def load_networks(config: TrainConfig, model: Model) -> None:
-    """Give the networks in the loop the weights that the settings name.
+    """Load the weights that the settings name into the face and voice networks.
 
     Raises:
-        UserError: if a file is not what it should be.
+        UserError: if a file is invalid.
     """
     if isinstance(model, WholeModel):
         for name, path in (("visual", config.networks.visual), ("audio", config.networks.audio)):
@@ -298,7 +298,7 @@ def load_networks(config: TrainConfig, model: Model) -> None:
 
 
 def random_networks(config: TrainConfig, data: Path) -> str:
-    """Which networks had random weights at first, as figures must say; empty if none, or if nobody has noted it."""
+    """Say which networks started from random weights, which every result must mention; empty if none is known to."""
     if config.source == "arrays":
         given = {"visual": config.networks.visual, "audio": config.networks.audio}
         names = [name for name, path in given.items() if path is None]
@@ -308,10 +308,10 @@ def random_networks(config: TrainConfig, data: Path) -> str:
 
 
 def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainConfig, Model]:
-    """Settings and trained model of a run, with the best weights, in eval mode.
+    """Return the settings and the trained model of a run, with the best weights, in eval mode.
 
     Args:
-        backend: other than that of the training.
+        backend: backend of the model; None is that of the training.
 
     Raises:
         UserError: if ``folder`` is not a run, or has no weights yet.
@@ -332,7 +332,7 @@ def load_best(folder: Path, *, backend: Backend | None = None) -> tuple[TrainCon
 
 
 def curves(folder: Path, history: list[dict[str, Any]]) -> Any:
-    """A TensorBoard writer that holds ``history`` and nothing else; :func:`add_to_curves` adds an epoch."""
+    """Make a TensorBoard writer that holds only ``history``; :func:`add_to_curves` adds an epoch."""
     from torch.utils.tensorboard import SummaryWriter
 
     for old in (folder / TENSORBOARD).glob(_CURVES):  # a killed process may have left half a record
@@ -344,7 +344,7 @@ def curves(folder: Path, history: list[dict[str, Any]]) -> Any:
 
 
 def add_to_curves(writer: Any, record: dict[str, Any]) -> None:
-    """The numbers of one line of metrics.jsonl."""
+    """Add the numbers of one line of metrics.jsonl."""
     for name, value in record.items():
         if name != "epoch" and value is not None:
             writer.add_scalar(name, value, record["epoch"])

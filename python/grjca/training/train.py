@@ -1,4 +1,4 @@
-"""``grjca train``: the authors' experiment, from windows of features to the weights with the best validation CCC."""
+"""``grjca train``: run the authors' experiment and keep the weights with the best validation CCC."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from grjca.training.metrics import split_scores
 
 T = TypeVar("T")
 LOWEST_RATE = 1e-8 * (1 + 1e-6)
-"""At which a training begins anew; rounding allowed for."""
+"""Learning rate at which a training restarts, with a margin for rounding."""
 RESTART_AFTER = 5
-"""Epochs that must have gone by since the last release, or the last time that the training began anew."""
+"""A training restarts only when more than this number of epochs have passed since its last start."""
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the rest follows from the settings
 
 
@@ -43,26 +43,27 @@ class Result:
 
     epochs: int
     best_epoch: int
-    """From 1."""
+    """Number of the best epoch, from 1."""
     best_ccc: float
-    """Of the validation videos."""
+    """CCC of the validation videos in that epoch."""
     stopped_early: bool
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Result:
-    """Train one model; everything it leaves is in the folder ``config.out``, see :mod:`grjca.training.runs`.
+    """Train one model; all output goes to the folder ``config.out``, see :mod:`grjca.training.runs`.
 
-    It seeds the random generators of the process, and has cuDNN compute deterministically.
+    This seeds the random generators of the process and makes cuDNN deterministic.
 
-    Every epoch draws its random numbers from (seed, epoch) and is committed as a whole. So a run that was killed and
-    resumed, on the same machine with as many threads and processes, ends in the same weights, bit for bit.
+    Every epoch draws its random numbers from (seed, epoch) and is committed as a whole. A run that is killed and
+    resumed on the same machine, with the same numbers of threads and processes, therefore ends with bitwise equal
+    weights.
 
     Raises:
-        UserError: if data, settings or folder are not what they should be, or the training diverges.
+        UserError: if data, settings or folder are invalid, or the training diverges.
     """
     visual, audio = (path and path.absolute() for path in (config.networks.visual, config.networks.audio))
     networks = replace(config.networks, visual=visual, audio=audio)
-    # config.yaml holds anywhere
+    # so that config.yaml is valid from any folder
     config = replace(config, data=config.data.absolute(), out=config.out.absolute(), networks=networks)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     on = inference.accelerator(config.precision, config.batch_size)
@@ -92,7 +93,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         _say(on, progress, f"{on.num_processes} processes, {config.batch_size // on.num_processes} windows each.")
     set_seed(config.seed)
     model = runs.new_model(config)
-    if not (resume and (config.out / runs.CHECKPOINT / runs.STATE).exists()):  # which has all weights
+    if not (resume and (config.out / runs.CHECKPOINT / runs.STATE).exists()):  # the checkpoint has all weights
         runs.load_networks(config, model)
     training = _Training(config, on, model, *splits, progress=progress)
     lock = files.lock(config.out)
@@ -148,7 +149,7 @@ class _Training:
         self.curves: Any = None
 
     def resume(self) -> None:
-        """Go on from the last epoch that was committed, if there is one, and write config.yaml."""
+        """Continue from the last committed epoch, if there is one, and write config.yaml."""
         shapes = {name: tensor.shape for name, tensor in self.inner.state_dict().items()}
         restored = _on_main(self.on, lambda: runs.restore(self.config.out, shapes))
         if restored:
@@ -162,17 +163,17 @@ class _Training:
             self.best = {name: tensor.to(self.on.device) for name, tensor in tensors["best"].items()}
             try:
                 self._restore_schedule(state, _nested(tensors["optimizer"]))
-            except Exception as error:  # PyTorch raises all kinds for what it has not written
+            except Exception as error:  # PyTorch may raise anything for a state it has not written
                 where = self.config.out / runs.CHECKPOINT / runs.STATE
                 raise UserError(f"{where}: the checkpoint is damaged ({error}); choose another --out.") from error
         else:
             self._begin()
-        _on_main(self.on, lambda: runs.write_config(self.config))  # a resumption that was refused has changed nothing
+        _on_main(self.on, lambda: runs.write_config(self.config))  # last: a refused resumption must change nothing
         if self.config.tensorboard and self.on.is_main_process:
             self.curves = runs.curves(self.config.out, self.state.history)
 
     def _begin(self) -> None:
-        """A new optimiser and plateau for the parameters that are trained in this stage."""
+        """Make a new optimiser and plateau scheduler for the parameters that are trained in this stage."""
         config, model = self.config, self.inner
         if isinstance(model, WholeModel):
             model.release(min(self.state.stage, self.stages))
@@ -186,7 +187,7 @@ class _Training:
         self.inner = self.on.unwrap_model(self.model, keep_fp32_wrapper=True)
 
     def _restore_schedule(self, state: runs.State, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Load optimiser, plateau and scaler; an exception of some kind if they are not of this training."""
+        """Load optimiser, plateau and scaler; any exception if they do not belong to this training."""
         ours = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(state.optimizer, ours, strict=True):
             same = {name: value for name, value in before.items() if name not in ("lr", "betas")}
@@ -207,7 +208,7 @@ class _Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch is done, or there has been no better one for long."""
+        """Whether the last epoch is done, early stopping applies, or the networks were due for a fourth release."""
         state, config = self.state, self.config
         begun = state.started - 1  # the last epoch that does not count
         if config.early_stop_from == "warmup" and config.warmup != "none":
@@ -218,7 +219,7 @@ class _Training:
         return stop or released_all or state.epoch >= config.epochs
 
     def epoch(self) -> None:
-        """One epoch: train, validate, adapt, commit."""
+        """Run one epoch: train, validate, adapt, commit."""
         start, epoch = time.perf_counter(), self.state.epoch
         loss = self._pass_over_training_windows(epoch)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -244,7 +245,7 @@ class _Training:
         self._commit(record)
 
     def _pass_over_training_windows(self, epoch: int) -> float:
-        """The mean loss."""
+        """Train on every window once and return the mean loss."""
         seed = _seed_of(self.config.seed, epoch)
         self.order.manual_seed(seed if self.config.shuffle == "epoch" else self.config.seed)
         self.model.train()
@@ -253,11 +254,13 @@ class _Training:
             self.loader,
             self._title("training"),
             leave=False,
-            disable=None if self.progress and self.on.is_main_process else True,  # None: unless it is a terminal
+            disable=None
+            if self.progress and self.on.is_main_process
+            else True,  # None shows the bar only on a terminal
             dynamic_ncols=True,
         )
         for step, batch in enumerate(bar):
-            if step == 0:  # not before: a loader draws a number of its own when it begins
+            if step == 0:  # not before the loop: a loader draws a random number when it starts
                 set_seed(seed, device_specific=True)
             if self._warms_up(epoch):
                 self._set_rate(warmup_rate(self.config, epoch - self.state.started, step, len(self.loader)))
@@ -275,7 +278,7 @@ class _Training:
         return mean
 
     def _augmented(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A crop and a flip for each window; nothing without pictures."""
+        """Draw a crop and a flip for each window; an empty dict without pictures or augmentation."""
         if not (isinstance(self.inner, WholeModel) and self.config.networks.augment):
             return {}
         count = len(batch["length"])
@@ -284,13 +287,14 @@ class _Training:
         return {"offsets": offsets.to(self.on.device), "flip": flip.to(self.on.device)}
 
     def _weight(self, counted: Tensor) -> Tensor | float:
-        """What makes the mean over processes one over windows, of which this process has ``counted``."""
+        """Weight of this process, which has ``counted`` windows, that turns the mean over processes into one over
+        windows."""
         if self.on.num_processes == 1:
             return 1.0
         return counted * self.on.num_processes / self.on.reduce(counted).clamp(min=1)
 
     def _adapt(self, epoch: int, ccc: float) -> None:
-        """Remember or bring back the best weights; lower the learning rate on a plateau."""
+        """Save or reload the best weights; reduce the learning rate on a plateau; restart if it is time."""
         self.state.epoch = epoch + 1
         if ccc > self.state.best_ccc:
             self.state.best_ccc, self.state.best_epoch = ccc, epoch
@@ -298,7 +302,7 @@ class _Training:
         elif self.config.reload_best:
             self.inner.load_state_dict(self.best)
         if self.config.plateau and self._warms_up(epoch):
-            self.plateau.best = max(self.plateau.best, ccc)  # to be beaten, but these epochs don't count
+            self.plateau.best = max(self.plateau.best, ccc)  # to be beaten, but warm-up epochs do not count as bad
         elif self.config.plateau:
             self.plateau.step(ccc)
         since = self.state.epoch - self.state.started
@@ -307,12 +311,12 @@ class _Training:
             self._restart()
 
     def _restart(self) -> None:
-        """Go on from the best weights as if they were initial ones, and train more of the networks in the loop."""
+        """Restart from the best weights as if they were initial ones, and release more parts of the networks."""
         self.state.started = self.state.epoch
         self.state.stage += self.releases
         self.inner = self.on.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.inner.load_state_dict(self.best)
-        self.on.free_memory()  # its lists of what was prepared
+        self.on.free_memory()  # empties its lists of prepared objects
         self._begin()
 
     def _commit(self, record: dict[str, Any]) -> None:
@@ -336,7 +340,7 @@ class _Training:
         )
 
     def finish(self) -> None:
-        """Predict the validation videos by the best weights."""
+        """Predict the validation videos with the best weights."""
         self.inner.load_state_dict(self.best)
         predictions = self.validation.predict(self.inner)
         values = {v.name: p.values for v, p in zip(self.validation.videos, predictions, strict=True)}
@@ -363,7 +367,7 @@ class _Training:
 
 
 def warmup_rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
-    """The learning rate of batch ``step`` of ``steps`` in an ``epoch`` of the warm-up, both from 0."""
+    """Return the learning rate of batch ``step`` of ``steps`` in an ``epoch`` of the warm-up, both from 0."""
     epochs = config.warmup_epochs
     if config.warmup == "released":
         return config.learning_rate * step * (epoch + 1) / (epochs**2 * steps)
@@ -375,7 +379,7 @@ def _seed_of(seed: int, epoch: int) -> int:
 
 
 def _environment(on: Accelerator, config: TrainConfig, splits: tuple[list[Video], ...]) -> dict[str, Any]:
-    """What the last bit depends on besides the settings."""
+    """Record what the last bit of the result depends on besides the settings."""
     labels = hashlib.sha256()
     for video in (video for split in splits for video in split):
         labels.update(f"{video.name} {video.length}\n".encode())
@@ -412,7 +416,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _on_main(on: Accelerator, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises on the main process, on every process."""
+    """Run ``call`` on the main process; return or raise its result on every process."""
     outcome: list[Any] = [None, None]
     if on.is_main_process:
         try:
