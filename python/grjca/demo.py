@@ -1,4 +1,4 @@
-"""``grjca demo``: everything once, at a size of seconds, by the very commands that a user would type."""
+"""``grjca demo``: run every step once at a small size, with the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEDULE = ["--epochs", "20", "--window", "100", "--hop", "60", "--learning_rate
 
 
 def commands(out: Path, seed: int) -> list[list[str]]:
-    """What is run, in order; it all stays in ``out``."""
+    """Return the commands in order; all their output is in ``out``."""
     footage, arrays, features = (str(out / name) for name in ("footage", "arrays", "features"))
     runs = {target: str(out / f"run-{target}") for target in TARGETS}
     seeded = ["--seed", str(seed)]
@@ -41,7 +41,7 @@ def commands(out: Path, seed: int) -> list[list[str]]:
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the commands; the exit code of the first that fails, else 0."""
+    """Run the commands; return the exit code of the first that fails, else 0."""
     from grjca.cli import main
     from grjca.measure import threads
 

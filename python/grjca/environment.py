@@ -1,4 +1,4 @@
-"""What there is to compute with: versions, processors, and the backend that is used in the end."""
+"""The environment of a computation: versions, processors, memory, and the backend that is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARIES = ("grjca-kernels", "torch", "numpy", "accelerate", "safetensors", "tr
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that are there."""
+    """Return the versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -32,9 +32,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this package runs from, with + if files have changed since; None if it is none."""
+    """Return the commit of the checkout that this package runs from, with + if files have changed; None if it is not a
+    checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    try:  # the first fails where this file is not of the repository that it lies in
+    try:  # the first call fails if the surrounding repository does not track this file
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         described = subprocess.run(
             [*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
@@ -45,7 +46,7 @@ def commit() -> str | None:
 
 
 def devices() -> list[str]:
-    """Device types that backends may compute on here."""
+    """Return the device types on which backends may compute here."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -54,15 +55,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @cache
 def has_amx(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether the CPU multiplies tiles of bfloat16 (AMX). PyTorch's products then do; the native kernels never do."""
+    """Whether the CPU has AMX for bfloat16, which PyTorch's matrix products use and the native kernels do not."""
     try:
         return re.search(r"^flags\b.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     try:  # platform.processor() is empty on most Linux systems
         lines = CPUINFO.read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -71,7 +72,7 @@ def processor() -> str:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Refuse what the system would kill the process for.
+    """Refuse an allocation for which the system would kill the process.
 
     Raises:
         UserError: if ``what``, of ``needed`` bytes, is larger than the memory of this machine.
@@ -85,7 +86,7 @@ def check_memory(needed: int, what: str) -> None:
 
 
 def refusal(backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot compute on this device type, or None. It is found out by trying."""
+    """Try ``backend`` on this device type; return why it cannot compute, or None if it can."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         x = torch.zeros(1, 1, 1, device=device)
         try:
@@ -96,10 +97,10 @@ def refusal(backend: str, device: str) -> str | None:
 
 
 def backend_used(asked: str, device: str) -> str:
-    """What computes the fusion on this device type: ``asked``, or what "auto" stands for.
+    """Return the backend that computes the fusion on this device type: ``asked``, or the choice of "auto".
 
     Raises:
-        UserError: if it cannot.
+        UserError: if it cannot run.
     """
     if asked == "eager":
         return asked

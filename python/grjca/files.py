@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, whenever the process is killed, and reading that comes to an end."""
+"""Atomic writing of files and folders, locks, and reading that cannot block or grow without limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from grjca.errors import UserError
 
 MOST = 1 << 26
-"""Bytes of a file of text or JSON. Ten hours of annotations at 30 frames a second are a third of it."""
+"""Maximum size of a text or JSON file, in bytes; three times that of ten hours of annotations at 30 frames per second.
+"""
 
 _PARTIAL = re.compile(r"\.grjca-[0-9a-f]{16}\.partial")
 
@@ -28,20 +29,20 @@ _PARTIAL = re.compile(r"\.grjca-[0-9a-f]{16}\.partial")
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is the name of a file or folder that is being written, or that a killed process has left."""
+    """Whether ``path`` is a temporary file or folder of this module, being written or left by a killed process."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 
 def _partial(path: Path) -> Path:
-    """A random name beside ``path``, so that nothing prepared or left there is in the way."""
+    """Return a random name beside ``path``, so that no planted or leftover file is in the way."""
     return path.with_name(f".grjca-{secrets.token_hex(8)}.partial")
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Let ``fill`` write a new file beside ``path``, then put it in its place in one step. A link there is replaced."""
+    """Let ``fill`` write a new file beside ``path``, then move it there in one step. A link at ``path`` is replaced."""
     partial = _partial(path)
     try:
-        with open(partial, "xb") as file:  # x refuses what exists, and so never follows a link
+        with open(partial, "xb") as file:  # x refuses existing files, and so never follows a link
             fill(file)
             file.flush()
             os.fsync(file.fileno())
@@ -54,25 +55,25 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` in UTF-8, with \\n at the end of lines on every system."""
+    """Write ``text`` in UTF-8, with \\n at the end of lines on every system."""
     write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as JSON; NaN, which JSON does not have, is refused."""
+    """Write ``value`` as JSON; NaN, which JSON does not have, is refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """A line of JSON for each value."""
+    """Write a line of JSON for each value."""
     write_text(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``folder`` at the end of the ``with`` block, or disappears if that fails.
+    """Yield a folder to fill, which becomes ``folder`` at the end of the ``with`` block, or is deleted if that fails.
 
-    ``folder`` must not exist, or be empty.
+    ``folder`` must be empty or not exist.
     """
     folder = folder.resolve()
     partial = _partial(folder)
@@ -80,17 +81,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
-            folder.rmdir()  # Windows renames onto nothing, not even an empty folder
+            folder.rmdir()  # Windows cannot rename onto a folder, even an empty one
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # it is gone already unless something failed
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the files that a killed process has left half-written in ``folder``, which need not exist.
+    """Delete the files that a killed process has left incomplete in ``folder``, which need not exist.
 
-    The caller holds the lock of the folder, so that nobody else writes files there. Folders are left alone, because
-    ``predict`` may be filling one, and holds no lock.
+    The caller holds the lock of the folder, so that no other process writes files there. Folders are left alone,
+    because ``predict``, which holds no lock, may be filling one.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_partial(path) and (path.is_symlink() or not path.is_dir()):
@@ -98,7 +99,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and its parents, and write a file there, for a trial.
+    """Make ``folder`` and its parents, and check that files can be written there.
 
     Raises:
         UserError: if the system refuses either.
@@ -128,15 +129,15 @@ LOCK = ".lock"
 
 
 def lock(folder: Path) -> FileLock:
-    """The lock that the one process holds that writes to ``folder``. The system frees it when the process ends."""
+    """Return the lock of the one process that writes to ``folder``. The system frees it when the process ends."""
     return FileLock(folder / LOCK, timeout=0)
 
 
 def take(held: FileLock, doing: str) -> None:
-    """Acquire a :func:`lock`, and delete what its last holder may have left half-written.
+    """Acquire a :func:`lock`, and delete what its last holder may have left incomplete.
 
     Raises:
-        UserError: if another process holds it. ``doing`` says what such a process does, as "trains".
+        UserError: if another process holds it. ``doing`` says what such a process does, for example "trains".
     """
     folder = Path(held.lock_file).parent
     if os.path.islink(held.lock_file):
@@ -163,27 +164,27 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
 
 
 def read_start(path: Path, count: int) -> bytes:
-    """The first ``count`` bytes of a file.
+    """Read the first ``count`` bytes of a file.
 
     Raises:
-        UserError: for a pipe, a socket or a device, which might never end.
+        UserError: for a pipe, a socket or a device, which may never end.
         OSError: if it cannot be read.
     """
 
     def at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # without it, opening a pipe waits for a writer
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # otherwise opening a pipe waits for a writer
 
     with open(path, "rb", opener=at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"{path}: expected a regular file, got a pipe, a socket or a device.")
-        return file.read(count) or b""  # some files in /proc have nothing to say yet, and give None
+        return file.read(count) or b""  # some files in /proc give None while they are empty
 
 
 def read_bytes(path: Path, most: int = MOST) -> bytes:
-    """The content of a file of at most ``most`` bytes.
+    """Read a file of at most ``most`` bytes.
 
     Raises:
-        UserError: for a larger one, and as :func:`read_start`.
+        UserError: for a larger file, or as :func:`read_start`.
         OSError: if it cannot be read.
     """
     content = read_start(path, most + 1)
@@ -193,17 +194,17 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The inverse of :func:`write_json`.
+    """Read what :func:`write_json` has written.
 
     Raises:
-        UserError: if that is not what it holds.
+        UserError: if the file holds anything else.
         OSError: if it cannot be read.
     """
     return parse_json(path, read_bytes(path))
 
 
 def parse_json(path: Path, text: str | bytes) -> Any:
-    """The value that ``text`` writes in JSON; UserError, with ``path``, where it is no JSON or not finite."""
+    """Parse ``text`` as JSON; a UserError that names ``path`` if it is not JSON or has numbers that are not finite."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}")

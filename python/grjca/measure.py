@@ -1,4 +1,4 @@
-"""What a block costs: the shapes that matter, the bytes its backward needs, and times that can be compared."""
+"""Measurement of a block: standard shapes, the bytes saved for its backward pass, and comparable times."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from grjca_kernels import GatedRJCAFused
 
 EAGER_FACTOR, FEW_ULP = 2, 4
-"""The operator's contract: an error of at most twice that of eager PyTorch, and a few ulp."""
+"""The operator's contract: an error of at most twice that of eager PyTorch plus a few ulp."""
 
 Block = TypeVar("Block", bound=GatedRJCAFused)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A block and its input, by the letters of operator.md: L, d_v, d_a, T, B."""
+    """Sizes of a block and its input; in the letters of operator.md: L, d_v, d_a, T, B."""
 
     length: int
     dim_visual: int
@@ -32,7 +32,7 @@ class Shape:
     normalize: bool = False
 
     def block(self, kind: type[Block], **options: Any) -> Block:
-        """A block of this shape that puts out the concatenation."""
+        """Make a block of this shape, whose output is the concatenation."""
         return kind(
             self.dim_visual,
             self.dim_audio,
@@ -45,7 +45,7 @@ class Shape:
         )
 
     def inputs(self, seed: int, *, requires_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Random ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]."""
+        """Draw random ``visual`` [B, L, d_v] and ``audio`` [B, L, d_a]."""
         generator = torch.Generator().manual_seed(seed)
         visual, audio = (
             torch.randn(self.batch, self.length, width, generator=generator).requires_grad_(requires_grad)
@@ -63,20 +63,20 @@ SHAPES = {
 
 
 def saved_bytes(call: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that stay alive between the forward, ``call``, and its backward because autograd has saved them.
+    """Count the bytes that autograd saves between the forward pass, ``call``, and its backward pass.
 
-    A storage counts once however many tensors share it, and whole, because as a whole it stays alive. ``parameters``
-    live anyway and do not count. Inputs do, wherever they are saved: the eager and the fused block both need them.
+    A storage counts once, however many tensors share it, and in full, because all of it stays alive. ``parameters`` do
+    not count, because they stay alive anyway. Saved inputs count: both the eager and the fused block need them.
     """
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself may be an output, which would then keep its own graph alive for ever
+        return tensor.detach()  # an output would keep its own graph alive forever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # held until all is counted, so that no address is used twice
+        result = call()  # held until counting is done, so that no address is reused
     for parameter in parameters:
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     del result
@@ -84,9 +84,9 @@ def saved_bytes(call: Callable[[], object], parameters: Iterable[Tensor] = ()) -
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each call, ``repetitions`` times, after one to warm up.
+    """Time each call ``repetitions`` times, in seconds, after one warm-up.
 
-    They take turns, so that a slow moment of the machine strikes all of them.
+    The calls take turns, so that a slow moment of the machine affects all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(repetitions + 1):

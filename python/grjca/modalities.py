@@ -1,4 +1,4 @@
-"""The modalities of an experiment, and the widths of their features."""
+"""Modalities of an experiment and the widths of their features."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Mapping
 from grjca.errors import UserError
 
 MODALITIES = ("visual", "audio")
-"""Those of the authors' experiment, of synthetic data, and of the face and voice networks."""
+"""Modalities of the authors' experiment, of synthetic data, and of the face and voice networks."""
 WIDTHS = {"visual": 512, "audio": 128}
-"""Modalities by default, and the widths of their features."""
+"""Default modalities and the widths of their features."""
 CHANNELS = {"visual": (512, 512, 256, 256)}
-"""Channels of an encoder by default, where they are not those of :data:`PLAIN_CHANNELS`."""
+"""Default channels of encoders that differ from :data:`PLAIN_CHANNELS`."""
 PLAIN_CHANNELS = (128, 128, 128, 128)
 RESERVED = ("label", "mask", "length", "index")
-"""Names that a window has for other things than modalities."""
+"""Names in a window that cannot be modalities."""
 
 
 def modalities_of(option: str, value: Mapping[str, int] | str) -> dict[str, int]:
-    """Names and widths, from a mapping or from text such as "visual:512, audio:128".
+    """Parse names and widths from a mapping or from text such as "visual:512, audio:128".
 
     Raises:
-        UserError: naming ``option``, for anything else.
+        UserError: for anything else; the message names ``option``.
     """
     pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else list(value.items())
     widths: dict[str, int] = {}

@@ -19,18 +19,18 @@ ABOUT = "grjca"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write them; equal content gives equal bytes. ``about`` is what :func:`read_about` returns."""
+    """Write tensors, and ``about`` for :func:`read_about`. Equal content gives equal bytes."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # in one entry: of several, the order changes at random
-    # Not save_file: that has a temporary file of its own, which a killed process would leave.
+    metadata = {ABOUT: json.dumps(about, allow_nan=False)}  # one entry, because the order of several is random
+    # Not save_file, whose own temporary file a killed process would leave behind.
     files.write(path, lambda file: file.write(save(contiguous, metadata)))
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors, mapped from the file.
+    """Read the tensors, mapped from the file.
 
     Raises:
-        OSError, SafetensorError: if it cannot be read, or is something else.
+        OSError, SafetensorError: if the file cannot be read, or is in another format.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is no regular file")
@@ -38,10 +38,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What :func:`write` has noted, or an empty dict for a file that something else has written.
+    """Read the ``about`` of :func:`write`; an empty dict for a file that another program has written.
 
     Raises:
-        UserError: if the note is not a JSON object.
+        UserError: if ``about`` is not a JSON object.
     """
     with safe_open(path, "pt") as file:
         about = files.parse_json(path, (file.metadata() or {}).get(ABOUT, "{}"))

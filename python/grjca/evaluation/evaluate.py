@@ -1,4 +1,4 @@
-"""``grjca evaluate``: how well a run predicts the labelled videos of a split, in figures and plots."""
+"""``grjca evaluate``: score a run on the labelled videos of a split, with metrics and plots."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from grjca.training.metrics import Scores, SplitScores, split_scores
 
 EVALUATION, METRICS, SCATTER, GATES, VIDEO = "evaluation", "metrics.json", "scatter.png", "gates.png", "video_{}.png"
 LONGEST_TITLE = 60
-TABLE_ROWS = 20  # of videos: more are read in metrics.json
+TABLE_ROWS = 20  # most videos in the printed table; metrics.json has all
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A second backend beside the first."""
+    """Comparison of a second backend with the first."""
 
     backend: str
     ccc: float
     difference: float
-    """Largest of any frame."""
+    """Largest difference of any frame."""
     video: str
-    """Where that is."""
+    """Video with that difference."""
     rounding: float
-    """What it may be."""
+    """Largest difference that rounding explains."""
 
     @property
     def within_rounding(self) -> bool:
@@ -52,10 +52,10 @@ class Comparison:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Print a table, and write metrics.json and plots; the exit code.
+    """Print a table, and write metrics.json and plots; return the exit code.
 
     Raises:
-        UserError: if run, data or folder are not what they should be.
+        UserError: if run, data or folder are invalid.
     """
     trained = Trained.load(config.run, config.backend)
     settings = trained.settings
@@ -97,7 +97,7 @@ def _check(config: EvaluateConfig, settings: TrainConfig, root: Path, device: st
 
 
 def _about(config: EvaluateConfig, trained: Trained, root: Path, device: str) -> dict[str, Any]:
-    """What has been evaluated, and by what."""
+    """Describe what is evaluated, and with which backend and versions."""
     return {
         "run": str(config.run),
         "data": str(root),
@@ -129,7 +129,7 @@ def _as_json(about: dict[str, Any], scores: SplitScores, comparison: Comparison 
 def report(
     about: Mapping[str, Any], scores: SplitScores, videos: Sequence[Video], comparison: Comparison | None
 ) -> str:
-    """A table of all videos together and, from the lowest CCC to the highest, of each; of the extremes if many."""
+    """Format a table of all videos together and of each, sorted by CCC; if there are many, only of the extremes."""
     backend = f"computed by {about['backend']}" if about["backend"] else "no attention"
     width = max(len("all together"), *map(len, scores.videos))
     ranked = sorted(scores.videos, key=lambda name: scores.videos[name].ccc)
@@ -187,11 +187,11 @@ def _compare(
 
 
 def rounding(eager: Trained, video: Video, batch_size: int) -> float:
-    """How far apart two correct backends may be on a video.
+    """Compute how much two correct backends may differ on a video.
 
-    Each may be wrong by twice what eager PyTorch is and a few ulp, that is the contract of the operator; so two may be
-    twice that apart. Eager's own error is the distance of its values from those of the same model in float64: weights
-    that were trained amplify rounding, and by how much is seen in no formula.
+    By the contract of the operator, the error of each may be twice that of eager PyTorch plus a few ulp, so two may
+    differ by twice that. Eager's own error is measured against the same model in float64, because no formula tells how
+    much trained weights amplify rounding.
     """
     model, precision = eager.model.cpu(), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(eager.settings.precision)
     with torch.autocast("cpu", precision, enabled=precision is not None):
@@ -203,7 +203,7 @@ def rounding(eager: Trained, video: Video, batch_size: int) -> float:
 
 @torch.no_grad()
 def _on_cpu(model: runs.Model, of: Trained, video: Video, batch_size: int, dtype: torch.dtype) -> np.ndarray:
-    """[N] float64; inference.Windows is for any device, and those have no float64 at times."""
+    """Predict a video on the CPU in any dtype, [N] float64. inference.Windows may run on a device without float64."""
     dataset = WindowDataset([video], of.settings.target, of.settings.window, of.settings.hop)
     values = [
         model(*(x.to(dtype) if x.is_floating_point() else x for x in dataset.features(batch)), lengths=batch["length"])
@@ -221,7 +221,7 @@ def draw(
     plotted_videos: int,
     warning: str = "",
 ) -> None:
-    """The plots of an evaluation, as PNG in ``out``; ``warning`` ends their titles."""
+    """Write the plots of an evaluation to ``out`` as PNG; ``warning`` is appended to their titles."""
     from grjca.evaluation import plots
 
     ending = f" ({warning})" if warning else ""
@@ -250,7 +250,7 @@ def draw(
 
 
 def selected(scores: SplitScores, count: int) -> list[str]:
-    """Names of videos to draw: those of lowest, median and highest CCC, then some evenly between."""
+    """Select videos to draw: those of the lowest, median and highest CCC, then some evenly spaced between them."""
     ranked = sorted(scores.videos, key=lambda name: scores.videos[name].ccc)
     last = len(ranked) - 1
     between = [int(i) for i in np.linspace(0, last, count).round()]
@@ -259,14 +259,14 @@ def selected(scores: SplitScores, count: int) -> list[str]:
 
 
 def _label(video: Video, target: str) -> np.ndarray:
-    """[N] float64, NaN where it is not valid."""
+    """Return the label of a video, [N] float64, NaN where it is not valid."""
     if video.labels is None:
         return np.full(video.length, np.nan)
     return np.where(video.valid, video.labels[:, TARGETS.index(target)], np.nan)
 
 
 def _old_plots(out: Path, videos: Sequence[Video]) -> list[Path]:
-    """Plots of an earlier evaluation, as its metrics.json says; UserError if this one would replace others."""
+    """Return the plots of an earlier evaluation, by its metrics.json; UserError if other files would be replaced."""
     ours: set[str] = set()
     if (out / METRICS).is_file():
         before = files.read_json(out / METRICS)
@@ -280,5 +280,5 @@ def _old_plots(out: Path, videos: Sequence[Video]) -> list[Path]:
 
 
 def _plots(videos: Iterable[str]) -> set[str]:
-    """The names of all plots that an evaluation of these videos may draw."""
+    """Return the names of all plots that an evaluation of these videos may draw."""
     return {SCATTER, GATES, *map(VIDEO.format, videos)}

@@ -1,4 +1,4 @@
-"""What the gates of a fusion say about its iterates, in one form for all fusions."""
+"""Weights of the iterates from the gates of a fusion, in one form for all fusions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 def iterate_weights(fusion: str, gates: tuple[np.ndarray, ...], iterations: int) -> np.ndarray:
-    """How much of each iterate X^0 (the input), ..., X^T goes into the output: [..., T + 1], rows that sum to 1.
+    """Compute the weight of each iterate X^0 (the input), ..., X^T in the output: [..., T + 1], rows that sum to 1.
 
-    dca has X^0 and X^T alone. hgrjca mixes in two steps, whose weights multiply: sum over t of G_t S^t. The relu
-    between the two is passed over.
+    dca weighs only X^0 and X^T. hgrjca mixes in two steps, whose weights multiply: sum over t of G_t S^t. The relu
+    between the two steps is ignored.
 
     Args:
         fusion: dca, grjca, hgrjca or tagf.
-        gates: of one modality, as AudioVisualModel returns them: one [..., 2] or [..., T + 1], or for hgrjca stages
-            t = 1..T [..., t + 1] and a last one [..., T].
+        gates: gates of one modality, as AudioVisualModel returns them: one [..., 2] or [..., T + 1], or for hgrjca
+            stages t = 1..T [..., t + 1] and a last one [..., T].
         iterations: T.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: functions from arrays to figures, and nothing else."""
+"""Plots of an evaluation: functions from arrays to figures."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 
 from grjca import files
 
-if TYPE_CHECKING:  # matplotlib takes a second to import, and is not always needed
+if TYPE_CHECKING:  # matplotlib takes a second to import and is not always needed
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches
 DPI = 120
-LABEL, PREDICTION, INVALID = "#000000", "#D55E00", "#E8E8E8"  # of Okabe and Ito's palette, made for the colour-blind
+LABEL, PREDICTION, INVALID = "#000000", "#D55E00", "#E8E8E8"  # colour-blind-safe palette of Okabe and Ito
 COLOURS = {"valence": "#0072B2", "arousal": "#D55E00"}
-INPUT = "#BBBBBB"  # grey: X^0 is what has seen no attention
-FEW_POINTS = 100  # fewer are marked one by one, or one between two gaps would not be seen
-MOST_POINTS = 1200  # more would be finer than a pixel
+INPUT = "#BBBBBB"  # grey for X^0, the input before any attention
+FEW_POINTS = 100  # below this, points are marked, so that one between two gaps is visible
+MOST_POINTS = 1200  # more points would be finer than a pixel
 BINS = 25
 
 
 def over_time(
     title: str, target: str, prediction: np.ndarray, label: np.ndarray, weights: Mapping[str, np.ndarray]
 ) -> Figure:
-    """Prediction and label of one video, and beneath them what each modality's gates chose.
+    """Plot the prediction and label of one video, and below them the weights from each modality's gates.
 
     Args:
         prediction, label: [N]; frames where the label is NaN are left out.
-        weights: per modality [N, T + 1], how much of each iterate; may be empty.
+        weights: [N, T + 1] for each modality, the weight of each iterate; may be empty.
     """
     figure, (top, *beneath) = _panels(1 + len(weights), [2.2, *(1.0 for _ in weights)])
     frames = np.arange(1, len(label) + 1)
@@ -60,7 +60,7 @@ def over_time(
 
 
 def curves(title: str, seconds: np.ndarray, values: Mapping[Any, np.ndarray]) -> Figure:
-    """Valence or arousal of one video, or both, over time: [N] each."""
+    """Plot valence, arousal or both, [N] each, of one video over time."""
     figure, (axes,) = _panels(1, [2.2])
     marker = "." if len(seconds) < FEW_POINTS else None
     for target, of in values.items():
@@ -73,10 +73,10 @@ def curves(title: str, seconds: np.ndarray, values: Mapping[Any, np.ndarray]) ->
 
 
 def gate_histogram(title: str, weights: Mapping[str, np.ndarray]) -> Figure:
-    """How often the gates give each weight: a row per modality, a column per iterate.
+    """Plot a histogram of the weights from the gates, with a row per modality and a column per iterate.
 
     Args:
-        weights: per modality [N, T + 1].
+        weights: [N, T + 1] for each modality.
     """
     used, colours = _iterates(weights)
     figure, grid = _grid(len(weights), len(used))
@@ -96,7 +96,7 @@ def gate_histogram(title: str, weights: Mapping[str, np.ndarray]) -> Figure:
 
 
 def scatter(title: str, target: str, prediction: np.ndarray, label: np.ndarray) -> Figure:
-    """Prediction against label [N], of all frames together."""
+    """Plot prediction against label, [N] each, of all frames together."""
     figure = _figure(5.6, 5.0, "compressed")
     axes = figure.subplots()
     bins = axes.hexbin(label, prediction, gridsize=50, extent=(-1, 1, -1, 1), bins="log", mincnt=1, cmap="viridis_r")
@@ -110,30 +110,30 @@ def scatter(title: str, target: str, prediction: np.ndarray, label: np.ndarray) 
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
+    """Save a figure as PNG."""
     files.write(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def iterate_name(t: int) -> str:
-    """X^t."""
+    """Return the name of iterate t, X^t."""
     return f"$X^{t}$" + (" (input)" if t == 0 else "")
 
 
 def iterate_colours(count: int) -> list[Any]:
-    """Of X^0, ...: grey for the input, then from dark to light as the attention is applied again."""
+    """Return the colours of X^0, X^1, ...: grey for the input, then from dark to light with each iteration."""
     from matplotlib import colormaps
 
     return [INPUT, *colormaps["plasma"](np.linspace(0.15, 0.8, count - 1))]
 
 
 def _iterates(weights: Mapping[str, np.ndarray]) -> tuple[list[int], list[Any]]:
-    """Iterates with any weight at all (dca knows only the first and the last), and the colours of all."""
+    """Return the iterates with any weight (dca has only the first and the last), and the colours of all."""
     count = max((of.shape[1] for of in weights.values()), default=1)
     return [t for t in range(count) if any(of[:, t].any() for of in weights.values())], iterate_colours(count)
 
 
 def _thinned(frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of as many neighbours as a pixel shows."""
+    """Thin a curve by averaging as many neighbours as a pixel shows."""
     starts = np.arange(0, len(frames), -(-len(frames) // MOST_POINTS))
     counts = np.diff([*starts, len(frames)])
     return np.add.reduceat(frames, starts) / counts, np.add.reduceat(values, starts) / counts[:, None]
@@ -163,5 +163,5 @@ def _patch(colour: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Without the mathematics that matplotlib sees between two dollar signs."""
+    """Escape dollar signs, between which matplotlib expects mathematics."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""``grjca predict``: a value for every frame, in a file per video and in the challenge file."""
+"""``grjca predict``: write a value for every frame, in a file per video and in the challenge file."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Row(NamedTuple):
     """<video>/<frame>.jpg"""
     video: str
     frame: int
-    """From 1."""
+    """Number of the frame, from 1."""
 
 
 def predict(config: PredictConfig) -> int:
-    """Predict by the best weights of one run, or of one for each target; the exit code.
+    """Predict with the best weights of one run, or of one run for each target; return the exit code.
 
-    ``config.folder`` gets ``predictions/<video>.txt`` and ``challenge.txt``, or for a video file what
-    :mod:`grjca.evaluation.video_prediction` says. It appears at the end, as a whole.
+    ``config.folder`` gets ``predictions/<video>.txt`` and ``challenge.txt``, or for a video file the files listed in
+    :mod:`grjca.evaluation.video_prediction`. It appears only once it is complete.
 
     Raises:
-        UserError: if runs, data, template or folder are not what they should be.
+        UserError: if runs, data, template or folder are invalid.
     """
     files.check_new_folder(config.folder)
     trained = _load(config)
@@ -67,15 +67,15 @@ def predict(config: PredictConfig) -> int:
 
 
 def every_frame(videos: Sequence[Video]) -> list[Row]:
-    """Rows of the challenge file where no template says otherwise."""
+    """Return the rows of the challenge file without a template."""
     names = sorted((video.name, video.length) for video in videos)
     return [Row(f"{name}/{i:05d}.jpg", name, i) for name, length in names for i in range(1, length + 1)]
 
 
 def challenge(rows: Sequence[Row], values: Values) -> str:
-    """The text of the challenge file.
+    """Return the text of the challenge file.
 
-    Values are clipped to [-1, 1]; a frame after the last has that of the last; a target that is not there is 0.
+    Values are clipped to [-1, 1]. A frame after the last one gets the last value, and a missing target is 0.
     """
     clipped = {target: {name: np.clip(of, -1, 1) for name, of in values[target].items()} for target in values}
 
@@ -90,13 +90,13 @@ def challenge(rows: Sequence[Row], values: Values) -> str:
 
 
 def read_template(path: Path, known: Collection[str]) -> list[Row]:
-    """The rows that the organisers ask for, in their order. Placeholders for the values are allowed and ignored.
+    """Read the rows that the organisers ask for, in their order. Placeholders for the values are allowed and ignored.
 
     Args:
-        known: names of the videos that there are.
+        known: names of the existing videos.
 
     Raises:
-        UserError: naming the line of whatever is not as expected.
+        UserError: if a line is not as expected; the message names it.
     """
     header, *lines = _text(path).rstrip().splitlines() or [""]
     if header.strip() not in (HEADER, HEADER.partition(",")[0]):
@@ -147,7 +147,7 @@ def _text(path: Path) -> str:
 
 
 def _load(config: PredictConfig) -> list[Trained]:
-    """The run, and that of the other target if there is one."""
+    """Load the run, and that of the other target if there is one."""
     first = Trained.load(config.run, config.backend)
     if config.other is None:
         return [first]

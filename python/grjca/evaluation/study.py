@@ -1,7 +1,7 @@
 """``grjca study``: does gating help when face and voice do not complement each other?
 
 Every fusion is trained on the same synthetic videos, over several seeds and shares of weak frames, and scored on videos
-that played no part in the training. A cell that is done is not done again: a study that was killed goes on.
+that played no part in the training. Finished cells are not repeated, so that an interrupted study continues.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ from grjca.training.processes import Context
 from grjca.training.train import train
 
 PRESET = "preset.json"
-HELD_OUT = 1_000_000  # number of the first recording that is scored, beyond any that is trained on
+HELD_OUT = 1_000_000  # number of the first scored recording, beyond any in training
 
-DIGITS = 5  # of what is written
+DIGITS = 5  # digits of written numbers
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a study. All fusions see normalised features, so that only attention and gates differ.
+    """Sizes of a study. All fusions read normalised features, so that only attention and gates differ.
 
     "full" has the authors' fusion block, L = 300, 256 + 128, T = 2, p = 0.6, behind encoders of one block each.
     """
 
     levels: tuple[float, ...]
-    """Shares of frames at which one modality is weak."""
+    """Shares of frames in which one modality is weak."""
     seeds: int
     scenario: Scenario
     held_out: int
-    """Videos to score."""
+    """Number of videos to score."""
     training: TrainConfig
 
 
 def preset(config: StudyConfig) -> Preset:
-    """The preset of this name."""
+    """Return the preset that ``config`` names."""
     target: Target = "valence"
     if config.preset == "full":
         scenario = Scenario(videos=64, validate=0.25, invalid=0.0)
@@ -112,17 +112,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of the cell's files."""
         return f"{self.fusion}-weak-{self.level:.2f}-seed-{self.seed}"
 
     @property
     def data(self) -> str:
-        """Name of the data that all fusions share."""
+        """Name of the cell's data, which all fusions share."""
         return f"weak-{self.level:.2f}-seed-{self.seed}"
 
 
 def study(config: StudyConfig) -> int:
-    """Run what is missing, then write results.jsonl (what ran, then a line per cell), table.md and plots."""
+    """Run the missing cells, then write results.jsonl (the environment, then a line per cell), table.md and plots."""
     chosen = preset(config)
     cells = [Cell(f, level, seed) for level in chosen.levels for seed in range(chosen.seeds) for f in STUDIED]
     _check(config, chosen)
@@ -143,14 +143,14 @@ def study(config: StudyConfig) -> int:
 
 
 def _settings(chosen: Preset) -> str:
-    """The text of preset.json."""
+    """Return the text of preset.json."""
     settings = asdict(chosen)
     del settings["training"]["data"], settings["training"]["out"]  # the folder may move
     return json.dumps(settings, default=str, indent=2)
 
 
 def _check(config: StudyConfig, chosen: Preset) -> None:
-    """Refuse a folder that holds something else than this study."""
+    """Refuse a folder that holds anything other than this study."""
     path = config.out / PRESET
     there = config.out.iterdir() if config.out.is_dir() else ()
     if not path.exists() and any(entry.name != files.LOCK and not files.is_partial(entry) for entry in there):
@@ -163,10 +163,10 @@ def _check(config: StudyConfig, chosen: Preset) -> None:
 
 
 def _results(config: StudyConfig, chosen: Preset, cells: list[Cell]) -> Iterator[dict[str, Any]]:
-    """Of every cell, as they come."""
+    """Yield the result of every cell, as cells finish."""
     for cell in tqdm(cells, "writing data", leave=False, disable=None):
         _write_data(config.out, chosen, cell)
-    # The pool kills its processes at the end of the block, and so after Ctrl-C.
+    # The pool kills its processes at the end of the block, and therefore also after Ctrl-C.
     with Context().Pool(config.jobs, torch.set_num_threads, [1]) as pool:
         results = pool.imap_unordered(partial(run_cell, config.out, chosen), cells)
         yield from tqdm(results, "training", len(cells), leave=False, disable=None)
@@ -181,7 +181,7 @@ def _write_data(out: Path, chosen: Preset, cell: Cell) -> None:
 
 
 def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
-    """Train and score one cell, unless that is done."""
+    """Train and score one cell, unless that is already done."""
     path = out / "cells" / f"{cell.name}.json"
     if path.exists():
         return _done(path, cell)
@@ -198,7 +198,7 @@ def run_cell(out: Path, chosen: Preset, cell: Cell) -> dict[str, Any]:
 
 
 def _done(path: Path, cell: Cell) -> dict[str, Any]:
-    """The row that :func:`run_cell` has written."""
+    """Read the row that :func:`run_cell` has written."""
     row = files.read_json(path)
     if not isinstance(row, dict) or any(row.get(name) != value for name, value in asdict(cell).items()):
         raise UserError(f"{path}: expected the results of {cell.name}, got others; delete the file to train it anew.")
@@ -206,7 +206,7 @@ def _done(path: Path, cell: Cell) -> dict[str, Any]:
 
 
 def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
-    """CCC on videos that were not trained on, over all frames and by what is weak; and what the gates did there."""
+    """Compute the CCC on held-out videos, over all frames and by what is weak, and the gates' weights there."""
     _, model = runs.load_best(config.out)
     videos = load(held_out, "all", widths=config.model.widths)
     windows = inference.Windows(videos, config.window, config.hop, config.batch_size, inference.accelerator("no", 1))
@@ -226,7 +226,8 @@ def _score(config: TrainConfig, held_out: Path) -> dict[str, Any]:
 
 
 def _conditions(truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Names of conditions, and the frames [N] bool where they hold, from the codes [N, 2]; none that holds nowhere."""
+    """Return the frames [N] bool in which each condition holds, from the codes [N, 2]; conditions that never hold are
+    left out."""
     result = {"clean": (truth == CODES["clean"]).all(axis=1)}
     for m, modality in enumerate(MODALITIES):
         result[f"{modality} weak"] = truth[:, m] != CODES["clean"]
@@ -239,5 +240,5 @@ def _means(values: np.ndarray, conditions: dict[str, np.ndarray]) -> dict[str, f
 
 
 def _untouched(config: TrainConfig, gates: list[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """[N] over all videos: the weight of the untouched input."""
+    """Return the weight of the input without attention, [N], over all videos."""
     return np.concatenate([iterate_weights(config.fusion, g, config.model.iterations)[:, 0] for g in gates])

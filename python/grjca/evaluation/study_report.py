@@ -1,4 +1,4 @@
-"""What the cells of a study say together: means with 95 % intervals over seeds, a table and plots."""
+"""Report of a study: means with 95 % intervals over seeds, a table and plots."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MARKERS = dict(zip(STUDIED, "so^Dvp", strict=True))
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and half the width of its 95 % interval by Student's t."""
+    """A mean over seeds, and half the width of its 95 % interval (Student's t)."""
 
     mean: float
     half: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value per seed; the interval of a single one is infinite, and the mean of none is NaN."""
+        """Estimate from one value per seed; the interval of a single value is infinite, and the mean of none is NaN."""
         n = len(values)
         if n < 2:
             return cls(values[0] if n else math.nan, math.inf)
@@ -39,12 +39,12 @@ class Estimate(NamedTuple):
 
     @property
     def signed(self) -> str:
-        """With its sign, and * where the interval leaves out 0."""
+        """Format the mean with its sign, and with * if the interval excludes 0."""
         return f"{self.mean:+.3f} ± {self.half:.3f}{' *' if abs(self.mean) > self.half else ''}"
 
 
 class Cells:
-    """The lines of results.jsonl but for the first."""
+    """All lines of results.jsonl except the first."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = {(row["fusion"], row["level"], row["seed"]): row for row in rows}
@@ -58,22 +58,22 @@ class Cells:
         return [fusion for fusion in self.fusions if GATING.get(fusion, "none") != "none"]
 
     def ccc(self, fusion: str, level: float) -> Estimate:
-        """Of a fusion on the videos held out."""
+        """CCC of a fusion on the held-out videos."""
         return Estimate.of([self.rows[fusion, level, seed]["ccc"] for seed in self.seeds])
 
     def gain(self, fusion: str, over: str, level: float) -> Estimate:
-        """In CCC, paired: both were trained on the same data."""
+        """Gain in CCC of ``fusion`` over another, paired by data."""
         pairs = [(self.rows[fusion, level, seed]["ccc"], self.rows[over, level, seed]["ccc"]) for seed in self.seeds]
         return Estimate.of([a - b for a, b in pairs])
 
     def turn(self, fusion: str, modality: str, condition: str, level: float) -> Estimate:
-        """By how much a modality's gates take more from attention where ``condition`` holds than in clean frames."""
+        """How much more weight a modality's gates give attention where ``condition`` holds than in clean frames."""
         shares = [self.rows[fusion, level, seed]["attention"][modality] for seed in self.seeds]
         return Estimate.of([share[condition] - share["clean"] for share in shares if condition in share])
 
 
 def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """table.md and the plots from the lines of results.jsonl; returns the table."""
+    """Write table.md and the plots from the lines of results.jsonl; return the table."""
     cells = Cells(rows)
     text = table(about, cells)
     files.write_text(out / "table.md", text)
@@ -83,7 +83,7 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def table(about: dict[str, Any], cells: Cells) -> str:
-    """The study in Markdown."""
+    """Format the study in Markdown."""
     levels = [f"{level:.0%} weak" for level in cells.levels]
     seeds = len(cells.seeds)
     where = f"{about['processor']}, torch {about['torch']}, commit {about['commit']}"
@@ -127,9 +127,9 @@ def _rows(title: str, columns: list[str], rows: Any) -> list[str]:
 
 
 def draw_ccc(cells: Cells) -> Any:
-    """Left: CCC by share of weak frames. Right: the gain over rjca, with 95 % intervals."""
+    """Plot the CCC by share of weak frames (left) and the gain over rjca with 95 % intervals (right)."""
     figure, (left, right) = _figure(2)
-    shift = np.linspace(-0.012, 0.012, len(cells.fusions))  # so that intervals don't hide one another
+    shift = np.linspace(-0.012, 0.012, len(cells.fusions))  # so that intervals do not overlap
     for fusion, by in zip(cells.fusions, shift, strict=True):
         style = {"color": COLOURS[fusion], "marker": MARKERS[fusion], "label": fusion, "capsize": 2}
         at = np.array(cells.levels) + by
@@ -149,7 +149,7 @@ def draw_ccc(cells: Cells) -> Any:
 
 
 def draw_gates(cells: Cells) -> Any:
-    """How far the gates turn to attention (up) or away from it (down), at the highest share of weak frames."""
+    """Plot how far the gates turn to attention (up) or away from it (down), at the highest share of weak frames."""
     figure, grid = _figure(2, rows=2)
     for row, modality in zip(grid, MODALITIES, strict=True):
         for axes, weak in zip(row, MODALITIES, strict=True):

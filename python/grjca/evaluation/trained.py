@@ -1,4 +1,4 @@
-"""Trained models of runs, and what they say of videos."""
+"""Trained models of runs, and their predictions for videos."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ class Trained(NamedTuple):
     settings: TrainConfig
     model: runs.Model
     backend: Backend
-    """Asked for; "auto" still is "auto"."""
+    """The backend asked for, which may be "auto"."""
 
     @classmethod
     def load(cls, folder: Path, backend: Backend | None = None) -> Trained:
-        """With the best weights, and with the backend of the training if None; UserError if ``folder`` is no run."""
+        """Load a run with its best weights; ``backend`` None is that of the training. UserError if it is not a run."""
         settings, model = runs.load_best(folder, backend=backend)
         settings = replace(settings, precision=inference.available(settings.precision))
         return cls(folder, settings, model, backend or settings.backend)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of the features it reads, by modality."""
+        """Widths of the features that the model reads, by modality."""
         return self.settings.model.widths
 
     def videos(self, root: Path, split: str, *, progress: bool = False) -> list[Video]:
-        """Videos of a data folder, with what the model reads; a split is by the fold of the training."""
+        """Load the videos of a split, in the fold of the training, with the files that the model reads."""
         of = self.settings
         return load(root, split, fold=of.fold, widths=self.widths, kind=of.source, progress=progress)
 
     def backend_used(self, device: str) -> str | None:
-        """What computes the fusion, None if there is nothing to compute; UserError if it cannot."""
+        """Return the backend that computes the fusion, None for concat; UserError if it cannot run."""
         return None if self.settings.fusion == "concat" else environment.backend_used(self.backend, device)
 
 
 def infer(
     on: Accelerator, trained: Trained, videos: Sequence[Video], batch_size: int, *, gates: bool = False
 ) -> list[inference.Prediction]:
-    """What a model says of each video, by the windows and in the precision of its training.
+    """Predict each video, with the windows and in the precision of the training.
 
     Raises:
         UserError: if a value is not finite, or the backend cannot run here.
@@ -75,7 +75,7 @@ def infer(
 
 
 def write_predictions(folder: Path, values: Values) -> None:
-    """``<folder>/<video>.txt`` for each video: a column per target that is there, under its name; a row per frame."""
+    """Write ``<folder>/<video>.txt`` for each video: a column per predicted target, a row per frame, and a header."""
     targets = [target for target in TARGETS if target in values]
     folder.mkdir(parents=True, exist_ok=True)
     for name in values[targets[0]]:

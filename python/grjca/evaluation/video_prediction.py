@@ -1,11 +1,11 @@
-"""``grjca predict --video``: valence and arousal of a video file over time.
+"""``grjca predict --video``: predict valence and arousal of a video file over time.
 
-<video>.csv         seconds, and a column for each target, a row for each frame
-<video>.png         the same as curves
-<video>.mp4         with --draw true: the video, and the curves below it
+<video>.csv         time in seconds and a column for each target, with a row for each frame
+<video>.png         the values of the table as curves
+<video>.mp4         with --draw true: the video, with the curves below it
 predictions/        as for a data folder
 
-As in ``grjca prepare``, the sound is that of ``<video>.wav``, if there is one beside the video.
+As in ``grjca prepare``, a ``<video>.wav`` beside the video replaces its sound.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from grjca.model import extract
 from grjca.training import runs
 
 STRIP = 0.35
-"""Height of the curves below a video, as a share of its own."""
+"""Height of the curves below a video, as a share of the video's height."""
 ENCODER = {"preset": "veryfast", "crf": "20"}
 TICKS = 90_000
-"""A second of a drawn video has so many: its frames are shown at multiples of them."""
+"""Ticks per second in a drawn video: its frames are shown at whole ticks."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the models say of a video of N frames."""
+    """Predictions for a video of N frames."""
 
     seconds: np.ndarray
-    """[N] from the first frame"""
+    """[N], time from the first frame"""
     values: Mapping[Target, np.ndarray]
     """[N] each, between -1 and 1"""
     notes: Sequence[str]
-    """What was mended, in sentences"""
+    """Sentences on what was repaired"""
 
 
 def predict_video(config: PredictConfig, on: Accelerator, trained: Sequence[Trained]) -> int:
-    """Write table, plot and, if asked for, the drawn video; the exit code.
+    """Write the table, the plot and, if asked for, the drawn video; return the exit code.
 
     Raises:
-        UserError: if the video cannot be read, has no face, or the weights of a network are missing.
+        UserError: if the video cannot be read or has no face, or the weights of a network are missing.
     """
     assert config.video is not None
     name = layout.composed(config.video.stem)
@@ -109,7 +109,7 @@ def _predicted(
 
 
 def _extracted(config: PredictConfig, of: Trained, arrays: Path, scratch: Path) -> Path:
-    """Features of the arrays, by the networks that made those of the training."""
+    """Extract features of the arrays, with the networks that made the features of the training."""
     out = scratch / f"features-{of.settings.target}"
     noted = extract.about(of.settings.data) if of.settings.data.is_dir() else None
     settings: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def _extracted(config: PredictConfig, of: Trained, arrays: Path, scratch: Path) 
 
 
 def _draw(file: IO[bytes], video: media.Media, heard: media.Media, found: Prediction) -> None:
-    """The video as mp4, its frames shown when it shows them, with the curves below it; the sound is mono at 16 kHz."""
+    """Write the video as mp4 with its own frame times and the curves below it; the sound is mono at 16 kHz."""
     with av.open(file, "w", format="mp4") as container:
         rate = Fraction(video.fps or 25).limit_denominator(1001)
         out = container.add_stream("libx264", rate, options=ENCODER)
@@ -169,16 +169,16 @@ def _draw(file: IO[bytes], video: media.Media, heard: media.Media, found: Predic
 
 
 def _moments(seconds: np.ndarray) -> list[int]:
-    """When each frame is shown, in ticks: an encoder takes no two at once."""
+    """Return the times of the frames in ticks, all different, as an encoder requires."""
     order = np.arange(len(seconds))
     moments: list[int] = (np.maximum.accumulate(np.rint(seconds * TICKS).astype(np.int64) - order) + order).tolist()
     return moments
 
 
 def _drawn(video: media.Media, values: Mapping[Target, np.ndarray]) -> Iterator[Image.Image]:
-    """Pictures of one size; where a frame is damaged, that before it, or black."""
+    """Yield pictures of one size; a damaged frame is replaced by the one before it, or black."""
     first = next((frame for frame in media.frames(video) if frame is not None), np.zeros((64, 64, 3), np.uint8))
-    height, width = (size - size % 2 for size in first.shape[:2])  # the encoder takes even sizes alone
+    height, width = (size - size % 2 for size in first.shape[:2])  # the encoder needs even sizes
     count = len(next(iter(values.values())))
     strip = _strip(values, width, max(40, round(STRIP * height / 2) * 2))
     shown = Image.new("RGB", (width, height))
@@ -194,7 +194,7 @@ def _drawn(video: media.Media, values: Mapping[Target, np.ndarray]) -> Iterator[
 
 
 def _strip(values: Mapping[Target, np.ndarray], width: int, height: int) -> Image.Image:
-    """The curves, from -1 at the bottom to 1 at the top."""
+    """Draw the curves, from -1 at the bottom to 1 at the top."""
     strip = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(strip)
     draw.line((0, height / 2, width, height / 2), "#999999")
