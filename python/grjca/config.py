@@ -177,7 +177,7 @@ class TrainConfig:
     data: Path
     """Folder with annotations/ and features/ or npy_data/."""
     target: Target
-    """What to predict: one model for valence, another for arousal."""
+    """Target to predict; valence and arousal each need their own model."""
     out: Path
     """Folder of the run. It must not exist unless the run is resumed."""
     source: Source = "features"

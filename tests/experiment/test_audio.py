@@ -1,4 +1,4 @@
-"""Log-mel patches: against the authors' values, and against themselves in parts."""
+"""Log-mel patches match the authors' values, and are the same when computed in parts."""
 
 import tracemalloc
 
@@ -80,7 +80,7 @@ def test_silence_and_a_single_sample():
 
 
 def test_long_sound_needs_little_memory(tmp_path):
-    """Ten minutes, mapped from a file, of which the patches of one second are made."""
+    """Patches of one second are made from ten minutes of sound that are mapped from a file."""
     samples = np.memmap(tmp_path / "sound", np.int16, "w+", shape=(600 * audio.RATE,))
     starts = audio.patch_starts(audio.rows(len(samples)), 25, 600 * 25)
     audio.patches(samples, starts[:1])

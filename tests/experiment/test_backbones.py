@@ -75,7 +75,7 @@ def test_the_small_pair_is_of_the_same_form(name, width):
 
 
 def multiplications(network, name):
-    """Of a sample, in convolutions and linear layers."""
+    """Count the multiplications of a sample in convolutions and linear layers."""
     counts = []
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def said(capsys, words, code):
-    """What a command that must fail prints: one sentence."""
+    """Run a command that must fail, and return the one sentence that it prints."""
     try:
         got = main(words)
     except SystemExit as exit:
@@ -112,7 +112,7 @@ def test_refusals(words, code, match, capsys, tmp_path, monkeypatch):
     ],
 )
 def test_settings_that_have_been_replaced(words, code, capsys, tmp_path, monkeypatch):
-    """A run of the time before is told what has become of them; any other unknown setting is not."""
+    """Settings of an earlier version are refused with their new names; other unknown settings are not."""
     monkeypatch.chdir(tmp_path)
     old = Path("old")
     old.mkdir()
@@ -159,7 +159,7 @@ def test_console_script():
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
-    """At a size of seconds; the commands are the real ones."""
+    """The demo runs its real commands, at a size that takes seconds."""
     monkeypatch.setattr(demo, "SCHEDULE", ["--epochs", "1", "--window", "30", "--hop", "20", "--batch_size", "8"])
     real = demo.commands
 

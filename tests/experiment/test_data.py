@@ -1,4 +1,4 @@
-"""Data on disk: what is read, what is mended, what is refused; windows and folds."""
+"""Data on disk: what is read, what is repaired, what is refused; windows and folds."""
 
 import math
 import pickle
@@ -64,7 +64,7 @@ def npy_root(tmp_path_factory) -> Path:
 
 
 def refusal(root: Path, split="train", **options) -> str:
-    """What load says, in one sentence or two; problems says the same."""
+    """Return the message of load, one sentence or two, after checking that problems reports it too."""
     with raises(UserError) as caught:
         load(root, split, widths=WIDTHS, **options)
     message = str(caught.value)
@@ -346,7 +346,7 @@ def saved(array, **options):
 
 
 def replaced(old: bytes, new: bytes):
-    """The same number of bytes: a header is padded with blanks."""
+    """Return a function that replaces text in a header, padded with blanks to the same number of bytes."""
 
     def spoil(path):
         data = path.read_bytes()

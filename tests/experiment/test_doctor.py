@@ -219,7 +219,7 @@ def test_trying_backends_draws_no_random_numbers() -> None:
 
 @pytest.mark.parametrize("gating", GATING.values())
 def test_rounding_cannot_make_the_small_case_jump(gating: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where relu's argument is almost 0, a right backend may have another gradient: no such place is in it."""
+    """A correct backend may have another gradient where relu's argument is near 0; the small case has no such place."""
     still = module.run("reference", gating, torch.float64, "cpu")
     inputs = Shape.inputs
     for sign in (-1, 1):

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def read_strictly(path: Path) -> dict[str, Any]:
-    """JSON proper, which has no NaN."""
+    """Read strict JSON, which has no NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

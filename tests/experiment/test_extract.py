@@ -1,4 +1,4 @@
-"""grjca extract: what the networks make of arrays, what is noted of them, and what a killed extraction leaves."""
+"""grjca extract: the features of arrays, the record of what made them, and what a killed extraction leaves."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Arrays as grjca prepare writes them."""
+    """Write arrays as grjca prepare does."""
     generator = np.random.default_rng(0)
     for split, lengths in LENGTHS.items():
         for name, n in lengths.items():
@@ -75,7 +75,7 @@ def video(folder, name, kind):
 
 
 def plain(kind):
-    """What takes the place of a network: a few numbers of each row."""
+    """Stand in for a network: return a few numbers of each row."""
 
     def function(rows):
         return rows.flatten(1)[:, :3].float() * {"visual": 1, "audio": 2}[kind]
@@ -267,7 +267,7 @@ def test_killed_ten_times_it_ends_as_if_undisturbed(folder):
 
 
 def test_a_signal_ends_the_command(folder):
-    """And it goes on from there."""
+    """A signal ends the command, and the next extraction continues from there."""
     process = subprocess.Popen(
         [sys.executable, "-m", "grjca", *words(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""The whole way: from video files to valence and arousal, by the commands, with networks of random weights."""
+"""The commands from video files to valence and arousal, with networks of random weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ train --data ROOT/features --target arousal --out ROOT/arousal --epochs 20 --bat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Footage, arrays, features, a run on features for each target, and one with the networks in the loop."""
+    """Make footage, arrays, features, a run on features for each target, and a run that trains the networks."""
     root = tmp_path_factory.mktemp("footage")
     for command in COMMANDS.replace("\n    ", " ").split("\n")[1:-1]:
         assert main([word.replace("ROOT", str(root)) for word in shlex.split(command)]) == 0
@@ -63,7 +63,7 @@ def test_random_weights_are_said_in_every_figure(folder, capsys):
 
 
 def test_the_networks_in_the_loop_predict_what_their_parts_do(folder, tmp_path):
-    """Of the validation videos, from the arrays, by the command and by hand."""
+    """The command predicts the validation videos from arrays as the networks and the model do by hand."""
     config, model = runs.load_best(folder / "loop")
     assert main(["predict", "--run", str(folder / "loop"), "--data", str(folder / "data"), "--split", "validate",
                  "--out", str(tmp_path / "out")]) == 0  # fmt: skip
@@ -86,7 +86,7 @@ def predicted(folder, out, run="valence", **options):
 
 
 def test_a_video_file_is_predicted(folder, tmp_path):
-    """A table, a plot and a drawn copy; the values are those of the data folder."""
+    """The command writes a table, a plot and a drawn copy; the values are those of the data folder."""
     out = tmp_path / "out"
     assert predicted(folder, out, other=folder / "arousal", draw=True) == 0
     assert {path.name for path in out.iterdir()} == {"video001.csv", "video001.png", "video001.mp4", "predictions"}
@@ -110,7 +110,7 @@ def test_a_video_file_is_predicted(folder, tmp_path):
 
 
 def test_a_video_is_predicted_by_networks_in_the_loop(folder):
-    """Without --out, the files are in the folder of the run."""
+    """Without --out, the files go to the folder of the run."""
     assert predicted(folder, None, run="loop") == 0
     assert (folder / "loop" / "predicted" / "video001" / "video001.csv").read_text().startswith("seconds,valence\n")
 

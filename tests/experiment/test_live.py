@@ -1,4 +1,4 @@
-"""What a stream may not hold; that its values are those of windows is in test_footage_to_values.py."""
+"""Refusals of a live stream. test_footage_to_values.py compares its values with those of windows."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_frames_between_values_are_a_whole_number(every):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e39])
 def test_a_frame_of_numbers_that_are_not_finite_is_refused(number):
-    """As it is in files; and it is as if the frame had not come."""
+    """Such a frame is refused, as it is in files, and the stream continues as if it had not come."""
     live, untouched = Live(from_features()), Live(from_features())
     visual, audio = frame()
     with pytest.raises(ValueError, match=r"frame: expected finite numbers, got others for audio; leave the frame out"):

@@ -102,7 +102,7 @@ def test_metric_is_over_all_values_and_in_float64():
 
 
 def draws(seed, size=500):
-    """A target and a prediction that has something to do with it, neither centred nor of variance 1."""
+    """Draw a target and a correlated prediction, neither centred nor of variance 1."""
     generator = numpy.random.default_rng(seed)
     target = numpy.tanh(generator.normal(0.3, 0.8, size))
     return 0.6 * target + 0.2 * generator.normal(size=size) - 0.1, target

@@ -38,7 +38,7 @@ def with_nan(x):
 
 
 def model(fusion="grjca", config=SMALL, *, dtype=torch.float64, backend="auto", length=L):
-    """Trained enough that no scale, bias or running statistic is still 1 or 0."""
+    """Make a model in which no scale, bias or running statistic is still 1 or 0."""
     torch.manual_seed(1)
     result = AudioVisualModel(config, fusion=fusion, length=length, backend=backend)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def model(fusion="grjca", config=SMALL, *, dtype=torch.float64, backend="auto", 
 
 @torch.no_grad()
 def with_biases(block):
-    """They start as zeros, which hide mistakes."""
+    """Draw biases at random: they start at 0, which would hide errors."""
     for parameter in block.parameters():
         if parameter.dim() == 1:
             parameter.normal_(std=0.3)
@@ -70,7 +70,7 @@ def tensors_of(gates):
 @mark.parametrize("lengths", [None, LENGTHS])
 @mark.parametrize("gating", GATING.values())
 def test_eager_is_the_reference(gating, lengths, dropout):
-    """Outputs, gates, gradients, and the masks that one seed gives."""
+    """Eager and reference agree in outputs, gates, gradients, and the masks of one seed."""
     options = {"iterations": 3, "gating": gating, "normalize": True, "dropout": dropout, "dtype": torch.float64}
     eager = with_biases(GatedRJCAEager(6, 4, L, **options))
     fused = GatedRJCAFused(6, 4, L, backend="reference", **options)
@@ -195,7 +195,7 @@ def test_norm_without_a_variance(batch, lengths):
 @mark.parametrize("backend", BACKENDS)
 @mark.parametrize("fusion", FUSIONS)
 def test_absent_frames_have_no_influence(fusion, backend):
-    """Whatever stands there: outputs, gates, gradients and running statistics are those of zeros."""
+    """Any content of absent frames gives the outputs, gates, gradients and running statistics of zeros."""
     results = []
     for fill in (0.0, NAN, 1e30):
         net = model(fusion, backend=backend)
@@ -240,7 +240,7 @@ def test_a_padded_sample_is_the_truncated_one(fusion, training):
 
 @mark.parametrize("fusion", FUSIONS)
 def test_backends_train_alike(fusion):
-    """Dropout included: three steps from one seed end in the same weights."""
+    """Three steps from one seed, with dropout, end in the same weights."""
     ends = []
     for backend in BACKENDS:
         net = model(fusion, backend=backend)
@@ -294,7 +294,7 @@ def test_copies(fusion, tmp_path):
 
 @mark.parametrize("fusion", FUSIONS)
 def test_autocast(fusion):
-    """Training in mixed precision; as vectors, values are off by no more than plain PyTorch's."""
+    """In mixed precision, the error of values, as vectors, is no larger than that of plain PyTorch."""
     config = replace(SMALL, dropout=0.0, gate_dropout=0.0, encoder_dropout=0.0)
     x = features(dtype=torch.float32)
     results = {}

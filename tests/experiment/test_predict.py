@@ -35,7 +35,7 @@ def arousal(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def by_hand(run: Path, data: Path, name: str) -> np.ndarray:
-    """[N], window by window."""
+    """Predict a video window by window, [N]."""
     _, model = runs.load_best(run)
     visual, audio = (torch.from_numpy(np.load(data / "features" / name / f"{m}.npy")) for m in ("visual", "audio"))
     frames = len(visual)
@@ -52,7 +52,7 @@ def by_hand(run: Path, data: Path, name: str) -> np.ndarray:
 
 
 def read_challenge(path: Path) -> tuple[str, list[str], np.ndarray]:
-    """Header, image locations and values [rows, 2]."""
+    """Return the header, the image locations and the values [rows, 2]."""
     header, *lines = path.read_text().splitlines()
     cells = [line.split(",") for line in lines]
     return header, [row[0] for row in cells], np.array([row[1:] for row in cells], float)

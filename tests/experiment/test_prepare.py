@@ -1,4 +1,4 @@
-"""From footage to arrays: what is right, what is mended, what is refused, and what a kill leaves."""
+"""Footage to arrays: correct results, repairs, refusals, and what a killed process leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VIDEOS, CROPS, LABELS = "videos", "cropped_aligned", "labels"
 
 
 def in_this_process(function: Any, calls: dict[Any, Any], jobs: int) -> Any:
-    """In the place of isolated.each; it saves the time that processes need to start."""
+    """Replace isolated.each, to save the time that processes need to start."""
     for key, arguments in calls.items():
         try:
             yield key, function(*arguments)
@@ -45,7 +45,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_footage(root: Path) -> Path:
-    """Two annotated videos, one of them with two faces, and one to test on."""
+    """Write two annotated videos, one of them with two faces, and one to test on."""
     make.write_video(root / VIDEOS / "alpha.mp4", 20, sound=make.noise(0.8, 0.4))
     make.write_crops(root / CROPS / "alpha", 20, missing=[7])
     make.write_annotation(root / LABELS / "Train_Set" / "alpha.txt", 20, invalid=[3, 4])
@@ -71,7 +71,7 @@ def config(root: Path, out: Path, **options: Any) -> PrepareConfig:
 
 
 def read(data: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a video."""
+    """Read the arrays of a video."""
     folder = data / "npy_data" / name
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
 
@@ -81,7 +81,7 @@ def report(data: Path) -> dict[str, Any]:
 
 
 def levels(pictures: np.ndarray) -> list[int]:
-    """Of grey pictures, up to what JPEG changes."""
+    """Return the grey levels of pictures, up to what JPEG changes."""
     return [round(float(picture.mean())) for picture in pictures]
 
 
@@ -96,7 +96,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(root: Path) -> Path:
-    """Made by the command, in processes of their own."""
+    """Data that the command has prepared in separate processes."""
     out = root.parent / "data"
     assert main(words(root, out)) == 0
     return out
@@ -106,7 +106,7 @@ def data(root: Path) -> Path:
 
 
 def test_faces_are_those_of_their_frames(data: Path) -> None:
-    """Also after invalid rows and after a missing picture."""
+    """Faces match their frames, also after invalid rows and a missing picture."""
     for name, count in {"alpha": 20, "duo_left": 18, "duo_right": 17, "omega": 9}.items():
         pictures = read(data, name)["video"]
         assert pictures.dtype == np.uint8 and pictures.shape[1:] == (48, 48, 3)
@@ -127,7 +127,7 @@ def test_labels_keep_every_row(data: Path, root: Path) -> None:
 
 
 def test_sound_is_that_of_its_frame(data: Path) -> None:
-    """It becomes loud 0.4 s after the first frame, so 40 rows of 10 ms after it."""
+    """The sound becomes loud 0.4 s after the first frame, that is 40 rows of 10 ms."""
     patches = read(data, "alpha")["logmel"]
     assert patches.dtype == np.float16 and patches.shape == (20, 96, 64)
     for n, begins in enumerate(loud(patches)[:10]):
@@ -139,7 +139,7 @@ def test_sound_is_that_of_its_frame(data: Path) -> None:
 
 
 def loud(patches: np.ndarray) -> list[int]:
-    """The first loud row of each patch."""
+    """Return the first loud row of each patch."""
     return [int(np.argmax(patch.astype(float).mean(axis=1) > -2)) for patch in patches]
 
 
@@ -185,7 +185,7 @@ def test_folders_of_annotations_by_names_that_people_have(folders: tuple[str, st
 
 
 def arrays(tmp_path: Path, **options: Any) -> footage.Arrays:
-    """Of 20 crops, and a source."""
+    """Make the arrays of 20 crops and a source."""
     more = {name: options.pop(name) for name in ("frames", "fps") if name in options}
     crops = options.pop("crops", None) or make.write_crops(tmp_path / CROPS / "x", 20)
     folder = tmp_path / "arrays"
@@ -210,7 +210,7 @@ def test_sound_that_ends_early(tmp_path: Path) -> None:
 
 
 def test_sound_that_goes_on(tmp_path: Path) -> None:
-    """What is heard after the last frame's patch plays no part."""
+    """Sound after the last frame's patch has no influence."""
     video = make.write_video(tmp_path / "x.mp4", 20)
     long = [
         arrays(tmp_path, video=video, sound=make.write_wav(tmp_path / "x.wav", make.noise(s)[: 40 * 1600]))
@@ -221,7 +221,7 @@ def test_sound_that_goes_on(tmp_path: Path) -> None:
 
 
 def test_sound_that_begins_late(tmp_path: Path) -> None:
-    """As the file says; silence is before it."""
+    """Sound starts when the file says, after silence."""
     made = arrays(tmp_path, video=make.write_video(tmp_path / "x.mkv", sound=make.noise(1), delay=0.3))
     assert loud(made.patches)[0] == pytest.approx(30, abs=3)
 
@@ -255,7 +255,7 @@ def write_sound_of(video: Path, tmp_path: Path) -> Path:
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
-    """Pictures keep their numbers; their sound is that of when they are shown, unless --fps says otherwise."""
+    """Pictures keep their numbers; their sound starts when they are shown, unless --fps is given."""
     times = [0, 40, 80, 120, 600, 640]
     video = make.write_video(tmp_path / "x.mp4", 6, times=times, sound=make.noise(1.0, 0.7))
     made = arrays(tmp_path, video=video)
@@ -291,7 +291,7 @@ def test_sound_alone_needs_frames_per_second(tmp_path: Path) -> None:
 
 
 def portrait(number: int) -> np.ndarray:
-    """A face on the left, but for picture 1, and another one on the right."""
+    """Draw a picture with a face on the left, except in picture 1, and another on the right."""
     return make.face(*([] if number == 1 else [(80, 60)]), (240, 60))
 
 
@@ -373,7 +373,7 @@ def a_folder(path: Path) -> Path:
 
 
 def with_a_chunk(path: Path) -> bytes:
-    """The content of a .wav, with three bytes of something else, and one to fill up, before the sound."""
+    """Return the content of a .wav with a chunk of three bytes and one byte of padding before the sound."""
     content = path.read_bytes()
     return content[:36] + b"LIST\x03\x00\x00\x00abc\x00" + content[36:]
 
@@ -427,7 +427,7 @@ BAD_CROPS = {
 
 
 def assert_refused(source: Source, path: Path, tmp_path: Path) -> str:
-    """Within five seconds, with the file's name, and nothing is left."""
+    """Check that it is refused within five seconds, with the file's name, and leaves nothing."""
     start = time.perf_counter()
     (tmp_path / "npy_data").mkdir()
     with pytest.raises(UserError) as error:
@@ -512,7 +512,7 @@ def test_a_bad_video_does_not_stop_the_others(
 
 
 def arrays_of(data: Path) -> dict[str, bytes]:
-    """All but the report, which has the names of folders in it."""
+    """Read all files except the report, which names folders."""
     return {name: text for name, text in signals.content(data).items() if name != prepare.REPORT}
 
 
@@ -583,7 +583,7 @@ def test_calls_return_or_say_why_not(tmp_path: Path) -> None:
 
 
 def refused(capsys: Any, *arguments: str) -> str:
-    """What a call says that must fail before it does anything."""
+    """Run a command that must fail before it does anything, and return its message."""
     assert main(list(arguments)) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("grjca prepare: ") and printed.err.count("\n") == 1 and not printed.out
@@ -655,7 +655,7 @@ def test_one_process_a_folder(root: Path, data: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_full_disk(root: Path, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A video fails, and nothing of it is left."""
+    """On a full disk, a video fails and leaves nothing."""
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -670,7 +670,7 @@ def test_a_full_disk(root: Path, here: None, tmp_path: Path, monkeypatch: pytest
 
 
 def begin(of: PrepareConfig) -> Any:
-    """The command in a fork of this process, which saves the time that importing takes."""
+    """Start the command in a fork of this process, which saves the time of imports."""
 
     def quietly() -> None:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -682,7 +682,7 @@ def begin(of: PrepareConfig) -> Any:
 
 
 def written(folder: Path) -> int:
-    """Bytes of all files there are in this moment."""
+    """Count the bytes of all files at this moment."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -692,7 +692,7 @@ def written(folder: Path) -> int:
 
 
 def test_kill_and_go_on(tmp_path: Path, here: None) -> None:
-    """Ten times, when a random share is written: what is there is whole, and what goes on ends in the same bytes."""
+    """Kills at ten random moments leave only complete files, and continuing ends in the same bytes."""
     root, moments = tmp_path / "root", random.Random(21)
     for name in ("one", "two"):
         make.write_video(root / VIDEOS / f"{name}.mp4", 100, sound=make.noise(4))

@@ -1,4 +1,4 @@
-"""The authors' full model, written once more as plain functions of their state_dict, against load_model."""
+"""load_model agrees with the authors' full model, written as plain functions of their state_dict."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ def features(sizes, batch=3, seed=1):
 
 
 def load(source, **options):
-    """load_model where nothing is to be said."""
+    """Call load_model and check that it warns of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_model(source, **options)
@@ -91,7 +91,7 @@ def test_outputs_at_full_size_are_theirs(name):
 
 
 def test_the_model_here_has_their_parts():
-    """Each key has an effect on the outputs: else equality would say little."""
+    """Each key affects the outputs; otherwise equality would prove little."""
     w, x = checkpoint("HGRJCA", **SMALL, aliases=False), features(SMALL)
     before = authors_model(w, "HGRJCA", *x)
     for key, tensor in w.items():

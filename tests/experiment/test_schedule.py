@@ -1,4 +1,4 @@
-"""How a training begins anew, stops, shuffles and releases networks: the authors' ways, by settings."""
+"""How a training restarts, stops, shuffles and releases networks, as the settings say."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(folder, tmp_path):
 
 
 def scripted(monkeypatch, ccc):
-    """Validation yields this CCC in every epoch, or ``ccc(epoch)``."""
+    """Make validation yield this CCC in every epoch, or ``ccc(epoch)``."""
     epochs = iter(range(10**6))
 
     def score(*_):
@@ -58,7 +58,7 @@ def history(config):
 
 
 def rates(config):
-    """Of the last batch of each epoch."""
+    """Return the learning rate of the last batch of each epoch."""
     return [line["learning_rate"] for line in history(config)]
 
 
@@ -88,7 +88,7 @@ def test_initial_weights_are_the_authors():
 
 
 def fallen(warmup=2, plateau=1, factor=1e-3):
-    """Settings by which a rate of 1e-5 falls to 1e-8 in an epoch after the warm-up."""
+    """Return settings with which a rate of 1e-5 falls to 1e-8 in an epoch after the warm-up."""
     return {
         "learning_rate": 1e-5, "warmup_epochs": warmup, "plateau_epochs": plateau, "plateau_factor": factor,
     }  # fmt: skip
@@ -102,7 +102,7 @@ def test_the_rate_stays_where_it_has_fallen_to(config, monkeypatch):
 
 
 def test_training_begins_anew_where_that_is_asked_for(config, monkeypatch):
-    """With a warm-up and new moments, from the best weights, again and again."""
+    """Every restart has a warm-up and new moments, and begins from the best weights."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     config = replace(config, epochs=13, restart=True, **fallen())
     train(config, progress=False)
@@ -113,7 +113,7 @@ def test_training_begins_anew_where_that_is_asked_for(config, monkeypatch):
 
 @pytest.mark.parametrize(("warmup", "begins"), [(1, 6), (4, 6), (5, 6), (7, 8)])
 def test_training_begins_anew_after_more_than_five_epochs(config, monkeypatch, warmup, begins):
-    """However long the warm-up is; the rate falls in the epoch after it."""
+    """The training restarts after more than five epochs, whatever the warm-up; the rate falls in the epoch after it."""
     scripted(monkeypatch, 0.5)
     config = replace(config, epochs=begins, restart=True, **fallen(warmup=warmup))
     train(config, progress=False)
@@ -150,7 +150,7 @@ def test_a_run_that_begins_anew_resumes_bit_for_bit(config, monkeypatch, interru
 
 @pytest.mark.parametrize(("since", "expected"), [("best", 4), ("warmup", 6)])
 def test_early_stopping_counts_from(config, monkeypatch, since, expected):
-    """The best is epoch 1, the warm-up is 3 epochs, and 3 epochs are waited."""
+    """The best epoch is 1, the warm-up takes 3 epochs, and early stopping waits for 3 epochs."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     config = replace(config, epochs=9, warmup_epochs=3, early_stop_epochs=3, early_stop_from=since)
     assert train(config, progress=False).epochs == expected
@@ -203,7 +203,7 @@ def whole(footage, tmp_path):
 
 
 def test_networks_are_released_in_three_stages(whole, monkeypatch):
-    """At epoch 0 and whenever the rate has fallen; the fourth request ends the training."""
+    """A stage is released at epoch 0 and whenever the rate has fallen; a fourth release would end the training."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     traced = []
     step = torch.optim.Adam.step
@@ -320,7 +320,7 @@ def test_files_are_named_by_the_modality():
 
 
 def test_the_order_of_modalities_counts(config, tmp_path):
-    """The same names in another order are another model: a resumed run keeps its own, and its settings stay."""
+    """The names in another order are another model: a resumed run keeps its own order and settings."""
     model = replace(small.MODEL, modalities="audio:5, visual:6")
     train(replace(config, epochs=1), progress=False)
     before = (config.out / runs.CONFIG).read_bytes()

@@ -35,7 +35,7 @@ WIDTHS = ["--modalities", str(small.MODEL.widths)]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and a training of one epoch."""
+    """Make data and a training of one epoch."""
     root = tmp_path_factory.mktemp("made")
     data = small.write_data(root / "data")
     config = TrainConfig(data, "valence", root / "run", epochs=1, window=20, hop=12, batch_size=4, tensorboard=False)
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, made: Path) -> Path:
-    """A copy of the training, on a copy of the data."""
+    """Copy the training and its data."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace(str(made), str(tmp_path)))
@@ -136,7 +136,7 @@ def test_links_to_files_are_replaced_and_not_followed(run: Path, tmp_path: Path)
 
 
 def test_what_is_written_meets_nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the random name is guessed."""
+    """A write replaces nothing that was planted, even if the random name is guessed."""
     monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0" * 16)
     (tmp_path / "target").write_text("precious")
     (tmp_path / f".grjca-{'0' * 16}.partial").symlink_to(tmp_path / "target")
@@ -165,7 +165,7 @@ def test_foreign_files_in_a_run_stay(run: Path) -> None:
 
 
 def test_what_killed_commands_leave_is_stepped_over(run: Path, data: Path) -> None:
-    """Folders of a predict that was killed, of this version and of others; files of a training."""
+    """Folders of killed predictions, of this version and others, and files of a killed training do no harm."""
     for name in (".pred.17.partial", f".grjca-{'1' * 16}.partial"):
         (run / name).mkdir()
         (run / name / "challenge.txt").write_text("half")
@@ -232,7 +232,7 @@ def test_folders_that_cannot_be_written_to_are_refused_first(
 
 
 def edited(**changes: Any) -> Any:
-    """What gives state.json these entries."""
+    """Return a function that gives state.json these entries."""
 
     def edit(path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -362,7 +362,7 @@ SIZES = [
 
 
 def commands(run: Path) -> list[list[object]]:
-    """All that read the settings of a run."""
+    """Return all commands that read the settings of a run."""
     data = run.parent / "data"
     evaluate = ["evaluate", "--run", run, "--data", data]
     return [resume(run), evaluate, predict(run, data, run.parent / "out"), ["train", "--config", run / "config.yaml"]]
@@ -457,7 +457,7 @@ def test_metrics_of_another_make_are_left_alone(run: Path, said: Any) -> None:
 
 @pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 def test_native_code_reaches_no_memory_that_is_not_there() -> None:
-    """In a process of its own, where a crash is a failure and not the end."""
+    """The calls run in a separate process, whose crash would be a failure."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, native_attacks.__file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
@@ -493,7 +493,7 @@ for threads in (1, 2):
 
 @pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 def test_ctrl_c_ends_a_long_call() -> None:
-    """Forward and backward, by one thread and by two."""
+    """Ctrl-C ends the forward and the backward, with one thread and with two."""
     done = subprocess.run([sys.executable, "-c", LONG_CALLS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -508,7 +508,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
 )
 @pytest.mark.sampled(2)
 def test_commands_that_are_stopped(name: str, count: int, tmp_path: Path) -> None:
-    """``python tests/support/signals.py`` stops them as often as it is told to."""
+    """Signals stop commands a few times; ``python tests/support/signals.py`` does so as often as it is told to."""
     signals.prepare(tmp_path)
     outcome = signals.endure(tmp_path, name, count, seed=7)
     assert not outcome.faults

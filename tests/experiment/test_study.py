@@ -1,4 +1,4 @@
-"""The study, at a size of seconds; its statistics, against SciPy and by hand."""
+"""The study at a size that takes seconds, and its statistics against SciPy and by hand."""
 
 import json
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ LEVELS, SEEDS = (0.0, 0.5), 2
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A finished study of one epoch."""
+    """Run a study of one epoch."""
     out = tmp_path_factory.mktemp("study") / "study"
     patch = pytest.MonkeyPatch()
 
@@ -84,7 +84,7 @@ def test_a_study_goes_on_where_it_was(tiny, monkeypatch):
 
 
 def here(config, chosen, cells, ran):
-    """In this process, and note which cells are run."""
+    """Run cells in this process, and record which are run."""
     for cell in cells:
         if not (config.out / "cells" / f"{cell.name}.json").exists():
             ran.append(cell.name)

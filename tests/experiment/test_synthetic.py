@@ -1,4 +1,4 @@
-"""Synthetic data: what is known of it is true, and it is written as the readers want it."""
+"""Synthetic data have the properties that they claim, and the readers accept what is written."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ def made(scenario: Scenario) -> list[SyntheticVideo]:
 
 
 def aligned(video: SyntheticVideo, m: int) -> np.ndarray:
-    """Features in the annotation's time."""
+    """Align features with the annotation in time."""
     array = (video.visual, video.audio)[m]
     return array[np.minimum(np.arange(len(video.labels)), len(array) - 1)]
 
 
 def design(videos, modalities, context: int) -> np.ndarray:
-    """Features of ``modalities`` in ``context`` frames on either side, and a constant."""
+    """Return the features of ``modalities`` in ``context`` frames on either side, and a constant."""
     rows = []
     for video in videos:
         frames = np.arange(len(video.labels))
@@ -56,7 +56,7 @@ def fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def read_out(scenario: Scenario, modalities, context=0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, what a linear readout that was fitted to training videos makes of the others, and the others' truth."""
+    """Fit a linear readout to training videos; return labels, readout and truth of the others."""
     parts = {split: [v for v in made(scenario) if v.split == split] for split in ("train", "validate")}
     weights = fit(design(parts["train"], modalities, context), targets(parts["train"]))
     prediction = design(parts["validate"], modalities, context) @ weights
@@ -91,7 +91,7 @@ class TestSignal:
         weights = [fit(design(videos, [m], 0), targets(videos)) for m in (0, 1)]
 
         def best_shift(m: int) -> int:
-            """By which the readout trails behind the labels."""
+            """Find the shift by which the readout lags behind the labels."""
             scores = []
             for shift in range(-3, 10):
                 pairs = [

@@ -52,13 +52,13 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def labels(root: Path) -> dict[str, np.ndarray]:
-    """[N, 2] of every video."""
+    """Return the labels of every video, [N, 2]."""
     paths = sorted(root.glob("annotations/*/*.txt"))
     return {path.stem: np.loadtxt(path, delimiter=",", skiprows=1) for path in paths}
 
 
 def decoded(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures [N, height, width, 3] uint8, their times in seconds, and the samples of the sound."""
+    """Return the pictures [N, height, width, 3] uint8, their times in seconds, and the samples of the sound."""
     with av.open(path) as container:
         frames = list(container.decode(video=0))
     with av.open(path) as container:
@@ -68,13 +68,13 @@ def decoded(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def crops(root: Path, name: str) -> dict[int, np.ndarray]:
-    """By their numbers from 0."""
+    """Return the crops by their numbers from 0."""
     paths = sorted((root / "cropped_aligned" / name).iterdir())
     return {int(path.stem) - 1: np.asarray(Image.open(path), dtype=int) for path in paths}
 
 
 def mouth(crop: np.ndarray) -> tuple[float, float]:
-    """How far its corners rise above its middle, and how tall it is."""
+    """Return how far the corners of the mouth rise above its middle, and its height."""
     lips = crop[36:, :, 0] - crop[36:, :, 1] > 65
     columns = np.flatnonzero(lips.any(axis=0))
     height = [np.flatnonzero(lips[:, column]).mean() for column in columns]
@@ -83,13 +83,13 @@ def mouth(crop: np.ndarray) -> tuple[float, float]:
 
 
 def loudness(sound: np.ndarray, frames: int, fps: float = 25) -> np.ndarray:
-    """The root mean square of each frame."""
+    """Return the root mean square of each frame."""
     edges = (np.arange(frames + 1) * RATE / fps).astype(int)
     return np.array([np.sqrt((sound[a:b] ** 2).mean()) for a, b in pairwise(edges)])
 
 
 def spectra(sound: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pitch in hertz, by autocorrelation, and the centre of gravity of the spectrum, of each frame."""
+    """Return each frame's pitch in hertz, by autocorrelation, and the centre of gravity of its spectrum."""
     step, pitches, centres = RATE // 25, [], []
     for n in range(frames):
         part = sound[n * step : (n + 2) * step]

@@ -1,4 +1,4 @@
-"""Training: its schedule, its folder, and that a run which was killed ends as one that was not."""
+"""Training: its schedule, its folder, and that a killed and resumed run ends like an uninterrupted one."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def configure(folder, out, **options):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """A run that nothing has interrupted."""
+    """An uninterrupted run."""
     config = configure(folder, tmp_path_factory.mktemp("whole") / "run")
     with torch.random.fork_rng():
         torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def read_metrics(run):
 
 
 def weights(run):
-    """All that a run ends in: the best weights, and the last weights with the optimiser's moments."""
+    """Return the best weights of a run, and its last weights with the optimiser's moments."""
     best = load_file(run / runs.BEST)
     (last,) = (run / runs.CHECKPOINT).glob("*.safetensors")
     return best | {f"checkpoint.{name}": tensor for name, tensor in load_file(last).items()}
@@ -154,7 +154,7 @@ def test_warmup():
 
 
 def scripted(monkeypatch, scores):
-    """Let validation yield these CCCs, one per epoch."""
+    """Make validation yield these CCCs, one per epoch."""
     remaining = iter(scores)
 
     def score(*_):
@@ -169,7 +169,7 @@ def rates_of(config):
 
 
 def test_plateau(config, monkeypatch):
-    """After 2 epochs without a better CCC; the warm-up does not count, and a tie is no better one."""
+    """The rate falls after 2 epochs without a better CCC; the warm-up does not count, and a tie is not better."""
     scripted(monkeypatch, [0.5, 0.1, 0.1, 0.5, 0.2, 0.6, 0.1, 0.1, 0.1])
     config = replace(config, epochs=9, warmup_epochs=2, plateau_epochs=2)
     train(config, progress=False)
@@ -291,7 +291,7 @@ def test_resuming_with_another_backend_is_said(config, monkeypatch, capsys):
 
 
 def test_precisions_in_one_process(config):
-    """And bf16 resumes bit for bit too."""
+    """A process can train in several precisions, and bf16 also resumes bit for bit."""
     for name, epochs in (("whole", [3]), ("parts", [1, 3])):
         for until in epochs:
             here = replace(config, out=config.out.with_name(name), epochs=until, precision="bf16")
@@ -374,7 +374,7 @@ class Killed(BaseException):
 
 
 def test_killed_at_every_write(config, whole, monkeypatch):
-    """Before and after every file that is put in its place."""
+    """The training is killed before and after every file that it puts in place."""
     real, moment, count = os.replace, 0, 0
 
     def replace_or_die(source, destination):
@@ -428,7 +428,7 @@ def test_interrupt_leaves_a_run_to_go_on_with(config, whole, monkeypatch, capsys
 
 
 def test_curves_of_eager_and_fused_agree(config):
-    """The masks of dropout are the same, so rounding alone parts the curves."""
+    """Both draw the same dropout masks, so only rounding separates the curves."""
     model = replace(small.MODEL, dropout=0.6)
     curves = {}
     for backend in ("eager", "reference", "auto"):
@@ -440,7 +440,7 @@ def test_curves_of_eager_and_fused_agree(config):
 
 
 def launch(*words):
-    """A command of grjca in two processes, which gloo joins."""
+    """Run a command of grjca in two processes, connected by gloo."""
     # Not --cpu: with that, accelerate starts a single process.
     options = ["--quiet", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     return subprocess.run(
@@ -453,7 +453,7 @@ def launch(*words):
 
 
 def on_the_command_line(config, tmp_path, **options):
-    """The words that mean this config."""
+    """Return the command-line words for this config."""
     settings_file = tmp_path / "settings.yaml"
     files.write_text(settings_file, settings.to_yaml(replace(config, **options)))
     return ["train", "--config", str(settings_file)]
@@ -520,7 +520,7 @@ def test_one_process_a_folder(config):
 
 @pytest.fixture(scope="module")
 def learnable(tmp_path_factory):
-    """The synthetic data of grjca synth, of a size that trains in seconds."""
+    """Write synthetic data of a size that trains in seconds."""
     out = tmp_path_factory.mktemp("learnable") / "data"
     synth(SynthConfig(out=out, visual_features=64, audio_features=32, length=(150, 400)), progress=False)
     return out
@@ -544,7 +544,7 @@ def test_a_learnable_set_is_learnt(learnable, tmp_path, target):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_curves_agree_to_the_end_of_a_training(learnable, tmp_path):
-    """Training amplifies rounding; by how much is seen from two backends that are plain PyTorch both."""
+    """Training amplifies rounding, by as much as two backends in plain PyTorch differ."""
     curves = {}
     for backend in ("eager", "reference", "auto"):
         learn(learnable, tmp_path / backend, "valence", backend)

@@ -22,7 +22,7 @@ FRAMES = 6
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of small networks in the loop, with random weights."""
+    """A run that trains small networks, from random weights."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     folder.mkdir()
     config = TrainConfig(
@@ -49,7 +49,7 @@ def predicted(run: Path, video: Path, crops: Path, out: Path, **options: bool) -
 
 @pytest.mark.parametrize("sound", ["x.wav", "x.WAV", None])
 def test_sound_is_that_which_prepare_takes(run, crops, tmp_path, capsys, sound):
-    """That of a .wav beside the video, if there is one."""
+    """The sound is that of a .wav beside the video, if there is one."""
     video = make.write_video(tmp_path / "videos" / "x.mp4", FRAMES, sound=make.noise(0.3))
     alone = predicted(run, video, crops, tmp_path / "alone")
     if sound:
@@ -69,7 +69,7 @@ def shown(path: Path) -> list[float]:
 
 
 def test_a_drawn_copy_shows_frames_when_the_video_does(run, crops, tmp_path):
-    """With the sound of the .wav beside it, too."""
+    """The copy has the frame times of the video, and the sound of the .wav beside it."""
     times = [0, 40, 80, 120, 600, 640]
     video = make.write_video(tmp_path / "x.mkv", FRAMES, times=times)
     make.write_wav(tmp_path / "x.wav", make.noise(0.7))

@@ -1,4 +1,4 @@
-"""The networks in the loop: the same as their parts one by one, trained as far as released, in chunks of frames."""
+"""The whole model equals its parts one by one, trains only released parts, and runs in chunks of frames."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def networks(seed=0, dtype=torch.float64):
 
 
 def model(stage=0, dtype=torch.float64, config=MODEL, length=LENGTH, **options):
-    """Always of the same weights."""
+    """Make a whole model, always with the same weights."""
     of = networks(dtype=dtype)
     made = WholeModel(AudioVisualModel(config, fusion="grjca", length=length).to(dtype), of, **options)
     made.release(stage)
@@ -45,7 +45,7 @@ def arrays(batch=BATCH, length=LENGTH):
 
 
 def gradients(of, *inputs, **options):
-    """Values, and the gradients of all that is trained, with the dropout of seed 3."""
+    """Return the values and the gradients of all trained parameters, with the dropout of seed 3."""
     of.zero_grad()
     torch.manual_seed(3)
     values = of(*inputs, **options)
@@ -120,7 +120,7 @@ def test_with_one_network_it_reads_features_and_says_why(there, missing):
             "audio.backbone.features.0.weight", "audio.backbone.embeddings.4.bias"]
 )  # fmt: skip
 def test_a_network_that_is_incomplete_is_refused(key, both):
-    """Also where the other one is not there at all."""
+    """A network with missing keys is refused, even if the other network is absent."""
     key, other = f"spatial.{key}", {"visual": "audio", "audio": "visual"}[key.partition(".")[0]]
     w = with_networks(checkpoint("GRJCA", **SIZES))
     w = w if both else without(w, f"spatial.{other}.")
@@ -133,7 +133,7 @@ def test_a_network_that_is_incomplete_is_refused(key, both):
 
 
 def test_a_count_of_batches_may_be_missing():
-    """It has no effect, and old versions of PyTorch save none."""
+    """A count of batches has no effect, and old versions of PyTorch do not save it."""
     w = with_networks(checkpoint("GRJCA", **SIZES))
     counts = [key for key in w if key.startswith("spatial.") and key.endswith("num_batches_tracked")]
     loaded = load_model({key: tensor for key, tensor in w.items() if key not in counts})
@@ -225,7 +225,7 @@ def test_bad_settings(options, match):
 
 
 def of_stages(of, stage):
-    """Names of the parameters that stages 1 to ``stage`` release."""
+    """Return the names of the parameters that stages 1 to ``stage`` release."""
     prefixes = [f"{name}.{prefix}." for s in STAGES["small"][:stage] for name in s for prefix in s[name]]
     return {key for key, _ in of.backbones.named_parameters() if key.startswith(tuple(prefixes))}
 
@@ -280,7 +280,7 @@ def test_chunks_change_nothing_in_frozen_mode(stage, chunk):
 
 @mark.parametrize("stage", [1, 3])
 def test_recomputation_changes_nothing(stage, monkeypatch):
-    """Statistics of a chunk and dropout, once with recomputation and once without."""
+    """Recomputation gives the same result with chunk statistics and dropout."""
     of = model(stage, chunk=4).train()
     ours = gradients(of, *arrays(), lengths=LENGTHS)
     after = statistics(of)
@@ -319,7 +319,7 @@ def test_modes():
 
 
 def measured_bytes(of, batch):
-    """What PyTorch's allocator hands out at most in a training step, by its profiler."""
+    """Return the peak memory of a training step, according to PyTorch's profiler."""
     faces, patches = arrays(batch, of.model.length)
     of(faces, patches).sum().backward()  # what is made once
     of.zero_grad()
@@ -339,7 +339,7 @@ def measured_bytes(of, batch):
     ("stage", "chunk", "workspace"), [(0, 0, 2), (0, 8, 2), (1, 0, 2), (1, 8, 1.02), (3, 0, 2), (3, 8, 1.02)]
 )
 def test_bytes_that_are_counted_are_those_that_a_step_takes(stage, chunk, workspace):
-    """Where the networks' forward is the height of a step, the CPU's convolutions add copies of what they read."""
+    """If the networks' forward is the peak of a step, the CPU's convolutions add copies of their inputs."""
     of = model(stage, torch.float32, ModelConfig(channels={"visual": (7, 6), "audio": (4,)}), 20, chunk=chunk).train()
     assert 0.99 < measured_bytes(of, 2) / activation_bytes(of, 2) < workspace
     assert not any(parameter.is_meta for parameter in of.parameters())
