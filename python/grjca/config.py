@@ -132,7 +132,7 @@ class ModelConfig:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of each modality's features."""
+        """Width of each modality's features."""
         assert isinstance(self.modalities, dict)
         return self.modalities
 
@@ -409,7 +409,7 @@ class DoctorConfig:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of each modality's features."""
+        """Width of each modality's features."""
         assert isinstance(self.modalities, dict)
         return self.modalities
 

@@ -84,7 +84,7 @@ def test_initial_weights_are_the_authors():
             assert bool((of.weight == 1).all()) and not of.bias.any()
 
 
-# ---- beginning anew
+# ---- restarting
 
 
 def fallen(warmup=2, plateau=1, factor=1e-3):
@@ -158,7 +158,7 @@ def test_early_stopping_counts_from(config, monkeypatch, since, expected):
 
 @pytest.mark.parametrize(("since", "expected"), [("best", 11), ("warmup", 13)])
 def test_beginning_anew_resets_early_stopping(config, monkeypatch, since, expected):
-    """It begins anew after epochs 6 and 12; five epochs after the first time, or never, it has waited long enough."""
+    """The restart after epoch 6 resets early stopping, which then applies five epochs later (best) or never (warmup)."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     schedule = fallen(plateau=2)
     config = replace(config, epochs=13, restart=True, early_stop_epochs=5, early_stop_from=since, **schedule)

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of files and folders: nothing is lost, nothing outside is touched, nothing bad gets in."""
+"""SECURITY.md's promises on files and folders: nothing is lost, nothing outside is touched, nothing bad gets in."""
 
 from __future__ import annotations
 

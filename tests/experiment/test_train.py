@@ -301,7 +301,7 @@ def test_precisions_in_one_process(config):
 
 
 def test_a_full_disk_is_said(config, monkeypatch):
-    """By the name of the file; nothing stands there half-written, and the run goes on when there is room again."""
+    """The message names the file, nothing is left half-written, and the run can continue when there is room again."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(config.out / runs.BEST))

@@ -154,7 +154,7 @@ def _done(folder: Path, labels: np.ndarray | None) -> dict[str, Any] | None:
     before = reading.labels(path) if path.exists() else None
     same = before is labels is None or (before is not None and labels is not None and np.array_equal(before, labels))
     if not same:
-        raise UserError(f"{path}: the annotation has changed since; delete the folder, and it is made anew.")
+        raise UserError(f"{path}: the annotation has changed since; delete the folder, and it is made again.")
     if not isinstance(about, dict) or about.keys() != {"frames", "fps", "missing", "notes"}:
         raise UserError(f"{folder / footage.ABOUT}: expected a report, got something else; delete the folder.")
     return about

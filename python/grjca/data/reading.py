@@ -100,7 +100,9 @@ def rows(path: Path, form: Form) -> np.memmap:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no readable .npy file of numbers ({reason}); {expected}. Write it anew.") from error
+        raise UserError(
+            f"{path} is no readable .npy file of numbers ({reason}); {expected}. Write it again."
+        ) from error
     shape = list(array.shape)
     if array.shape[1:] != form.row:
         advice = ""
@@ -115,7 +117,7 @@ def rows(path: Path, form: Form) -> np.memmap:
         raise UserError(f"{path} holds no frames; {expected}.")
     surplus = path.stat().st_size - array.offset - array.nbytes
     if surplus:
-        raise UserError(f"{path} holds {surplus} bytes more than its header says; {expected}. Write it anew.")
+        raise UserError(f"{path} holds {surplus} bytes more than its header says; {expected}. Write it again.")
     return array
 
 
@@ -129,7 +131,7 @@ def check_finite(array: np.ndarray, path: Path) -> None:
             frame, column = np.argwhere(~finite)[0]
             raise UserError(
                 f"{path}, frame {start + frame} (counted from 0): column {column} holds "
-                f"{array[start + frame, column]}; expected finite float32 numbers. Compute these features anew."
+                f"{array[start + frame, column]}; expected finite float32 numbers. Compute these features again."
             )
 
 

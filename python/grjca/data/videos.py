@@ -186,7 +186,7 @@ def _mend(source: Source, length: int, rows_of: dict[Path, int]) -> tuple[str, .
         if abs(rows - length) > MEND:
             raise UserError(
                 f"{path} has {rows} frames, but {source.labels or next(iter(rows_of))} has {length}; a difference of "
-                f"at most {MEND} is mended. Extract the features of this video anew."
+                f"at most {MEND} is mended. Extract the features of this video again."
             )
         if rows != length:
             how = "the last row is repeated" if rows < length else "the last ones are left out"

@@ -201,7 +201,7 @@ def _done(path: Path, cell: Cell) -> dict[str, Any]:
     """Read the row that :func:`run_cell` has written."""
     row = files.read_json(path)
     if not isinstance(row, dict) or any(row.get(name) != value for name, value in asdict(cell).items()):
-        raise UserError(f"{path}: expected the results of {cell.name}, got others; delete the file to train it anew.")
+        raise UserError(f"{path}: expected the results of {cell.name}, got others; delete the file to train it again.")
     return row
 
 

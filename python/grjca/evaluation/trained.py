@@ -69,7 +69,7 @@ def infer(
         if not finite.all():
             raise UserError(
                 f"{trained.folder}: expected finite predictions, got {prediction.values[np.argmin(finite)]} for "
-                f"{video.name}, frame {np.argmin(finite) + 1}; train anew, or try --backend reference."
+                f"{video.name}, frame {np.argmin(finite) + 1}; train again, or try --backend reference."
             )
     return predictions
 

@@ -105,7 +105,7 @@ def about(folder: Path) -> dict[str, Any] | None:
         return None
     content = files.read_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in MODALITIES):
-        raise UserError(f"{path}: expected what grjca extract writes, got something else; extract anew.")
+        raise UserError(f"{path}: expected what grjca extract writes, got something else; extract again.")
     return content
 
 
