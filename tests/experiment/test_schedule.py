@@ -158,7 +158,7 @@ def test_early_stopping_counts_from(config, monkeypatch, since, expected):
 
 @pytest.mark.parametrize(("since", "expected"), [("best", 11), ("warmup", 13)])
 def test_beginning_anew_resets_early_stopping(config, monkeypatch, since, expected):
-    """The restart after epoch 6 resets early stopping, which then applies five epochs later (best) or never (warmup)."""
+    """The restart after epoch 6 resets early stopping, which then applies after 5 epochs (best) or never (warmup)."""
     scripted(monkeypatch, lambda epoch: 0.5 - epoch / 100)
     schedule = fallen(plateau=2)
     config = replace(config, epochs=13, restart=True, early_stop_epochs=5, early_stop_from=since, **schedule)
