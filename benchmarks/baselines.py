@@ -1,4 +1,4 @@
-"""What the fused block has to beat: the same block as well as it can be written in plain PyTorch, and compiled."""
+"""The baselines: the block written as efficiently as plain PyTorch allows, and compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed: blocks of the shapes that matter, by each implementation, all with one set of weights and inputs."""
+"""The timed cases: every shape by every implementation, all with the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Problem:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """Of the output, [B, L, d]."""
+        """The gradient of the output, [B, L, d]."""
         generator = torch.Generator().manual_seed(ROTATED)
         size = (self.shape.batch, self.shape.length, self.shape.dim_visual + self.shape.dim_audio)
         return torch.randn(size, generator=generator).to(self.device, self.dtype)
@@ -89,7 +89,7 @@ class Problem:
 
 
 def plain(block: nn.Module, gradient: Tensor | None = None) -> Call:
-    """As PyTorch runs it: a training step if there is a ``gradient`` of the output, else a forward."""
+    """Run a training step if there is a ``gradient`` of the output, else a forward."""
     block.train(gradient is not None)
     parameters = list(block.parameters())
 
@@ -152,7 +152,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "strong": {"kind": GatedRJCAStrong},
     **{name: {"kind": GatedRJCAFused, "backend": backend} for name, backend in OURS.items()},
 }
-"""What makes the blocks that run as PyTorch runs them."""
+"""The constructors of the blocks that run eagerly."""
 IMPLEMENTATIONS: dict[str, Callable[..., Call]] = {
     **{name: partial(of_block, **options) for name, options in PLAIN.items()},
     "compiled": _compiled,
@@ -165,7 +165,7 @@ if DEVICE == "cuda":
 
 
 def flop(shape: Shape) -> int:
-    """Of the products of a forward."""
+    """Return the floating-point operations of the matrix products of a forward."""
     widths = (shape.dim_visual, shape.dim_audio)
     options = (shape.iterations, shape.gating, "released", 0.0, 1.0, shape.normalize, False)
     return flops.forward(problems.Problem(shape.batch, shape.length, widths, *options))
@@ -181,7 +181,7 @@ def tanhs(shape: Shape) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """Where and with what a time was measured."""
+    """Return the machine, versions and commit of a measurement."""
     from grjca import environment  # here, because it takes psutil, and blocks do not
 
     return {

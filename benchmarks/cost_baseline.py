@@ -160,7 +160,7 @@ def fused() -> Counts:
 
 
 def _of_autograd(kind: type[GatedRJCAFused], **options: Any) -> Iterator[tuple[str, int]]:
-    """Of a training step with dropout, without what adds gradients to those that are there."""
+    """Count the operators of a training step with dropout, without those that accumulate gradients."""
     for name, shape in _shapes():
         shape = replace(shape, batch=BATCH)
         block = shape.block(kind, dropout=DROPOUT, **options).train()
@@ -349,7 +349,7 @@ CALLGRIND = [
 
 
 def instructions() -> Counts:
-    """Of one call each, on one thread: all that runs within it, and nothing of Python."""
+    """Count the native instructions of one call each, on one thread."""
     calls = {
         f"{gating}{', most is kept' * kept} {_direction(backward)}, {isa}": {
             "problem": ["float32", *astuple(replace(described(replace(TINY, gating=gating)), keep=kept * _MOST))],

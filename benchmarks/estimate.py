@@ -1,4 +1,4 @@
-"""What a launch should cost on an H200, by count: ``python -m benchmarks.gpu --estimate``.
+"""The estimated cost of a launch on an H200: ``python -m benchmarks.gpu --estimate``.
 
 Both backends run the same phases, and one model counts them: csrc/cuda/costs.h, which also chooses the tiles of the
 CUDA C++ kernels. ``python -m benchmarks.gpu_phases`` measures the same phases on a GPU.

@@ -82,7 +82,7 @@ def move_weights(block: nn.Module, seed: int) -> None:
 
 
 def kinds_of(problem: Problem) -> list[str]:
-    """Of every gradient that a training step returns."""
+    """Name every gradient that a training step returns."""
     return ["features", "features", *map(kind, problem.weights)]
 
 

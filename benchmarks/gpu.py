@@ -21,7 +21,7 @@ Stage = tuple[int, list[str]]  # seconds at most, and the arguments of python
 
 
 def stages(device: str = "gpu") -> dict[str, Stage]:
-    """By name. What compiles, torch.compile or Triton, takes minutes."""
+    """The stages by name. Those that compile, by torch.compile or Triton, take minutes."""
     tests = ["-m", "pytest", "tests/kernels/test_gpu.py", "-v"]
     file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     full = file.with_name(f"{file.stem}-full.json")

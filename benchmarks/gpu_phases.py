@@ -32,7 +32,7 @@ Launched = tuple[Any, launch.Prepared, Any, Any, int]
 
 
 def launches(call: Callable[[], object]) -> list[Launched]:
-    """What ``call`` launches: it runs as always, and every launch is noted."""
+    """Run ``call`` and record its launches."""
     noted, run = [], launch.run
 
     def noting(*arguments: Any) -> None:
@@ -86,7 +86,7 @@ def self_check(backend: str) -> bool:
 
 
 def step_names(of: launch_config.Launch, backward: bool) -> list[str]:
-    """What each step of a launch is, in the order of forward_kernel and backward_kernel."""
+    """Name each step of a launch, in the order of forward_kernel and backward_kernel."""
     constants = of.constants
     return names_of_steps(
         of.steps, constants.iterations, constants.released, constants.stream, backward, reduced=of.reduced

@@ -1,4 +1,4 @@
-"""What a live value costs: ``python -m benchmarks.live``, one frame after the other through the authors' model."""
+"""The time of a live value: ``python -m benchmarks.live`` pushes frames one by one through the authors' model."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class UntouchedProblem(Problem):
 def peak_memory(
     shape: Shape, implementation: str, training: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> int | None:
-    """By how many bytes a call lifts the peak of memory, its results included.
+    """Return by how many bytes a call raises the peak memory, including its results.
 
     On a processor that is the resident set of this process, which has to be fresh; None where the system does not say.
     """

@@ -1,4 +1,4 @@
-"""Where the native kernels spend a training step: ``python -m benchmarks.roofline --phases [SHAPE ...]``."""
+"""Times of the phases of the CPU kernels: ``python -m benchmarks.roofline --phases [SHAPE ...]``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ of {bfloat16}."""
 
 
 def flop(problem: problems.Problem) -> dict[str, dict[str, int]]:
-    """By pass and phase, if every gradient is wanted; ``problem.keep`` says what the forward keeps."""
+    """Return the products by pass and phase, if every gradient is wanted, given what ``problem.keep`` keeps."""
     length, width, gated = problem.length, problem.width, problem.length * problem.width * sum(problem.gate_ways)
     scores, key = length * width**2, length**2 * width  # scores: K J, V C, U, and products as large
     joint, value = scores * problem.projected, length * sum(d_m**2 for d_m in problem.widths)
@@ -87,7 +87,7 @@ def _rows(title: str, shape: Shape, dtype: torch.dtype, ceiling: float) -> list[
 
 
 def described(shape: Shape, dtype: torch.dtype) -> problems.Problem:
-    """What the kernels are given of a block of this shape in training."""
+    """Return the problem that a block of this shape passes to the kernels in training."""
     settings = (shape.iterations, shape.gating, "released", DROPOUT, 1.0, shape.normalize, False)
     problem = problems.Problem(shape.batch, shape.length, (shape.dim_visual, shape.dim_audio), *settings)
     return replace(problem, keep=keeping.choose(problem, "auto", dtype))

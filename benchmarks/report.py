@@ -65,7 +65,7 @@ class Run:
         return cls(where, places)
 
     def rows(self, shape: str, pass_name: str) -> dict[str, dict[str, Any]]:
-        """Those of one of measure.SHAPES in float32, by implementation."""
+        """The rows of one of measure.SHAPES in float32, by implementation."""
         is_one = re.fullmatch(rf"({'|'.join(SHAPES)}), B = \d+", shape)
         return self.places.get((shape, "float32", pass_name), {}) if is_one else {}
 
@@ -146,7 +146,7 @@ def time_table(run: Run) -> str:
 
 
 def memory_table(run: Run) -> str:
-    """What autograd keeps until the backward, and by how much a call lifts the peak of memory."""
+    """Tabulate the bytes that autograd saves for the backward, and the rise of the peak memory in a call."""
     known = {(key, name) for rows in run.places.values() for name in rows for key in MEMORY if rows[name].get(key)}
     columns = [(key, name) for key in MEMORY for name in COLUMNS if (key, name) in known]
     if not columns:

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the processor can do at best, in units of 10^9 per second."""
+    """Measure the processor's ceilings, in 10^9 per second."""
 
     memory: float  # bytes, read and written
     matrix: float  # FLOP

@@ -1,4 +1,4 @@
-"""What ``pytest benchmarks --benchmark-only --full`` measures besides the four shapes in float32."""
+"""Everything that ``pytest benchmarks --benchmark-only --full`` measures beyond the four shapes in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPARED = ("eager", *OURS)
 PASSES = {"forward": time_forward, "training step": time_training}
 DTYPES = [("abaw", torch.bfloat16), ("clip", torch.bfloat16), ("abaw", torch.float16)]
 SIZES = [{"batch": 1}, {"batch": 4}, {"batch": 48}, {"length": 75}, {"length": 600}, {"length": 1200}]
-"""Of abaw, with its other sizes as they are."""
+"""Sizes of abaw that are varied one at a time."""
 TINY = Shape(4, 8, 4, 2, 1, "flat")
 
 

@@ -25,7 +25,7 @@ SEED = TrainConfig.seed
 
 
 class Batch(NamedTuple):
-    """What grjca.training.train gets from its loader."""
+    """A batch as the loader of grjca.training.train yields it."""
 
     visual: Tensor
     audio: Tensor

@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backend's ``backward(call, gradients)`` receives besides the call: one entry per modality, except in
+    """The gradients that a backend's ``backward(call, gradients)`` reads and fills: one entry per modality, except in
     ``parameters``.
 
     The first three are inputs with the shapes of what the forward filled (iterates as [T, B, L, d_m]); None counts as

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """What runs with ``--all`` only: tests marked exhaustive, and the cases between those that sampled(count) keeps."""
+    """Yield what runs with ``--all`` only: tests marked exhaustive, and the cases that sampled(count) skips."""
     cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("exhaustive"):

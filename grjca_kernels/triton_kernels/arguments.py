@@ -60,14 +60,14 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward fills; ``gates`` is empty unless requested."""
+    """The tensors that the forward fills; ``gates`` is empty unless requested."""
 
     outputs: tuple[View, ...]
     gates: tuple[View, ...]
 
 
 class Gradients(NamedTuple):
-    """What the backward reads and fills."""
+    """The tensors that the backward reads and fills."""
 
     outputs: tuple[View, ...]
     gates: tuple[View, ...]

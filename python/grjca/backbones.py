@@ -81,7 +81,7 @@ class Network(nn.Module):
     size: NetworkSize = "released"
     """Size of the network, a key of :data:`STAGES`."""
     origin: str = RANDOM
-    """Where the weights come from: the name of a file, or "random"."""
+    """The source of the weights: the name of a file, or "random"."""
     outputs: int
     """Width of the result."""
 

@@ -51,8 +51,8 @@ class Scenario:
     weak: float = 0.1
     """Share of frames in which one modality is weak."""
     weak_kind: WeakKind = "mixed"
-    """What a weak modality does: it is swamped by noise (noisy), shows the negated emotion (contradicting), shows the
-    emotion of 1-2 s earlier or later (misaligned), is absent, or any of these (mixed)."""
+    """The behavior of a weak modality: it is swamped by noise (noisy), shows the negated emotion (contradicting), shows
+    the emotion of 1-2 s earlier or later (misaligned), is absent, or any of these (mixed)."""
     visual_features: int = 512
     """Width of the visual features; the layout footage has none."""
     audio_features: int = 128
@@ -222,7 +222,7 @@ class TrainConfig:
     early_stop_epochs: int = 50
     """Number of epochs without a better validation CCC after which the training stops."""
     early_stop_from: Literal["best", "warmup"] = "best"
-    """Where that count starts: best is the best epoch; warmup does not start before the end of the warm-up, as the
+    """The start of that count: best is the best epoch; warmup does not start before the end of the warm-up, as the
     authors do."""
     restart: bool = False
     """Restart from the best weights, with a new optimiser and warm-up, when the learning rate has fallen to 1e-8 and

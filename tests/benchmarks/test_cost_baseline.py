@@ -1,4 +1,4 @@
-"""What is counted is what is recorded, and a count that is not shows."""
+"""Counts equal the record, and one that differs is reported."""
 
 import json
 from dataclasses import replace
@@ -113,7 +113,7 @@ def test_instructions_may_differ_a_little():
 
 @needs_native
 def test_instructions_are_counted_or_refused(monkeypatch):
-    """By a valgrind that finds no symbols, and so ends well with nothing written."""
+    """A valgrind that finds no symbols exits with 0 and writes nothing."""
     monkeypatch.setattr(
         cost_baseline.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stderr="Collected : 0")
     )

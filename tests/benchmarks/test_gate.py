@@ -1,4 +1,4 @@
-"""What is timed is right, and what is counted beside the times is so: memory, FLOP and tanh."""
+"""Timed blocks are correct, and so are the counts beside the times: memory, FLOP and tanh."""
 
 from dataclasses import replace
 

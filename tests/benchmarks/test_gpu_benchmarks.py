@@ -1,4 +1,4 @@
-"""What is run on a GPU, as far as it shows without one: stages, the estimate, and the names of the steps."""
+"""The parts of the GPU benchmarks that need no GPU: stages, the estimate, and the names of the steps."""
 
 from dataclasses import replace
 

@@ -81,7 +81,7 @@ def test_without_files(published):
 
 @pytest.mark.skipif(not report.README.exists(), reason="needs the sources")
 def test_the_tables_are_those_of_the_files():
-    """By the command, which finds its modules without pytest's help."""
+    """The command finds its modules without pytest's help."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     result = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Where the kernels stand below the ceilings of the processor: bounds, and that every ceiling can be measured."""
+"""The processor's ceilings: bounds on the kernels, and that every ceiling can be measured."""
 
 import shutil
 

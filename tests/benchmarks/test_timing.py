@@ -109,7 +109,7 @@ def test_a_wrong_model_is_not_timed(wrong, small_model, monkeypatch):
 
 
 def test_rounds(monkeypatch):
-    """As many as the seconds allow, but a few of slow calls; the first call, which may compile, is not timed."""
+    """The number of rounds fits the seconds, with a few for slow calls; the first call is not timed."""
     clock, calls, seen = iter(range(0, 1000)), [], []
     monkeypatch.setattr(conftest.time, "perf_counter", lambda: next(clock) * 0.25)
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call, rounds: seen.append(rounds))
@@ -130,7 +130,7 @@ benchmarks.conftest.SECONDS = 0.001
 
 
 def test_what_is_saved_is_what_the_report_shows(tmp_path):
-    """By the command of the README, with shapes that take no time."""
+    """The README's command runs, with tiny shapes."""
     pytest.importorskip("psutil")
     (tmp_path / "shrink.py").write_text(SHRINK)
     file = tmp_path / "saved.json"

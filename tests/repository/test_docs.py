@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs
 
 
 def headings(page: Path) -> set[str]:
-    """As links name them."""
+    """Return the anchors of a page's headings."""
     found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="needs the sources
 
 
 def run(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What an example prints."""
+    """Run an example, and return what it prints."""
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)
     return capsys.readouterr().out
 

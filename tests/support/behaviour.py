@@ -1,4 +1,4 @@
-"""What kernels must do whatever they compute, as checks of a function like gated_rjca on tensors of the CPU."""
+"""Requirements on every kernel, as checks of a function like gated_rjca on tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 
 
 def check_strides(function: Function, case: Case, layout: Callable[[Tensor], Tensor]) -> None:
-    """Of features, and of incoming gradients."""
+    """Strides of features and of incoming gradients change nothing."""
     inputs = make(case, torch.float32)
     strided = [layout(x) for x in inputs.features]
     results = []
@@ -35,7 +35,7 @@ def check_strides(function: Function, case: Case, layout: Callable[[Tensor], Ten
 
 
 def check_absent_frames(function: Function, case: Case, garbage: float) -> None:
-    """What stands in absent frames of features and of incoming gradients reaches nothing."""
+    """The content of absent frames, in features and in incoming gradients, changes nothing."""
     clean = make(case, torch.float32)
     dirty = clean.map(torch.clone)
     results = []
@@ -77,7 +77,7 @@ def check_bad_number(function: Function, case: Case, poison: float) -> None:
 
 
 def check_large_float16(function: Function, case: Case) -> None:
-    """Where PyTorch's float16 result is finite, so is ours."""
+    """Our float16 result is finite wherever PyTorch's is."""
     inputs = make(case, torch.float16)
     for x in inputs.features:
         x.copy_((x.double() / x.double().abs().max() * 1e4).half())
@@ -90,7 +90,7 @@ def check_large_float16(function: Function, case: Case) -> None:
 
 
 def check_subsets_of_incoming_gradients(function: Function, case: Case) -> None:
-    """Those that are absent count as zero."""
+    """Absent gradients count as zero."""
     inputs = make(case, torch.float32).leaves()
     values = call(function, case, inputs)
     incoming = dict(zip(values, cotangents([*values.values()]), strict=True))
@@ -155,7 +155,7 @@ def check_all_is_written(
     dtype: torch.dtype,
     held: int = 0,
 ) -> None:
-    """Of what a backend is to fill, and nothing beside or between.
+    """The backend writes every element it has to fill, and nothing beside or between.
 
     Where an element of what it keeps takes ``held`` bytes, it keeps all pieces, which the backward leaves as they are.
     """

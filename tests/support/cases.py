@@ -339,7 +339,7 @@ def golden_weights(name: str) -> dict[str, Tensor]:
 
 
 def golden_results(name: str, backend: str) -> tuple[Result, Result]:
-    """What ``backend`` computes from the weights of a golden file, and what stands in it."""
+    """Return what ``backend`` computes from the weights of a golden file, and the golden output."""
     theirs = golden(name)
     module = GatedRJCAFused.from_released(golden_weights(name), backend=backend).eval()
     features = [theirs[key].clone().requires_grad_() for key in ("visual", "audio")]

@@ -42,7 +42,7 @@ PRECISIONS = {  # dtype, and whether products of float32 may use TF32
 
 @dataclass(frozen=True)
 class Hardware:
-    """What kernels must fit into. All but ``device`` is of one multiprocessor."""
+    """The limits of a chip; all but ``device`` are those of one multiprocessor."""
 
     device: launch_config.Device
     shared: int  # bytes
@@ -134,7 +134,7 @@ def every_build() -> Iterator[Build]:
 
 
 def everyday() -> Iterator[Build]:
-    """What the tests compile, in minutes.
+    """Yield the builds that the tests compile, in minutes.
 
     Both directions have every precision, dataflow and vendor, and every alignment of rows is there; the others of
     :func:`every_build` are variations. A backward holds the phases of the forward but for the last ones, and takes five
@@ -247,7 +247,7 @@ def arguments(build: Build, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def key_of(build: Build) -> str:
-    """What Triton remembers the compiled kernel by. Nothing is compiled."""
+    """Return Triton's cache key of the compiled kernel, without compiling."""
     from triton.runtime.jit import JITFunction
 
     with mock.patch.object(JITFunction, "_do_compile", lambda kernel, key, *rest: key):

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA C++ kernels, read from the library by cuobjdump. Run as a program it prints a table."""
+"""The machine code of the CUDA C++ kernels, read from the library by cuobjdump. As a program, it prints a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(tool: str) -> str | None:
 
 
 def nvcc() -> str | None:
-    """As setup.py looks for it."""
+    """Find it as setup.py does."""
     named = os.environ.get("CUDACXX")
     return find("nvcc") if named is None else named or None
 
@@ -115,7 +115,7 @@ def machine_code() -> dict[tuple[str, str], Counter[str]]:
 
 
 def count(words: Counter[str], name: str) -> int:
-    """Of an instruction, whatever follows its name."""
+    """Count an instruction, whatever follows its name."""
     return sum(number for word, number in words.items() if word == name or word.startswith(name + "."))
 
 

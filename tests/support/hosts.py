@@ -58,7 +58,7 @@ class DCA(Runs, family.DCA):
 
 
 class TCNModel(nn.Module):
-    """Of GRJCA: an encoder of convolutions and BatchNorm for each modality, the block, a head; [B, L]."""
+    """GRJCA's model: an encoder of convolutions and BatchNorm for each modality, the block, a head; [B, L]."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class TCNModel(nn.Module):
 
 
 class LSTMModel(nn.Module):
-    """Of DCA: a bidirectional LSTM for each modality, the block, a head; [B, L]."""
+    """DCA's model: a bidirectional LSTM for each modality, the block, a head; [B, L]."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def kernels_of(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
-    """What ran on the GPU, but for clearing memory."""
+    """Return the names of the kernels that ran on the GPU, without those that clear memory."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         result = call()

@@ -66,7 +66,7 @@ def options() -> list[str]:
 
 
 class Outcomes:
-    """Of a run of pytest, the worst of every test's cases; cases for a GPU count as a test of their own."""
+    """Collect the worst outcome among each test's cases; cases for a GPU count as a separate test."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}

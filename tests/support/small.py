@@ -51,7 +51,7 @@ def write_data(root: Path) -> Path:
 def write_run(
     folder: Path, data: Path, *, target: Target = "valence", fusion: Fusion = "grjca", model: ModelConfig = MODEL
 ) -> Path:
-    """As if trained for two epochs, of which the second was the best."""
+    """Write a run as if trained for two epochs, of which the second was the best."""
     config = TrainConfig(data, target, folder, fusion=fusion, window=WINDOW, hop=HOP, model=model)
     folder.mkdir(parents=True)
     files.write_text(folder / runs.CONFIG, settings.to_yaml(config))

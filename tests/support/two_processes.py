@@ -1,4 +1,4 @@
-"""What test_distributed.py compares with one process: ``two_processes.py RANK FOLDER``, twice, does all of it."""
+"""The two processes that test_distributed.py compares with one: run ``two_processes.py RANK FOLDER`` twice."""
 
 from __future__ import annotations
 

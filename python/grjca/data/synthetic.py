@@ -68,7 +68,7 @@ class Face(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What one or two faces and their shared sound show, as features or as footage. Both faces have the same truth."""
+    """One or two faces and their shared sound, as features or as footage. Both faces have the same truth."""
 
     name: str
     """Name of its face, or of its two faces without ``_left`` and ``_right``"""
