@@ -30,17 +30,17 @@ def program() -> int:
         code = CODES[signal.Signals(number)]
         if _imports(frame):
             os.write(2, b"grjca: interrupted.\n")
-            os._exit(code)
+            _end(code)
         from threading import Timer
 
-        last = Timer(PATIENCE, os._exit, [code])
+        last = Timer(PATIENCE, _end, [code])
         last.daemon = True
         last.start()
         raise Stopped
 
     def lost(unraisable: Any) -> None:  # Python calls this where it cannot raise, as in a finaliser
         if isinstance(unraisable.exc_value, Stopped):
-            os._exit(code)
+            _end(code)
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = lost
@@ -61,6 +61,14 @@ def program() -> int:
     finally:
         for number in CODES:  # a signal during shutdown would only print a traceback
             signal.signal(number, signal.SIG_IGN)
+
+
+def _end(code: int) -> None:
+    """End the process now, where no exception can unwind it, and leave no temporary files behind."""
+    delete = getattr(sys.modules.get("grjca.files"), "delete_unfinished", None)
+    if delete is not None:
+        delete()
+    os._exit(code)
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -24,6 +24,8 @@ MOST = 1 << 26
 """
 
 _PARTIAL = re.compile(r"\.grjca-[0-9a-f]{16}\.partial")
+_UNFINISHED: set[Path] = set()
+TRIES = 100
 
 # ---- writing
 
@@ -33,25 +35,46 @@ def is_partial(path: Path) -> bool:
     return _PARTIAL.fullmatch(path.name) is not None
 
 
-def _partial(path: Path) -> Path:
-    """Return a random name beside ``path``, so that no planted or leftover file is in the way."""
-    return path.with_name(f".grjca-{secrets.token_hex(8)}.partial")
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield a random name beside ``path``, so that no planted or leftover file is in the way; delete it at the end."""
+    partial = path.with_name(f".grjca-{secrets.token_hex(8)}.partial")
+    _UNFINISHED.add(partial)
+    try:
+        yield partial
+    finally:
+        _delete(partial)
+        _UNFINISHED.discard(partial)
+
+
+def _delete(partial: Path) -> None:
+    """Delete a temporary file or folder; it is gone already unless something failed."""
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
+
+
+def delete_unfinished() -> None:
+    """Delete all temporary files and folders of this process, which is about to end without cleaning up."""
+    for partial in list(_UNFINISHED):
+        for _ in range(TRIES):  # another thread may still be writing there
+            _delete(partial)
+            if not os.path.lexists(partial):
+                break
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Let ``fill`` write a new file beside ``path``, then move it there in one step. A link at ``path`` is replaced."""
-    partial = _partial(path)
-    try:
-        with open(partial, "xb") as file:  # x refuses existing files, and so never follows a link
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # the system does not name the file when a disk is full
-        raise
-    finally:
-        partial.unlink(missing_ok=True)  # it is gone already unless something failed
+    with _partial(path) as partial:
+        try:
+            with open(partial, "xb") as file:  # x refuses existing files, and so never follows a link
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            error.filename, error.filename2 = str(path), None  # the system does not name the file when a disk is full
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,15 +99,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     ``folder`` must be empty or not exist.
     """
     folder = folder.resolve()
-    partial = _partial(folder)
-    try:
+    with _partial(folder) as partial:
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
             folder.rmdir()  # Windows cannot rename onto a folder, even an empty one
         os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone already unless something failed
 
 
 def remove_partial(folder: Path) -> None:

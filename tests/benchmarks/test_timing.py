@@ -136,6 +136,7 @@ def test_what_is_saved_is_what_the_report_shows(tmp_path):
     file = tmp_path / "saved.json"
     options = ["--benchmark-only", f"--benchmark-json={file}", "-k", "eager or fused", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests" / "support")))}
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "shrink", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

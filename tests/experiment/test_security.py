@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -519,3 +520,34 @@ def test_settings_survive_a_round_trip(run: Path) -> None:
     config = settings.from_yaml(TrainConfig, run / "config.yaml")
     assert settings.to_yaml(config) == (run / "config.yaml").read_text()
     assert np.isfinite(config.learning_rate)
+
+
+SWALLOWS = """
+import sys, time
+from pathlib import Path
+import grjca.__main__ as program
+from grjca import cli, files
+
+def main():
+    with files.whole_folder(Path(sys.argv[1])) as folder:
+        while True:
+            try:
+                (folder / "some").mkdir(parents=True, exist_ok=True)
+                (folder / "some" / "values.txt").write_text("valence")
+                print("ready", flush=True)
+                time.sleep(0.05)
+            except BaseException:
+                pass
+
+cli.main, program.PATIENCE = main, 0.5
+program.program()
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_swallows_leaves_nothing(number: int, code: int, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SWALLOWS, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code and list(tmp_path.iterdir()) == []

@@ -77,10 +77,8 @@ def test_wheel(distributions, tmp_path):
     ours, theirs, reason = environment.run(environment.python, "-c", code, cwd=tmp_path).split()
     assert Path(ours).is_relative_to(environment.packages) and Path(theirs).is_relative_to(environment.packages)
     assert reason == "None"
-    layers = [
-        f"tests/{name}.py"
-        for name in ("library/test_reference", "library/test_derivation", "kernels/test_cpu", "library/test_module")
-    ]
+    of_library = [f"tests/library/test_{name}.py" for name in ("reference", "manual_backward", "module")]
+    layers = [*of_library, "tests/kernels/test_cpu.py"]
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "released-hierarchical or everything or backends"]
     environment.run(environment.python, "-m", "pytest", *options, *layers, cwd=tmp_path)
     if find_spec("jsonargparse"):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from grjca import files
 from grjca.config import SynthConfig, SynthLayout
 from grjca.data import synthetic
-from grjca.data.synthetic import Face, Recording, SyntheticVideo
+from grjca.data.synthetic import Face, SyntheticVideo
 from grjca.errors import UserError
 
 FILES: dict[SynthLayout, tuple[str, str, str]] = {
@@ -45,25 +45,28 @@ def write(config: SynthConfig, *, progress: bool = False) -> None:
     if config.layout not in get_args(SynthLayout):
         raise UserError(f"There is no layout {config.layout!r}: expected one of {', '.join(get_args(SynthLayout))}.")
     recordings = synthetic.recordings(config)
+    if config.layout == "footage":
+        from grjca.data import synthetic_footage  # features do not need PyAV
+
+        def write_videos(folder: Path) -> Iterable[Face | SyntheticVideo]:
+            return synthetic_footage.write(folder, recordings, config.videos, config.fps)
+    else:
+
+        def write_videos(folder: Path) -> Iterable[Face | SyntheticVideo]:
+            return _write_features(folder, config.layout, synthetic.videos(recordings, config))
+
     out = Path(config.out)
     files.check_new_folder(out)
     try:
         with files.whole_folder(out) as folder:
-            _fill(folder, config, recordings, progress)
+            _fill(folder, config, write_videos(folder), progress)
     except OSError as error:
         raise UserError(f"{config.out} cannot be written: {error}.") from error
 
 
-def _fill(root: Path, config: SynthConfig, recordings: Iterable[Recording], progress: bool) -> None:
+def _fill(root: Path, config: SynthConfig, written: Iterable[Face | SyntheticVideo], progress: bool) -> None:
     for part in ("annotations/train", "annotations/validate", "truth"):
         (root / part).mkdir(parents=True)
-    written: Iterable[Face | SyntheticVideo]
-    if config.layout == "footage":
-        from grjca.data import synthetic_footage  # features do not need PyAV
-
-        written = synthetic_footage.write(root, recordings, config.videos, config.fps)
-    else:
-        written = _write_features(root, config.layout, synthetic.videos(recordings, config))
     disable = None if progress else True  # None shows the bar only on a terminal
     for video in tqdm(written, "writing videos", config.videos, leave=False, disable=disable):
         _write_labels(root, video)
