@@ -82,7 +82,7 @@ class GatedRJCAStrong(GatedRJCAEager):
         return torch.bmm(value, correlation).relu_().tanh()
 
     def _draws_bits(self, x: Tensor) -> bool:
-        """Whether masks are of 0 and 1, and 1 / (1 - p) is in the weights: V_m for C_m, W_h for U_m."""
+        """Return whether masks are of 0 and 1, and 1 / (1 - p) is in the weights: V_m for C_m, W_h for U_m."""
         dropped = self.training and 0 < self.dropout < 1
         return dropped and x.device.type == "cpu" and not torch.compiler.is_compiling()
 

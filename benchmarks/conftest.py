@@ -32,12 +32,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, str | int]:
-    """Not the name of the host."""
+    """Describe the machine without the name of the host."""
     return machine()
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Without the time of every round, and what else benchmarks.report has no use for."""
+    """Drop the time of every round, and everything else that benchmarks.report does not use."""
     for row in output_json["benchmarks"]:
         row["stats"] = {name: row["stats"][name] for name in KEPT}
         del row["options"], row["params"]

@@ -41,7 +41,7 @@ def stages(device: str = "gpu") -> dict[str, Stage]:
 
 
 def run(name: str, stage: Stage) -> bool:
-    """Whether a stage ended well, and in time."""
+    """Return whether a stage ended well, and in time."""
     seconds, arguments = stage
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99"] if "memcheck" in name else []
     print(f"---- {name}, at most {seconds} s", flush=True)

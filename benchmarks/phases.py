@@ -94,7 +94,7 @@ def described(shape: Shape, dtype: torch.dtype) -> problems.Problem:
 
 
 def of_own(problem: problems.Problem, threads: int) -> bool:
-    """Whether each thread takes samples of its own, as Split::plan() of csrc/cpu/workspace.h decides."""
+    """Return whether each thread takes samples of its own, as Split::plan() of csrc/cpu/workspace.h decides."""
     groups = -(-problem.batch // max(1, GROUP // problem.length))
     return groups >= 4 * threads or (groups > 0 and groups % threads == 0)
 

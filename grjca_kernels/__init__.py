@@ -30,7 +30,7 @@ def self_check(backend: str | None = None, device: _torch.device | str | int | N
         device: where to check; by default the current GPU, or the CPU if the backend computes there.
 
     Returns:
-        Whether all checks passed. Prints the error and the bound of every tensor, and a verdict.
+        True if all checks passed. The function prints the error and the bound of every tensor, and a verdict.
 
     Raises:
         ValueError: for an unknown name.

@@ -47,7 +47,7 @@ def instruction_set(name: str) -> Iterator[None]:
 def phase_times() -> Iterator[Any]:
     """Measure the calls within a ``with`` block: the object it yields has the ``seconds`` of each phase.
 
-    Where each thread works on its own samples, these are summed over the threads; elsewhere they are the wall time
+    The seconds are summed over the threads if each thread works on its own samples. Otherwise they are the wall time
     until all threads are done.
     """
     token = _times.set(times := native.library.PhaseTimes())

@@ -87,7 +87,7 @@ class Problem:
 
     @property
     def projected(self) -> bool:
-        """Whether the problem has a W_q."""
+        """Return whether the problem has a W_q."""
         return self.released and self.joint == "projected"
 
     @property

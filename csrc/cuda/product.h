@@ -156,7 +156,7 @@ struct Loader {
     }
   }
 
-  // Starts the copies of terms `term`, ... into a stage. Where rows do not begin at multiples of 16 bytes, in pieces.
+  // Starts the copies of terms `term`, ... into a stage, in pieces if rows do not begin at multiples of 16 bytes.
   GRJCA_DEVICE void load(T* stage, int term) const {
     T* const to = stage + place;
     if (bytes() == 16) {

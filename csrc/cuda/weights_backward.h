@@ -65,7 +65,7 @@ struct RowSums {
   }
 };
 
-// Where a task stores its sums.
+// The place where a task stores its sums.
 template <class T>
 struct Gradient {
   const BackwardArguments& a;

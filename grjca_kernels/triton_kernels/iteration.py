@@ -333,20 +333,26 @@ def output_factors(a, first, count, r, m, offset, c, C: tl.constexpr):
 
 
 @triton.jit
+def output_tile(a, t, first, count, i, n_rows, C: tl.constexpr):
+    """Compute tile ``i`` of H_m W_h^T + b_h; return also its dropout factors, present frames, place and extent."""
+    m, offset, c, i_row = modality_task(a.shape.widths, i, n_rows, C.block_n)
+    r = i_row * C.block_m
+    rows, columns = count * length_of(a, C) - r, entry(a.shape.widths, m) - c
+    update = project_output(a, t, r, m, c, rows, columns, C)
+    factors, present = output_factors(a, first, count, r, m, offset, c, C)
+    return update, factors, present, tl.cast(r, tl.int64) * a.shape.width + offset + c, rows, columns
+
+
+@triton.jit
 def output(a, to, t, first, count, C: tl.constexpr):
     """Compute X_m^(t+1) = X_m^t + drop(relu(H_m W_h^T + b_h)); absent rows stay 0."""
     width, all_rows = a.shape.width, count * length_of(a, C)
     n_rows = tl.cdiv(all_rows, C.block_m)
     tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)
     for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
-        m, offset, c, i_row = modality_task(a.shape.widths, i, n_rows, C.block_n)
-        r = i_row * C.block_m
-        rows, columns = all_rows - r, entry(a.shape.widths, m) - c
-        update = project_output(a, t, r, m, c, rows, columns, C)
-        factors, present = output_factors(a, first, count, r, m, offset, c, C)
+        update, factors, present, place, rows, columns = output_tile(a, t, first, count, i, n_rows, C)
         if C.released:
             update = relu(update) * factors
-        place = tl.cast(r, tl.int64) * width + offset + c
         b_x = load_tile(state(a, t, first, C) + place, width, 1, rows, columns, C.block_m, C.block_n)
         b_x = b_x.to(tl.float32) + tl.where(present, update, 0.0)
         store_tile(state(a, t + 1, first, C) + place, width, b_x, rows, columns)

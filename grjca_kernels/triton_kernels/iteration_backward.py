@@ -19,8 +19,7 @@ from grjca_kernels.triton_kernels.iteration import (
     joint,
     linear_parameter,
     norm_of_rows,
-    output_factors,
-    project_output,
+    output_tile,
 )
 from grjca_kernels.triton_kernels.masks import factors_of_correlation
 from grjca_kernels.triton_kernels.primitives import (
@@ -69,12 +68,7 @@ def output_backward(a, to, t, first, count, C: tl.constexpr):
     n_rows = tl.cdiv(all_rows, C.block_m)
     tasks = n_rows * modality_blocks(a.shape.widths, C.block_n)
     for i in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
-        m, offset, c, i_row = modality_task(a.shape.widths, i, n_rows, C.block_n)
-        r = i_row * C.block_m
-        rows, columns = all_rows - r, entry(a.shape.widths, m) - c
-        update = project_output(a, t, r, m, c, rows, columns, C)
-        factors, present = output_factors(a, first, count, r, m, offset, c, C)
-        place = tl.cast(r, tl.int64) * width + offset + c
+        update, factors, present, place, rows, columns = output_tile(a, t, first, count, i, n_rows, C)
         d = load_tile(d_state(a, t + 1, C) + place, width, 1, rows, columns, C.block_m, C.block_n)
         d = tl.where(present, where_positive(update, d.to(tl.float32) * factors), 0.0)
         store_tile(slot(a, C.slot_d_update) + place, width, d, rows, columns)

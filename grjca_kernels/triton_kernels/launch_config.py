@@ -130,7 +130,7 @@ class Launch:
 
     @property
     def reduced(self) -> bool:
-        """Whether the last step adds the sums of parts."""
+        """Return whether the last step adds the sums of parts."""
         return self.parts + self.key_parts > 0
 
 
@@ -210,7 +210,7 @@ def aligned(problem: Problem) -> bool:
 def tiles(problem: Problem, dtype: torch.dtype, tf32: bool, device: Device, backward: bool) -> Tiles:
     """Return the tile sizes.
 
-    Where rows do not begin at multiples of 16 bytes, every element is loaded from its own address, which takes
+    The kernel loads every element from its own address if rows do not begin at multiples of 16 bytes, which takes
     registers. With an odd L this concerns only the rows of W_k.
     """
     if device.kind == "interpreter":

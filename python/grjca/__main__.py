@@ -72,7 +72,7 @@ def _end(code: int) -> None:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is inside an import. torch aborts if an exception interrupts its import."""
+    """Return whether ``frame`` is inside an import. torch aborts if an exception interrupts its import."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None

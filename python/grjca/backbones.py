@@ -6,6 +6,7 @@ a graph, and the others with recomputation.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +76,7 @@ class _Unit(nn.Module):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A sequence of parts through which a batch of frames passes."""
 
     size: NetworkSize = "released"
@@ -85,9 +86,9 @@ class Network(nn.Module):
     outputs: int
     """Width of the result."""
 
+    @abstractmethod
     def parts(self) -> list[nn.Module]:
         """Return the parts in the order in which a batch passes through them."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, ...] -> [N, outputs]."""

@@ -37,7 +37,7 @@ class Error:
     gradient: float
 
     def exceeds(self, bound: Error) -> bool:
-        """Whether either error is above its bound, or NaN."""
+        """Return whether either error is above its bound, or NaN."""
         return not (self.forward <= bound.forward and self.gradient <= bound.gradient)
 
 

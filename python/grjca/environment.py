@@ -55,7 +55,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @cache
 def has_amx(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether the CPU has AMX for bfloat16, which PyTorch's matrix products use and the native kernels do not."""
+    """Return whether the CPU has AMX for bfloat16, which PyTorch uses and the native kernels do not."""
     try:
         return re.search(r"^flags\b.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
     except OSError:  # not Linux

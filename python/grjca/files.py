@@ -31,7 +31,7 @@ TRIES = 100
 
 
 def is_partial(path: Path) -> bool:
-    """Whether ``path`` is a temporary file or folder of this module, being written or left by a killed process."""
+    """Return whether ``path`` is a temporary file or folder of this module, in use or left by a killed process."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 

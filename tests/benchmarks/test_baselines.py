@@ -19,7 +19,7 @@ GATINGS = ("none", "dynamic", "flat", "hierarchical")
 
 
 def check_equal(shape, kind=GatedRJCAStrong):
-    """In float64 against the reference, values and gradients, where a mistake cannot hide behind rounding."""
+    """Compare values and gradients with the reference in float64, where a mistake cannot hide behind rounding."""
     problem = Problem(shape, torch.float64)
     results = []
     for of, options in ((kind, {}), (GatedRJCAFused, {"backend": "reference"})):

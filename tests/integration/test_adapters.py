@@ -24,7 +24,7 @@ def host() -> nn.Module:
 
 
 def adapted(model: nn.Module, **options) -> nn.Module:
-    """With adapters that do something, as after a training."""
+    """Give the adapters weights that have an effect, as after a training."""
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, **options)
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).double()
     generator = torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ class Environment:
         run(sys.executable, "-m", "pip", "--python", self.python, *arguments)
 
     def run(self, *command: str | Path, **options) -> str:
-        """Without a compiler: nothing is on the path but what this environment brings."""
+        """Run a command without a compiler: only what this environment brings is on the path."""
         environment = {key: value for key, value in os.environ.items() if key not in ("CXX", "CC", "PYTHONPATH")}
         return run(*command, env=environment | {"PATH": str(self.bin)}, **options)
 

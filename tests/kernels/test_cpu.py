@@ -138,7 +138,7 @@ def test_the_rule_at_full_size(case):
     check_rule(run(native, case, make(case, torch.float32)), case, torch.float32)
 
 
-# ---- against the derivation, step by step
+# ---- against the manual backward, step by step
 
 
 @mark.parametrize("dtype", HALVES, ids=str)

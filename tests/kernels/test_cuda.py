@@ -103,7 +103,7 @@ def test_tf32(case):
 @mark.parametrize("dtype, reduced", [(torch.float32, False), (torch.float32, True), *((x, False) for x in HALVES)])
 @mark.sampled(2)
 def test_the_self_check(dtype, reduced):
-    """That of "auto", with the problems it runs on a GPU made smaller."""
+    """Run the self-check of "auto", with smaller problems than on a GPU."""
     device = torch.device("cpu")
     for case in (
         verification.Case(3, 20, (72, 24), "hierarchical", True, reduced=reduced),
@@ -225,7 +225,7 @@ def test_a_bad_number_stays_in_its_sample(length, form, poison):
     Case("plain", 1, 5, (6, 3), 2, "dynamic"), Case("stored", 1, 33, (6, 3), 2, "flat", normalize=True)
 ], ids=str)  # fmt: skip
 def test_large_features_of_float16(case):
-    """Where PyTorch's float16 result is finite, so is ours."""
+    """Our float16 result is finite wherever PyTorch's is."""
     check_large_float16(function, case)
 
 

@@ -223,7 +223,7 @@ def test_least_and_most(dtype):
 
 
 def test_the_choice_knows_nothing_but_shape_and_dtype():
-    """Not the threads, the instruction set, nor what was asked for before."""
+    """The choice depends on neither the threads, the instruction set, nor earlier calls."""
     problem = described(SHAPES["abaw"])
     expected = keeping.choose(problem, "auto", torch.bfloat16)
     with threads(2):
@@ -297,7 +297,7 @@ def test_nothing_is_kept_where_there_is_no_backward(context, monkeypatch):
 @needs_native
 @mark.parametrize("use", [lambda y: None, lambda y: y.sum().backward()], ids=["unused", "after its backward"])
 def test_what_is_kept_ends_with_its_graph(use, monkeypatch):
-    """At once, and not when the next garbage is collected."""
+    """Memory is freed immediately, not at the next garbage collection."""
     blocks = []
     monkeypatch.setattr(memory, "_unused", blocks)
     module = GatedRJCAFused(64, 32, 75, keep="most", output="concat", backend="cpu")
@@ -497,7 +497,7 @@ def test_another_kept_is_refused(spoiled, expected):
 
 @needs_native
 def test_what_another_instruction_set_has_kept_is_refused_where_its_size_differs():
-    """In bfloat16 only the one that rounds operands keeps them so."""
+    """In bfloat16, only the instruction set that rounds operands keeps them rounded."""
     if PAIRED not in cpu.instruction_sets():
         pytest.skip("this processor has no such instruction set.")
     with cpu.instruction_set(PAIRED):

@@ -30,9 +30,10 @@ from grjca_kernels import problem as problems
 from grjca_kernels.triton_kernels import division, launch_config
 from tolerances import check_rule
 
-pytestmark = mark.skipif(
-    not triton_kernels.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU"
-)
+pytestmark = [
+    mark.skipif(not triton_kernels.interpreted(), reason="not in Triton's interpreter: test_gpu.py tests a GPU"),
+    mark.usefixtures("interpreter"),
+]
 NAN, INF = float("nan"), float("inf")
 ALL = Case("all", 2, 4, (2, 3), 2, "hierarchical", normalize=True, dropout=0.3, lengths=(4, 2))
 """All options together."""
@@ -43,21 +44,6 @@ PLAIN = Case("plain", 2, 3, (3, 2), 1, "dynamic")
 DATAFLOWS = ["streamed", "stored"]
 
 function = partial(gated_rjca, backend="triton")
-
-
-@fixture(autouse=True, scope="module")
-def fast():
-    from interpreter import speed_up
-
-    speed_up()
-
-
-@fixture(autouse=True)
-def prepared_anew(monkeypatch):
-    """At every call, for tests change what launches follow from."""
-    from grjca_kernels.triton_kernels import launch
-
-    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
 
 
 @fixture
@@ -270,7 +256,7 @@ def test_a_dtype_is_refused_with_its_reason(dtype, reason):
 
 @mark.parametrize("name", ["plain", "normalize", "paper"])
 def test_large_features_of_float16(name, dataflow):
-    """Where PyTorch's float16 result is finite, so is ours."""
+    """Our float16 result is finite wherever PyTorch's is."""
     form = "paper" if name == "paper" else "released"
     check_large_float16(function, Case(name, 1, 5, (6, 3), 2, "dynamic", form, normalize=name == "normalize"))
 

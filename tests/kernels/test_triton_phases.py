@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pytest import fixture, importorskip, mark
+from pytest import importorskip, mark
 from torch import Tensor
 
 importorskip("triton", minversion="3.6")
@@ -28,7 +28,10 @@ from grjca_kernels.triton_kernels.masks import factors_of_correlation, load_fact
 from grjca_kernels.triton_kernels.primitives import tanh
 from tolerances import DRAWS, check_close, check_draws, check_rule, length, perturbed
 
-pytestmark = mark.skipif(not grjca_kernels.triton_kernels.interpreted(), reason="not in Triton's interpreter")
+pytestmark = [
+    mark.skipif(not grjca_kernels.triton_kernels.interpreted(), reason="not in Triton's interpreter"),
+    mark.usefixtures("interpreter"),
+]
 NAN, INF = float("nan"), float("inf")
 
 CASES = [
@@ -39,21 +42,6 @@ CASES = [
 FRAMES = {"streamed": launch_config.STREAM_FRAMES, "stored": 0}
 """Values of launch_config.STREAM_FRAMES that lead to either dataflow."""
 function = partial(gated_rjca, backend="triton")
-
-
-@fixture(autouse=True, scope="module")
-def fast():
-    from interpreter import speed_up
-
-    speed_up()
-
-
-@fixture(autouse=True)
-def prepared_anew(monkeypatch):
-    """At every call, for tests change what launches follow from."""
-    from grjca_kernels.triton_kernels import launch
-
-    monkeypatch.setattr(launch, "_prepare", launch._prepare.__wrapped__)
 
 
 # ---- every phase alone

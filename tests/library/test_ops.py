@@ -263,7 +263,7 @@ def test_both_ways_give_the_same_bits(case, ways):
 
 
 def test_gradients_that_stand_for_others_go_by_the_operator(ways, small):
-    """Their memory holds something else: a lazy negation."""
+    """A lazy negation's memory holds other values than the tensor shows."""
     module, x, _ = small
     outputs = module(*x)
     g = torch.randn(2, 4, 5)

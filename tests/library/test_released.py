@@ -301,7 +301,7 @@ def test_their_modules_take_it_back(name):
 
 
 def test_what_goes_out_is_a_state_dict(tmp_path):
-    """It shares memory, and survives torch.save with weights_only."""
+    """to_released shares memory, and its result survives torch.save with weights_only."""
     ours = GatedRJCAFused(D_V, D_A, L)
     state = ours.to_released()
     assert isinstance(state, OrderedDict)

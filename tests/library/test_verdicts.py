@@ -393,7 +393,7 @@ for workers, context in ((1, "fork"), (0, None)):
 
 @mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
 def test_nothing_is_asked_of_cuda_for_tensors_of_the_cpu():
-    """It would be initialised, and raise in the forked workers of a DataLoader."""
+    """CUDA would be initialised, and raise in the forked workers of a DataLoader."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment.pop("GRJCA_BACKEND", None)
     done = subprocess.run(

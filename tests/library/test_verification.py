@@ -29,7 +29,7 @@ pytestmark = mark.skipif(ROW.why_not() is not None, reason=str(ROW.why_not()))
 
 @pytest.fixture(autouse=True, scope="module")
 def derived_once():
-    """Many tests compare the same numbers: what the derivation makes of them is computed once."""
+    """Many tests compare the same numbers: the manual backward of them is computed once."""
     found = {}
 
     def once(computed):
@@ -137,7 +137,7 @@ def test_odd_widths_and_chunks_are_checked_too():
 
 @mark.parametrize("dtype", verification.DTYPES, ids=str)
 def test_right_kernels_pass_whatever_the_numbers(dtype):
-    """With half of what is allowed to spare: rounding is no false alarm."""
+    """Right kernels use at most half of what is allowed, so rounding raises no false alarm."""
     wider = Case(4, 20, (24, 16), "hierarchical", True)
     for seed in range(3):
         for case in (*verification.cases(CPU), wider):

@@ -60,7 +60,7 @@ def filled(case: Case, inputs: Inputs, number: float) -> Inputs:
 
 
 def check_bad_number(function: Function, case: Case, poison: float) -> None:
-    """It stays in its sample."""
+    """A bad number stays in its sample."""
     clean = make(case, torch.float32)
     dirty = clean.map(torch.clone)
     dirty.features[0][0, 2, 0] = poison

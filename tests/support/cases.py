@@ -57,7 +57,7 @@ class Case:
 
     @property
     def projected(self) -> bool:
-        """Whether there is a W_q."""
+        """Return whether there is a W_q."""
         return self.form == "released" and self.joint == "projected"
 
 

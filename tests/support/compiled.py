@@ -320,7 +320,7 @@ def _of_amdgcn(code: str) -> dict[str, Any]:
 
 
 def fenced(ptx: str) -> bool:
-    """Whether every wgmma that comes after a wait for cp.async comes after a fence, too."""
+    """Return whether every wgmma that comes after a wait for cp.async comes after a fence, too."""
     pending = False
     for found in re.finditer(r"\b(cp\.async\.wait_group|fence\.proxy\.async|wgmma\.mma_async|tcgen05\.mma)\b", ptx):
         if pending and found[1] in ("wgmma.mma_async", "tcgen05.mma"):
@@ -330,7 +330,7 @@ def fenced(ptx: str) -> bool:
 
 
 def waits_for_stores(amdgcn: str) -> bool:
-    """Whether in every wave no more than local code stands between a wait for its stores and the barrier of the
+    """Return whether in every wave no more than local code stands between a wait for its stores and the barrier of the
     program, before the atomic that tells the grid."""
     before = amdgcn[: re.search(r"\b(?:global|flat)_atomic_\w+", amdgcn).start()].splitlines()  # type: ignore[union-attr]
     barrier = max(i for i, line in enumerate(before) if "s_barrier" in line)

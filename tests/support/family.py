@@ -160,7 +160,7 @@ class TemporalEncoder(nn.Module):
 
 
 class TAGF(Block):
-    """Its gate is an LSTM over the iterates, or, ``simple``, two linear maps."""
+    """TAGF, whose gate is an LSTM over the iterates, or, ``simple``, two linear maps."""
 
     def __init__(self, *args, simple: bool = False, gate_p: float = 0.1, **options) -> None:
         widths = options.get("widths", (5, 3))

@@ -131,7 +131,7 @@ def _commit() -> str:
 
 
 def read(folder: Path = RESULTS) -> list[Record]:
-    """From the oldest PyTorch to the newest."""
+    """Return the records, from the oldest PyTorch to the newest."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     return sorted(records, key=lambda record: _order(record["packages"]["torch"]))
 

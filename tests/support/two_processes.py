@@ -34,7 +34,7 @@ def host() -> nn.Module:
 
 
 def train(model: nn.Module, share: slice = slice(None), *, clip: bool = False) -> list[float]:
-    """On every process its share of each batch."""
+    """Train on this process's share of each batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for batch in batches(STEPS, SIZE):

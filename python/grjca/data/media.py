@@ -27,13 +27,8 @@ MOST_FRAMES = 1_000_000
 MEND = 5
 """Number of frames by which files of one video may differ in length."""
 
-_FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,wav"  # playlists are left out: they name other files
-)
-_EXACT = (
-    "mov,mp4,m4a,3gp,3g2,mj2",
-    "matroska,webm",
-)  # formats that store their duration; FFmpeg estimates it for others
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,wav"  # no playlists, which name other files
+_EXACT = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # these store their duration; for others FFmpeg estimates it
 _MOST_PIXELS = 1 << 25  # pixels of a frame; 8K has fewer
 _CUT = 0.5  # seconds that may be missing at the end
 _BUFFER = 1 << 18
@@ -65,9 +60,7 @@ def read(path: Path) -> Media:
     with _opened(path) as container:
         picture = _pictures(container)
         moments, packets = array("d"), 0
-        ends: dict[
-            int, tuple[float, bool]
-        ] = {}  # for each stream, the end of its last packet, and whether that is complete
+        ends: dict[int, tuple[float, bool]] = {}  # the end of each stream's last packet, and whether it is complete
         for number, packet in enumerate(container.demux()):
             if max(packets, number // _PACKETS) > MOST_FRAMES:
                 raise UserError(f"{path}: expected at most {MOST_FRAMES} frames, got more.")

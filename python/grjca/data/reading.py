@@ -81,7 +81,7 @@ def annotation(path: Path) -> np.ndarray:
 
 
 def looks_annotated(path: Path) -> bool:
-    """Whether a text begins like an annotation rather than like a challenge file."""
+    """Return whether a text begins like an annotation rather than like a challenge file."""
     try:
         line = files.read_start(path, 100).decode("utf-8-sig", errors="replace").partition("\n")[0]
     except (OSError, UserError):

@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def within_rounding(self) -> bool:
-        """Whether rounding explains the difference."""
+        """Return whether rounding explains the difference."""
         return self.difference <= self.rounding
 
 

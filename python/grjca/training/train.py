@@ -208,7 +208,7 @@ class _Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch is done, early stopping applies, or the networks were due for a fourth release."""
+        """Return whether the last epoch is done, early stopping applies, or a fourth release was due."""
         state, config = self.state, self.config
         begun = state.started - 1  # the last epoch that does not count
         if config.early_stop_from == "warmup" and config.warmup != "none":
@@ -254,9 +254,7 @@ class _Training:
             self.loader,
             self._title("training"),
             leave=False,
-            disable=None
-            if self.progress and self.on.is_main_process
-            else True,  # None shows the bar only on a terminal
+            disable=None if self.progress and self.on.is_main_process else True,  # None: only on a terminal
             dynamic_ncols=True,
         )
         for step, batch in enumerate(bar):
